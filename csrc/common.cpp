@@ -1,0 +1,119 @@
+#include "common.h"
+
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+
+#include <memory>
+#include <vector>
+
+namespace gradnorm_kernels {
+
+bool needs_composite(at::TensorList tensors) {
+  // Included in the thread's dispatch keys as long as any torch.func transform is active.
+  if (c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode)) {
+    return true;
+  }
+  using c10::impl::TorchDispatchModeKey;
+  using c10::impl::TorchDispatchModeTLS;
+  if (TorchDispatchModeTLS::get_mode(TorchDispatchModeKey::PROXY).has_value()) {
+    return true;
+  }
+  constexpr uint64_t outermost_level = 0;
+  for (const auto& tensor : tensors) {
+    if (tensor._fw_grad(outermost_level).defined()) {
+      return true;
+    }
+  }
+  return false;
+}
+
+namespace {
+
+bool is_supported_dtype(at::ScalarType dtype) {
+  return dtype == at::kHalf || dtype == at::kBFloat16 || dtype == at::kFloat || dtype == at::kDouble;
+}
+
+}  // namespace
+
+void check_elementwise(const std::string& op, std::initializer_list<NamedTensor> tensors) {
+  const auto& first = *tensors.begin();
+  for (const auto& [name, tensor] : tensors) {
+    const auto dtype = tensor.scalar_type();
+    TORCH_CHECK_TYPE(
+        is_supported_dtype(dtype), op, ": expected ", name, " to be float16, bfloat16, float32 or float64, got ", dtype);
+    TORCH_CHECK(
+        tensor.layout() == at::kStrided, op, ": expected ", name, " to be a strided tensor, got ",
+        tensor.layout());
+    TORCH_CHECK_TYPE(
+        dtype == first.tensor.scalar_type(), op, ": expected ", name, " to have the dtype of ",
+        first.name, " (", first.tensor.scalar_type(), "), got ", dtype);
+    TORCH_CHECK(
+        tensor.device() == first.tensor.device(), op, ": expected ", name, " to be on the device of ",
+        first.name, " (", first.tensor.device(), "), got ", tensor.device());
+    TORCH_CHECK_VALUE(
+        tensor.sym_sizes() == first.tensor.sym_sizes(), op, ": expected ", name,
+        " to have the shape of ", first.name, " (", first.tensor.sym_sizes(), "), got ",
+        tensor.sym_sizes());
+  }
+}
+
+bool is_elementwise_match(const Tensor& a, const Tensor& b) {
+  return is_supported_dtype(a.scalar_type()) && a.scalar_type() == b.scalar_type() &&
+      a.layout() == at::kStrided && b.layout() == at::kStrided && a.device() == b.device() &&
+      a.sym_sizes() == b.sym_sizes();
+}
+
+Tensor to_opmath(const Tensor& tensor) {
+  return at::isReducedFloatingType(tensor.scalar_type()) ? tensor.to(at::kFloat) : tensor;
+}
+
+namespace {
+
+std::vector<StockOverride::Install>& stock_overrides() {
+  static std::vector<StockOverride::Install> overrides;
+  return overrides;
+}
+
+// Never destroyed at exit, when the dispatcher may already be gone.
+std::unique_ptr<torch::Library>& installed_overrides() {
+  static auto* library = new std::unique_ptr<torch::Library>();
+  return *library;
+}
+
+void set_fused_double_backward(bool enabled) {
+  auto& library = installed_overrides();
+  if (enabled == (library != nullptr)) {
+    return;
+  }
+  if (!enabled) {
+    library.reset();
+    return;
+  }
+  auto fresh = std::make_unique<torch::Library>(
+      torch::Library::IMPL, "aten", c10::DispatchKey::Autograd, __FILE__, __LINE__);
+  for (const auto& install : stock_overrides()) {
+    install(*fresh);
+  }
+  library = std::move(fresh);
+}
+
+bool is_fused_double_backward_enabled() {
+  return installed_overrides() != nullptr;
+}
+
+}  // namespace
+
+StockOverride::StockOverride(Install install) {
+  stock_overrides().push_back(install);
+}
+
+StockKernel::StockKernel(const char* op)
+    : op_(c10::Dispatcher::singleton().findSchemaOrThrow(op, "")),
+      kernel_(op_.getComputedKernelForDispatchKey(c10::DispatchKey::AutogradCPU)) {}
+
+TORCH_LIBRARY(gradnorm_kernels, m) {
+  m.def("set_fused_double_backward(bool enabled) -> ()", set_fused_double_backward);
+  m.def("is_fused_double_backward_enabled() -> bool", is_fused_double_backward_enabled);
+}
+
+}  // namespace gradnorm_kernels

@@ -1,0 +1,58 @@
+// What every op family shares: when to take the composite path, and how bad input is reported.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/library.h>
+
+#include <initializer_list>
+#include <string>
+
+namespace gradnorm_kernels {
+
+using at::Tensor;
+
+// True where an autograd Function of ours would raise or be silently incomplete, and plain ATen ops are
+// right: inside torch.func transforms, under forward-mode AD, and while a graph is traced for a compiler,
+// which fuses plain ops with their neighbours.
+bool needs_composite(at::TensorList tensors);
+
+struct NamedTensor {
+  const char* name;
+  const Tensor& tensor;
+};
+
+// Raises, naming the argument, unless all are strided float16, bfloat16, float32 or float64 tensors that
+// share the first one's dtype, device and shape.
+void check_elementwise(const std::string& op, std::initializer_list<NamedTensor> tensors);
+
+// float32 for float16 and bfloat16: the dtype arithmetic is done in.
+Tensor to_opmath(const Tensor& tensor);
+
+// True for tensors that pass check_elementwise together.
+bool is_elementwise_match(const Tensor& a, const Tensor& b);
+
+// PyTorch's own implementation of an op at the Autograd key, held from before ours replaces it.
+class StockKernel {
+ public:
+  explicit StockKernel(const char* op);
+
+  template <class Return, class... Args>
+  Return call(c10::DispatchKeySet keys, const Args&... args) const {
+    torch::jit::Stack stack{c10::IValue(args)...};
+    kernel_.callBoxed(op_, keys, &stack);
+    return stack.front().to<Return>();
+  }
+
+ private:
+  c10::OperatorHandle op_;
+  c10::SafeKernelFunction kernel_;
+};
+
+// A family's registrations at PyTorch's own ops, made by set_fused_double_backward(true).
+struct StockOverride {
+  using Install = void (*)(torch::Library& aten_autograd);
+  explicit StockOverride(Install install);
+};
+
+}  // namespace gradnorm_kernels

@@ -1,0 +1,22 @@
+#pragma once
+
+#include <ATen/TensorIterator.h>
+
+#include "../activation.h"
+#include "dispatch.h"
+
+namespace gradnorm_kernels {
+
+// Operands in the iterator's order: outputs first.
+struct ActivationKernels {
+  // (output; input)
+  void (*forward)(at::TensorIteratorBase&, const Activation&);
+  // (grad_input; grad_output, input)
+  void (*backward)(at::TensorIteratorBase&, const Activation&);
+  // (grad_grad_output, grad_input; grad_grad_input, grad_output, input)
+  void (*double_backward)(at::TensorIteratorBase&, const Activation&);
+};
+
+GRADNORM_DECLARE_KERNELS(ActivationKernels, activation_kernels)
+
+}  // namespace gradnorm_kernels

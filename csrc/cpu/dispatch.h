@@ -1,0 +1,37 @@
+// CPU kernels are compiled once per instruction set (see setup.py and CMakeLists.txt): each build defines
+// CPU_CAPABILITY, PyTorch's own name for it, and lives in the namespace of that name.
+#pragma once
+
+#include <ATen/Version.h>
+
+#if defined(__x86_64__) || defined(_M_X64)
+#define GRADNORM_DECLARE_KERNELS(Table, table) \
+  namespace DEFAULT {                          \
+  extern const Table table;                    \
+  }                                            \
+  namespace AVX2 {                             \
+  extern const Table table;                    \
+  }                                            \
+  namespace AVX512 {                           \
+  extern const Table table;                    \
+  }
+#define GRADNORM_KERNELS(table) \
+  ::gradnorm_kernels::for_this_cpu(DEFAULT::table, AVX2::table, AVX512::table)
+#else
+#define GRADNORM_DECLARE_KERNELS(Table, table) \
+  namespace DEFAULT {                          \
+  extern const Table table;                    \
+  }
+#define GRADNORM_KERNELS(table) (DEFAULT::table)
+#endif
+
+namespace gradnorm_kernels {
+
+// The instruction set PyTorch chose for its own kernels, which ATEN_CPU_CAPABILITY can lower.
+template <class Table>
+const Table& for_this_cpu(const Table& base, const Table& avx2, const Table& avx512) {
+  static const std::string capability = at::get_cpu_capability();
+  return capability == "AVX512" ? avx512 : capability == "AVX2" ? avx2 : base;
+}
+
+}  // namespace gradnorm_kernels

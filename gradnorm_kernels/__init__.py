@@ -1,0 +1,29 @@
+"""Fused forward, backward and double-backward kernels for PyTorch.
+
+>>> import gradnorm_kernels as gk
+>>> gk.fuse(model)                       # swap the modules of an existing model, in place
+>>> gk.FusedGeLU()                       # or build with them: nn.GELU's and timm's act_layer signature
+>>> gk.functional.gelu(x)                # torch.nn.functional's signatures
+>>> gk.set_fused_double_backward(True)   # or leave the code alone and speed up PyTorch's own ops
+"""
+
+from importlib.metadata import version as _version
+
+from . import _load
+from .fuse import fuse
+from .modules import FusedGeLU
+from .switch import is_fused_double_backward_enabled, set_fused_double_backward
+
+from . import functional, kernels, reference  # isort: skip
+
+__version__ = _version("gradnorm_kernels")
+__all__ = [
+    "FusedGeLU",
+    "functional",
+    "fuse",
+    "is_fused_double_backward_enabled",
+    "reference",
+    "set_fused_double_backward",
+]
+
+kernels.register()

@@ -1,0 +1,43 @@
+"""Loads the compiled library, whose ops then exist as torch.ops.gradnorm_kernels."""
+
+import torch
+
+REBUILD = (
+    "pip install setuptools ninja\n"
+    "    pip install --no-build-isolation --no-deps --force-reinstall --no-cache-dir "
+)
+
+
+def _minor(version: str) -> str:
+    return ".".join(version.split(".")[:2])
+
+
+def load() -> None:
+    """Imports ``gradnorm_kernels._C``.
+
+    Raises:
+        ImportError: if it was never built, or was built for another torch minor version (whose C++
+            interface differs); the message says what to run.
+    """
+    try:
+        from ._built_for import TORCH_VERSION as built_for
+    except ModuleNotFoundError:
+        raise ImportError(
+            "gradnorm_kernels is not built. In its source folder, run:\n    " + REBUILD + "."
+        ) from None
+    if _minor(built_for) != _minor(torch.__version__):
+        raise ImportError(
+            f"gradnorm_kernels was built for torch {built_for}, but torch {torch.__version__} is "
+            "installed, and an extension built for one minor version does not load in another. "
+            "In its source folder, run:\n    " + REBUILD + "."
+        )
+    try:
+        from . import _C  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f"gradnorm_kernels._C, built for torch {built_for}, did not load in torch "
+            f"{torch.__version__}: {error}\nIn its source folder, run:\n    " + REBUILD + "."
+        ) from error
+
+
+load()

@@ -1,0 +1,56 @@
+"""The switch that gives PyTorch's own ops fused double backwards."""
+
+from contextlib import ContextDecorator
+
+import torch
+
+
+def is_fused_double_backward_enabled() -> bool:
+    """Whether PyTorch's own ops use fused double backwards now."""
+    return torch.ops.gradnorm_kernels.is_fused_double_backward_enabled()
+
+
+class set_fused_double_backward(ContextDecorator):  # noqa: N801 - the idiom of torch.set_grad_enabled
+    """Replaces the double-backward formulas of PyTorch's own ops with fused ones, or restores them.
+
+    Code that is not touched at all (a WGAN-GP, a PINN, a force field, ``torch.nn.GELU``) then
+    differentiates twice at fused speed. Only the double backward changes: forward and first backward stay
+    PyTorch's. Covered: ``aten::gelu_backward``. Under ``torch.func`` transforms, forward-mode AD and
+    ``torch.compile`` PyTorch's own formulas stay in force.
+
+    Works as ``torch.set_grad_enabled`` does: calling it sets the mode at once, ``with`` restores the
+    previous one at the end, and it decorates functions. Unlike it, the mode belongs to the whole process,
+    and holds for the graphs recorded while it is on: what counts is the mode when the *first* backward
+    runs with ``create_graph=True``. Do not switch while another thread runs PyTorch ops.
+
+    Args:
+        mode: ``True`` to use fused double backwards, ``False`` to use PyTorch's own.
+
+    Raises:
+        TypeError: if ``mode`` is not a bool.
+
+    >>> with gk.set_fused_double_backward(True):
+    ...     (grad,) = torch.autograd.grad(loss(model(x)), x, create_graph=True)
+    ...     grad.abs().sum().backward()
+    """
+
+    def __init__(self, mode: bool) -> None:
+        if not isinstance(mode, bool):
+            raise TypeError(f"set_fused_double_backward: expected mode to be a bool, got {mode!r}")
+        self.mode = mode
+        self.previous = is_fused_double_backward_enabled()
+        self._set(mode)
+
+    def __call__(self, func):
+        self._set(self.previous)
+        return super().__call__(func)
+
+    def __enter__(self) -> None:
+        self._set(self.mode)
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._set(self.previous)
+
+    @staticmethod
+    def _set(mode: bool) -> None:
+        torch.ops.gradnorm_kernels.set_fused_double_backward(mode)

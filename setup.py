@@ -1,0 +1,70 @@
+"""Builds gradnorm_kernels._C with a C++ compiler and the installed torch: no nvcc, no CUDA toolkit."""
+
+import os
+import platform
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+try:
+    import torch
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
+except ImportError:
+    sys.exit(
+        "gradnorm_kernels is built against the torch you run it with, and this build environment has none.\n"
+        "Install torch (2.11 to 2.15), then run:\n"
+        "    pip install setuptools ninja\n"
+        "    pip install --no-build-isolation .\n"
+    )
+
+ROOT = Path(__file__).parent
+CSRC = ROOT / "csrc"
+WINDOWS = sys.platform == "win32"
+CXX_FLAGS = ["/O2", "/std:c++20"] if WINDOWS else ["-O3", "-g0", "-std=c++20", "-Wno-unknown-pragmas"]
+
+# PyTorch's own flags for its CPU kernels. The baseline comes first: where an inline function is compiled
+# more than once the linker keeps the first, which must run on every machine.
+X86_FLAGS = {
+    "DEFAULT": [],
+    "AVX2": ["/arch:AVX2"] if WINDOWS else ["-mavx2", "-mfma", "-mf16c"],
+    "AVX512": ["/arch:AVX512"]
+    if WINDOWS
+    else ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
+}
+IS_X86 = platform.machine().lower() in {"x86_64", "amd64"}
+CPU_CAPABILITIES = X86_FLAGS if IS_X86 else {"DEFAULT": []}
+
+
+class BuildPerCapability(BuildExtension):
+    """Compiles csrc/cpu once for every instruction set, and the rest once."""
+
+    def build_extensions(self) -> None:
+        for capability, flags in CPU_CAPABILITIES.items():
+            macros = [("CPU_CAPABILITY", capability), (f"CPU_CAPABILITY_{capability}", None)]
+            self.extensions[0].extra_objects += self.compiler.compile(
+                sorted(os.path.relpath(path) for path in (CSRC / "cpu").glob("*.cpp")),
+                output_dir=os.path.join(self.build_temp, capability),
+                macros=macros,
+                include_dirs=include_paths(),
+                extra_postargs=[*CXX_FLAGS, *flags],
+            )
+        super().build_extensions()
+
+
+# Read when a _C built for another torch minor version is found, and no other sign of it is reliable.
+(ROOT / "gradnorm_kernels" / "_built_for.py").write_text(f'TORCH_VERSION = "{torch.__version__}"\n')
+
+setup(
+    ext_modules=[
+        CppExtension(
+            "gradnorm_kernels._C",
+            sorted(os.path.relpath(path) for path in CSRC.glob("*.cpp")),
+            extra_compile_args=CXX_FLAGS,
+            define_macros=[("Py_LIMITED_API", "0x030A0000")],
+            py_limited_api=True,
+        )
+    ],
+    cmdclass={"build_ext": BuildPerCapability},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)

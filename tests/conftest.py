@@ -1,0 +1,25 @@
+import pytest
+import torch
+
+
+def pytest_addoption(parser):
+    parser.addoption("--run-slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    needs_gpu = pytest.mark.skip(reason="needs a CUDA GPU: torch.cuda.is_available() is False")
+    is_slow = pytest.mark.skip(reason="slow: pass --run-slow, or run `make test-all`")
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(needs_gpu)
+        if "slow" in item.keywords and not config.getoption("--run-slow"):
+            item.add_marker(is_slow)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Fills uninitialised memory with NaN, so that an element no kernel wrote is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.manual_seed(0)
+    yield
+    torch.use_deterministic_algorithms(False)
