@@ -1,0 +1,171 @@
+"""FusedGeLU as a module, fuse(), and the switch for PyTorch's own ops, without timm."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import gradnorm_kernels as gk
+
+
+class ScaledGELU(nn.GELU):
+    """A user's own subclass, whose forward must survive."""
+
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+def make_model():
+    shared = nn.GELU("tanh")
+    return nn.Sequential(
+        nn.Linear(4, 8), nn.GELU(), nn.Sequential(nn.Linear(8, 8), shared, shared), ScaledGELU(), nn.Linear(8, 2)
+    )
+
+
+def penalised_gradients(model, x):
+    x = x.clone().requires_grad_()
+    loss = model(x).square().sum()
+    (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+    return torch.autograd.grad(loss + gradient.abs().sum(), list(model.parameters()))
+
+
+def test_module_is_a_drop_in():
+    assert repr(gk.FusedGeLU("tanh")) == "FusedGeLU(approximate='tanh')"
+    assert repr(gk.FusedGeLU(inplace=True)) == "FusedGeLU(approximate='none')"
+    assert isinstance(gk.FusedGeLU(), nn.GELU)
+    x = torch.randn(5)
+    torch.testing.assert_close(gk.FusedGeLU("tanh", inplace=True)(x), F.gelu(x, approximate="tanh"))
+
+
+def test_fuse_swaps_in_place_and_keeps_everything_else():
+    model = make_model()
+    before = copy.deepcopy(model)
+    state, parameters = model.state_dict(), list(model.parameters())
+    calls = []
+    handle = model[1].register_forward_hook(lambda *_: calls.append("hook"))
+    model[1].note = "kept"
+    model.eval()
+
+    assert gk.fuse(model) is model
+    assert type(model[1]) is gk.FusedGeLU and model[1].approximate == "none"
+    assert type(model[2][1]) is gk.FusedGeLU and model[2][1].approximate == "tanh"
+    assert model[2][1] is model[2][2]
+    assert type(model[3]) is ScaledGELU
+    assert not model[1].training and model[1].note == "kept"
+    assert model.state_dict().keys() == state.keys()
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(model(x), before(x))
+    assert calls == ["hook"]
+    handle.remove()
+    model(x)
+    assert calls == ["hook"]
+    for ours, stock in zip(penalised_gradients(model, x), penalised_gradients(before, x), strict=True):
+        torch.testing.assert_close(ours, stock)
+
+
+def test_fuse_is_idempotent_and_survives_copy_and_pickle():
+    model = gk.fuse(gk.fuse(make_model())).to(torch.float64)
+    x = torch.randn(3, 4, dtype=torch.float64)
+    for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(clone[1]) is gk.FusedGeLU
+        assert torch.equal(clone(x), model(x))
+    make_model().double().load_state_dict(model.state_dict())
+
+
+def test_fuse_takes_a_single_module_and_names_bad_input():
+    assert type(gk.fuse(nn.GELU())) is gk.FusedGeLU
+    with pytest.raises(TypeError, match="expected model to be a torch.nn.Module, got list"):
+        gk.fuse([nn.GELU()])
+
+
+def runs_fused():
+    """Whether PyTorch's own gelu now records a fused double backward."""
+    x = torch.randn(3, requires_grad=True)
+    (gradient,) = torch.autograd.grad(F.gelu(x).sum(), x, create_graph=True)
+    assert type(gradient.grad_fn).__name__ in ("CppFunction", "GeluBackwardBackward0")
+    return type(gradient.grad_fn).__name__ == "CppFunction"
+
+
+def test_switch_is_called_nested_and_used_as_decorator():
+    assert not gk.is_fused_double_backward_enabled() and not runs_fused()
+    gk.set_fused_double_backward(True)
+    assert gk.is_fused_double_backward_enabled() and runs_fused()
+    with gk.set_fused_double_backward(False):
+        assert not runs_fused()
+        with gk.set_fused_double_backward(True):
+            with gk.set_fused_double_backward(True):
+                assert runs_fused()
+            assert runs_fused()
+        assert not runs_fused()
+    assert runs_fused()
+    gk.set_fused_double_backward(False)
+    assert not runs_fused()
+
+    @gk.set_fused_double_backward(True)
+    def decorated():
+        return runs_fused()
+
+    assert not runs_fused()
+    assert decorated() and not runs_fused()
+    with pytest.raises(KeyError), gk.set_fused_double_backward(True):
+        raise KeyError
+    assert not runs_fused()
+    with pytest.raises(TypeError, match="expected mode to be a bool"):
+        gk.set_fused_double_backward(1)
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_switch_keeps_every_derivative(approximate, dtype):
+    x = torch.randn(2, 3, 5, 7, dtype=dtype).to(memory_format=torch.channels_last)
+
+    def derivatives():
+        leaf = x.clone().requires_grad_()
+        result, results = F.gelu(leaf, approximate=approximate), []
+        for _ in range(4):
+            results.append(result.detach())
+            (result,) = torch.autograd.grad(result.sum(), leaf, create_graph=True)
+        return results
+
+    stock = derivatives()
+    with gk.set_fused_double_backward(True):
+        fused = derivatives()
+    # Forward and first backward stay PyTorch's own.
+    assert torch.equal(fused[0], stock[0]) and torch.equal(fused[1], stock[1])
+    tolerance = {torch.bfloat16: 5e-2}.get(dtype)
+    for ours, theirs in zip(fused[2:], stock[2:], strict=True):
+        assert ours.stride() == theirs.stride()
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+def test_switch_leaves_what_it_does_not_cover_to_pytorch():
+    """Broadcast operands, which aten::gelu_backward takes and our op does not."""
+    g = torch.randn(3, 1, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(4, dtype=torch.float64, requires_grad=True)
+
+    def second():
+        (gradient,) = torch.autograd.grad(torch.ops.aten.gelu_backward(g, x).sum(), x, create_graph=True)
+        return torch.autograd.grad(gradient.sum(), (g, x))
+
+    stock = second()
+    with gk.set_fused_double_backward(True):
+        for ours, theirs in zip(second(), stock, strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_graph_recorded_under_the_switch_outlives_it():
+    x = torch.randn(5, requires_grad=True)
+    with gk.set_fused_double_backward(True):
+        (gradient,) = torch.autograd.grad(F.gelu(x).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(gradient.sum(), x, create_graph=True)
+    (third,) = torch.autograd.grad(second.sum(), x)
+    y = x.detach().requires_grad_()
+    (expected,) = torch.autograd.grad(F.gelu(y).sum(), y, create_graph=True)
+    (expected,) = torch.autograd.grad(expected.sum(), y, create_graph=True)
+    torch.testing.assert_close(second, expected)
+    torch.testing.assert_close(third, torch.autograd.grad(expected.sum(), y)[0])
