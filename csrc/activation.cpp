@@ -40,7 +40,7 @@ TensorPair double_backward(
   const Tensor curvature = std::visit([&](const auto& act) { return act.d2f(x); }, activation);
   return {
       backward(grad_grad_input, input, activation),
-      (to_opmath(grad_grad_input) * grad_output * curvature).to(input.scalar_type())};
+      (grad_grad_input * curvature * grad_output).to(input.scalar_type())};
 }
 
 }  // namespace composite

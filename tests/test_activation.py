@@ -124,11 +124,13 @@ def test_every_finite_input_has_finite_derivatives(act, dtype):
     largest = torch.finfo(dtype).max
     root = math.sqrt(largest)
     x = torch.tensor([-largest, -root, -100, 100, root, largest], dtype=torch.float64).to(dtype)
-    ones = torch.ones_like(x)
-    output, first, _, second = all_orders(act, ones, ones, x)
-    assert torch.equal(output, torch.relu(x))
-    assert torch.equal(first, (x > 0).to(dtype))
-    assert torch.equal(second, torch.zeros_like(x))
+    slope = (x > 0).to(dtype)
+    for gradient in (torch.ones_like(x), torch.full_like(x, largest)):
+        output, first, grad_grad_output, second = all_orders(act, gradient, gradient, x)
+        assert torch.equal(output, torch.relu(x))
+        assert torch.equal(first, gradient * slope)
+        assert torch.equal(grad_grad_output, gradient * slope)
+        assert torch.equal(second, torch.zeros_like(x))
 
 
 @each_activation

@@ -31,8 +31,9 @@ void double_backward(at::TensorIteratorBase& iter, const Activation& activation)
       [&](const auto& act) {
         elementwise<2, 3>(iter, [&](const auto& in) {
           const auto& [grad_grad_input, grad_output, input] = in;
+          // f'' before the other gradient: where it is 0, two large gradients cannot make inf * 0.
           return std::array{
-              grad_grad_input * act.df(input), grad_grad_input * grad_output * act.d2f(input)};
+              grad_grad_input * act.df(input), grad_grad_input * act.d2f(input) * grad_output};
         });
       },
       activation);

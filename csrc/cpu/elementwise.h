@@ -34,47 +34,45 @@ Vectors<T, Outputs> apply_in_opmath(const Vectors<T, Inputs>& in, const Fn& fn) 
   }
 }
 
-// Strided operands pass through a vector's worth of stack memory, so that they are computed by the same
-// instructions as contiguous ones and give the same bits.
+// Strided operands, and what is left of a row after its last whole vector, pass through a vector's worth of
+// stack memory: the same instructions compute them, and give the same bits.
 template <class T, size_t Outputs, size_t Inputs, class Fn>
 void run(at::TensorIteratorBase& iter, const Fn& fn) {
   using Vec = at::vec::Vectorized<T>;
+  constexpr size_t operands = Outputs + Inputs;
   constexpr int64_t width = Vec::size();
   iter.for_each([&](char** data, const int64_t* strides, int64_t n) {
-    const auto contiguous = [&](size_t k) { return strides[k] == static_cast<int64_t>(sizeof(T)); };
+    const bool contiguous = std::all_of(
+        strides, strides + operands, [](int64_t stride) { return stride == sizeof(T); });
     const auto element = [&](size_t k, int64_t i) {
       return reinterpret_cast<T*>(data[k] + i * strides[k]);
     };
-    const auto load = [&](size_t k, int64_t start, int64_t count) {
-      if (contiguous(k)) {
-        return count == width ? Vec::loadu(element(k, start)) : Vec::loadu(element(k, start), count);
-      }
-      T gathered[width];
-      for (int64_t i = 0; i < count; ++i) {
-        gathered[i] = *element(k, start + i);
-      }
-      return Vec::loadu(gathered, count);
-    };
-    const auto store = [&](const Vec& value, size_t k, int64_t start, int64_t count) {
-      if (contiguous(k)) {
-        value.store(element(k, start), count);
-        return;
-      }
-      T scattered[width];
-      value.store(scattered);
-      for (int64_t i = 0; i < count; ++i) {
-        *element(k, start + i) = scattered[i];
-      }
-    };
-    for (int64_t start = 0; start < n; start += width) {
-      const int64_t count = std::min(width, n - start);
-      Vectors<T, Inputs> in;
+    Vectors<T, Inputs> in;
+    int64_t start = 0;
+    for (; contiguous && start + width <= n; start += width) {
       for (size_t k = 0; k < Inputs; ++k) {
-        in[k] = load(Outputs + k, start, count);
+        in[k] = Vec::loadu(reinterpret_cast<const T*>(data[Outputs + k]) + start);
       }
       const auto out = apply_in_opmath<Outputs, T, Inputs>(in, fn);
       for (size_t k = 0; k < Outputs; ++k) {
-        store(out[k], k, start, count);
+        out[k].store(reinterpret_cast<T*>(data[k]) + start);
+      }
+    }
+    for (; start < n; start += width) {
+      const int64_t count = std::min(width, n - start);
+      T buffer[width] = {};
+      for (size_t k = 0; k < Inputs; ++k) {
+        for (int64_t i = 0; i < count; ++i) {
+          buffer[i] = *element(Outputs + k, start + i);
+        }
+        in[k] = Vec::loadu(buffer);
+      }
+      const auto out = apply_in_opmath<Outputs, T, Inputs>(in, fn);
+      for (size_t k = 0; k < Outputs; ++k) {
+        out[k].store(buffer);
+        for (int64_t i = 0; i < count; ++i) {
+          *element(k, start + i) = buffer[i];
+        }
       }
     }
   });

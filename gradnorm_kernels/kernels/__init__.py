@@ -1,0 +1,47 @@
+"""CUDA kernels of the ops, written in Triton, which is imported at the first CUDA call."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+# The ops that each module here implements, under their own names.
+_OPS = {
+    "activation": ("gelu", "gelu_backward", "gelu_double_backward"),
+}
+
+
+def _lazy(module: str, op: str) -> Callable[..., Any]:
+    implementation: Callable[..., Any] | None = None
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal implementation
+        if implementation is None:
+            try:
+                implementation = getattr(importlib.import_module(f"{__name__}.{module}"), op)
+            except ModuleNotFoundError as error:
+                if error.name != "triton":
+                    raise
+                raise ImportError(
+                    f"gradnorm_kernels.{op} on CUDA needs Triton: pip install triton"
+                ) from error
+        return implementation(*args, **kwargs)
+
+    return call
+
+
+@functools.cache
+def register() -> torch.library.Library:
+    """Make the CUDA kernels known to the dispatcher, for as long as the library object lives.
+
+    The cache keeps it alive, and makes a second call do nothing.
+    """
+    library = torch.library.Library("gradnorm_kernels", "IMPL", "CUDA")
+    for module, ops in _OPS.items():
+        for op in ops:
+            library.impl(op, _lazy(module, op))
+    return library
