@@ -50,10 +50,10 @@ class BuildPerCapability(BuildExtension):
                 extra_postargs=[*CXX_FLAGS, *flags],
             )
         super().build_extensions()
+        # Beside the library: what the import compares with the torch it finds.
+        package = Path(self.get_ext_fullpath("gradnorm_kernels._C")).parent
+        (package / "_built_for.py").write_text(f'TORCH_VERSION = "{torch.__version__}"\n')
 
-
-# Read when a _C built for another torch minor version is found, and no other sign of it is reliable.
-(ROOT / "gradnorm_kernels" / "_built_for.py").write_text(f'TORCH_VERSION = "{torch.__version__}"\n')
 
 setup(
     ext_modules=[

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +11,12 @@ import torch
 import gradnorm_kernels as gk
 
 
-def run_python(code):
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+TESTS = Path(__file__).parent
+
+
+def run_python(code, cwd=TESTS):
+    """Not in the source folder, which Python would import instead of the installed package."""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd)
 
 
 def test_import_is_quick_and_lazy():
@@ -66,7 +71,6 @@ def test_build_without_torch_says_what_to_run():
         "sys.argv = ['setup.py', 'build_ext']\n"
         "runpy.run_path('setup.py', run_name='__main__')\n"
     )
-    root = __file__.rsplit("/tests/", 1)[0]
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
+    run = run_python(code, cwd=TESTS.parent)
     assert run.returncode != 0
     assert "Install torch" in run.stderr and "pip install --no-build-isolation ." in run.stderr

@@ -1,0 +1,78 @@
+# make demo | test | test-all | lint | format | bench | clean
+# Everything runs in .venv, made on first use. PYTHON picks the interpreter it is made with.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CPU_VENV := .venv-cpu
+CPU_BIN := $(CPU_VENV)/bin
+# Any supported torch: ">=2.11,<2.16".
+TORCH ?= torch>=2.11,<2.16
+# The release of the check without timm and CUDA libraries; where the package index serves a CUDA build
+# under this name, the check still runs without timm.
+CPU_TORCH ?= torch==2.13.0
+NATIVE := setup.py pyproject.toml $(wildcard csrc/* csrc/cpu/*)
+FORMATTED_CXX := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h tests/cpp/*.cpp)
+INSTALL := pip install --quiet --disable-pip-version-check
+# `pytest`, not `python -m pytest`: the latter would import the source tree, built for another torch.
+CORE_TESTS := tests/test_activation.py tests/test_compile.py tests/test_fuse.py tests/test_package.py
+
+.PHONY: demo test test-all test-python test-cpp test-cpu-only lint format bench clean
+
+demo: $(BIN)/.built
+	$(BIN)/gradnorm demo --output demo
+
+test: test-cpp test-cpu-only test-python
+
+test-all: test-cpp test-cpu-only $(BIN)/.built
+	$(BIN)/python -m pytest --run-slow
+
+test-python: $(BIN)/.built
+	$(BIN)/python -m pytest
+
+test-cpp: $(BIN)/.installed
+	$(BIN)/cmake -S . -B build/cmake -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
+		-DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja)
+	$(BIN)/cmake --build build/cmake
+	$(BIN)/ctest --test-dir build/cmake --output-on-failure
+
+test-cpu-only: $(CPU_BIN)/.built
+	$(CPU_BIN)/pytest $(CORE_TESTS) -k "not inductor"
+
+lint: $(BIN)/.built $(BIN)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(FORMATTED_CXX)
+	$(BIN)/mypy
+
+format: $(BIN)/.lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(FORMATTED_CXX)
+
+bench: $(BIN)/.built
+	$(BIN)/python -m benchmarks.kernels --op gelu --json benchmarks/results/gelu-$$($(BIN)/python -c \
+		"import torch; print('cuda' if torch.cuda.is_available() else 'cpu')").json
+
+clean:
+	rm -rf build demo dist *.egg-info gradnorm_kernels/*.so gradnorm_kernels/_built_for.py $(VENV) $(CPU_VENV)
+
+$(BIN)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/$(INSTALL) "$(TORCH)" "setuptools>=77" ninja
+	touch $@
+
+# Also installs what the extras name; torch is kept as it is.
+$(BIN)/.built: $(BIN)/.installed $(NATIVE)
+	$(BIN)/$(INSTALL) --no-build-isolation --editable ".[train,test]"
+	touch $@
+
+$(BIN)/.lint: $(BIN)/.installed
+	$(BIN)/$(INSTALL) clang-format mypy ruff pre-commit
+	touch $@
+
+# A package built for another torch must not share the source tree's library: this one is not editable.
+$(CPU_BIN)/.built: $(NATIVE) $(wildcard gradnorm_kernels/*.py gradnorm_kernels/kernels/*.py)
+	$(PYTHON) -m venv $(CPU_VENV)
+	$(CPU_BIN)/$(INSTALL) "$(CPU_TORCH)" "setuptools>=77" ninja hypothesis numpy pytest
+	$(CPU_BIN)/$(INSTALL) --no-build-isolation --no-deps --force-reinstall .
+	touch $@
