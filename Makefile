@@ -11,6 +11,8 @@ TORCH ?= torch>=2.11,<2.16
 # under this name, the check still runs without timm.
 CPU_TORCH ?= torch==2.13.0
 NATIVE := setup.py pyproject.toml $(wildcard csrc/* csrc/cpu/*)
+# Pinned: another release may format differently.
+LINTERS := clang-format==23.1.5 mypy==2.4.1 pre-commit==4.7.0 ruff==0.17.6
 FORMATTED_CXX := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h tests/cpp/*.cpp)
 INSTALL := pip install --quiet --disable-pip-version-check
 # `pytest`, not `python -m pytest`: the latter would import the source tree, built for another torch.
@@ -67,7 +69,7 @@ $(BIN)/.built: $(BIN)/.installed $(NATIVE)
 	touch $@
 
 $(BIN)/.lint: $(BIN)/.installed
-	$(BIN)/$(INSTALL) clang-format mypy ruff pre-commit
+	$(BIN)/$(INSTALL) $(LINTERS)
 	touch $@
 
 # A package built for another torch must not share the source tree's library: this one is not editable.

@@ -24,7 +24,12 @@ import gradnorm_kernels as gk
 
 from .measure import alternate, describe_machine, median_ratio
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
 PASSES = ("forward", "backward", "double_backward")
 # Tensors of the input's size that each pass must read and write.
 TENSORS_MOVED = {"forward": 2, "backward": 3, "double_backward": 5}
@@ -90,7 +95,9 @@ def variants(op: Op, v: Tensor, g: Tensor, x: Tensor) -> dict[str, dict[str, Cal
     }
 
 
-def errors(op: Op, runs: dict[str, Callable[[], Any]], which: str, v: Tensor, g: Tensor, x: Tensor) -> dict[str, float]:
+def errors(
+    op: Op, runs: dict[str, Callable[[], Any]], which: str, v: Tensor, g: Tensor, x: Tensor
+) -> dict[str, float]:
     """Largest absolute difference of each variant's results from the float64 reference."""
     suffix = "" if which == "forward" else f"_{which}"
     operands = {"forward": (x,), "backward": (g, x), "double_backward": (v, g, x)}[which]
@@ -144,7 +151,10 @@ def measure(op: Op, shape: tuple[int, ...], dtype: str, device: str, rounds: int
     return rows
 
 
-HEADER = f"{'op':10} {'pass':15} {'dtype':8} {'variant':8} {'ms':>9} {'GB/s':>8} {'of copy':>8} {'/ stock':>8} {'error':>9}"
+HEADER = (
+    f"{'op':10} {'pass':15} {'dtype':8} {'variant':8} "
+    f"{'ms':>9} {'GB/s':>8} {'of copy':>8} {'/ stock':>8} {'error':>9}"
+)
 
 
 def line(row: dict[str, Any]) -> str:
@@ -156,7 +166,9 @@ def line(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--op", choices=sorted({op.name for op in OPS}), default="gelu")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", help="default: float32; on cuda also bfloat16")
@@ -186,7 +198,9 @@ def main() -> None:
                 print(line(row), flush=True)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"machine": machine, "rounds": args.rounds, "rows": rows}, indent=1) + "\n")
+        args.json.write_text(
+            json.dumps({"machine": machine, "rounds": args.rounds, "rows": rows}, indent=1) + "\n"
+        )
         print(f"\nwrote {args.json}")
 
 

@@ -52,8 +52,8 @@ struct ActivationOps;
 // schema of its parameters, and the Activation they make.
 template <class Definition, class... Params>
 struct ActivationOps<Definition, Activation (*)(Params...)> {
-  using Saved = std::tuple<
-      std::conditional_t<std::is_same_v<Params, std::string_view>, std::string, Params>...>;
+  using Saved =
+      std::tuple<std::conditional_t<std::is_same_v<Params, std::string_view>, std::string, Params>...>;
 
   static std::string name(const char* suffix) {
     return std::string(Definition::name) + suffix;
@@ -101,11 +101,9 @@ struct ActivationOps<Definition, Activation (*)(Params...)> {
       return composite::backward(grad_output, input, Definition::make(params...));
     }
     static TensorPair double_backward(
-        const Tensor& grad_grad_input, const Tensor& grad_output, const Tensor& input,
-        Params... params) {
+        const Tensor& grad_grad_input, const Tensor& grad_output, const Tensor& input, Params... params) {
       check(grad_grad_input, grad_output, input);
-      return composite::double_backward(
-          grad_grad_input, grad_output, input, Definition::make(params...));
+      return composite::double_backward(grad_grad_input, grad_output, input, Definition::make(params...));
     }
   };
 
@@ -127,8 +125,7 @@ struct ActivationOps<Definition, Activation (*)(Params...)> {
       return iter.output();
     }
     static TensorPair double_backward(
-        const Tensor& grad_grad_input, const Tensor& grad_output, const Tensor& input,
-        Params... params) {
+        const Tensor& grad_grad_input, const Tensor& grad_output, const Tensor& input, Params... params) {
       check(grad_grad_input, grad_output, input);
       auto iter = at::TensorIteratorConfig()
                       .add_owned_output(Tensor())
@@ -155,8 +152,7 @@ struct ActivationOps<Definition, Activation (*)(Params...)> {
       return at::mul(grad_output, input);
     }
     static TensorPair double_backward(
-        const Tensor& grad_grad_input, const Tensor& grad_output, const Tensor& input,
-        Params... params) {
+        const Tensor& grad_grad_input, const Tensor& grad_output, const Tensor& input, Params... params) {
       check(grad_grad_input, grad_output, input);
       Definition::make(params...);
       const Tensor grad_input = at::addcmul(grad_grad_input, grad_output, input);
@@ -186,8 +182,7 @@ struct ActivationOps<Definition, Activation (*)(Params...)> {
       return Backward::apply(grad_output, input, Saved(params...), &call_backward);
     }
     static TensorPair double_backward(
-        const Tensor& grad_grad_input, const Tensor& grad_output, const Tensor& input,
-        Params... params) {
+        const Tensor& grad_grad_input, const Tensor& grad_output, const Tensor& input, Params... params) {
       if (needs_composite({grad_grad_input, grad_output, input}) ||
           torch::autograd::compute_requires_grad(grad_grad_input, grad_output, input)) {
         return Composite::double_backward(grad_grad_input, grad_output, input, params...);
@@ -217,8 +212,7 @@ struct ActivationOps<Definition, Activation (*)(Params...)> {
       const auto input = ctx->get_saved_variables()[0];
       return {
           std::apply(
-              [&](const auto&... p) { return call_backward(grad_outputs[0], input, p...); },
-              saved(ctx)),
+              [&](const auto&... p) { return call_backward(grad_outputs[0], input, p...); }, saved(ctx)),
           Tensor()};
     }
   };
@@ -285,8 +279,7 @@ struct Gelu {
       return GeluErf{};
     }
     TORCH_CHECK_VALUE(
-        approximate == "tanh", "gelu: expected approximate to be 'none' or 'tanh', got '", approximate,
-        "'");
+        approximate == "tanh", "gelu: expected approximate to be 'none' or 'tanh', got '", approximate, "'");
     return GeluTanh{};
   }
 };
@@ -299,8 +292,7 @@ struct AtenGeluBackward {
   }
 
   static Tensor autograd(
-      c10::DispatchKeySet keys, const Tensor& grad_output, const Tensor& self,
-      std::string_view approximate) {
+      c10::DispatchKeySet keys, const Tensor& grad_output, const Tensor& self, std::string_view approximate) {
     if (needs_composite({grad_output, self}) || !is_elementwise_match(grad_output, self)) {
       return stock().call<Tensor>(keys, grad_output, self, std::string(approximate));
     }

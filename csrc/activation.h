@@ -69,8 +69,7 @@ constexpr Constant kInvSqrtTwoPi = 0.39894228040143267794_c;
 template <class V>
 Normal<V> standard_normal(const V& x) {
   constexpr Constant sqrt_half = 0.70710678118654752440_c;
-  return {
-      (x * sqrt_half).erf() * 0.5_c + 0.5_c, (x * x * Constant{-0.5}).exp() * kInvSqrtTwoPi};
+  return {(x * sqrt_half).erf() * 0.5_c + 0.5_c, (x * x * Constant{-0.5}).exp() * kInvSqrtTwoPi};
 }
 // In float32, where erf would cost more than all the memory traffic: the tail Phi(-|x|) is exp(-x^2/2)
 // times a smooth ratio, here a minimax fit on [0, 9] whose positive coefficients lose nothing to
@@ -87,9 +86,9 @@ inline Normal<at::vec::Vectorized<float>> standard_normal(const at::vec::Vectori
   // Beyond 16, where decay is 0, the polynomials need not overflow.
   const V size = at::vec::minimum(x.abs(), V(16.0f));
   const V decay = (x * x * Constant{-0.5}).exp();
-  const V tail = decay *
-      (polynomial(size, {0.01210489062f, 0.09742274063f, 0.3212141927f, 0.4999999959f}) /
-       polynomial(size, {0.03037289321f, 0.2434350229f, 0.8440566846f, 1.440312290f, 1.0f}));
+  const V tail =
+      decay * (polynomial(size, {0.01210489062f, 0.09742274063f, 0.3212141927f, 0.4999999959f}) /
+               polynomial(size, {0.03037289321f, 0.2434350229f, 0.8440566846f, 1.440312290f, 1.0f}));
   return {V::blendv(tail, V(1.0f) - tail, x >= V(0.0f)), decay * kInvSqrtTwoPi};
 }
 
@@ -129,9 +128,9 @@ struct GeluTanh {
   template <class V>
   V d2f(const V& x) const {
     const auto s = logistic(v(x));
-    const V slope = times_dv(x, s.slope);                         // s(v)'
+    const V slope = times_dv(x, s.slope);                              // s(v)'
     const V curvature = x * s.slope * Constant{6.0 * kScale * kCubic}  // s(v)'' = s'(v) v''
-        + s.skew * times_dv(x, slope);                            //          + s''(v) v'^2
+                        + s.skew * times_dv(x, slope);                 //          + s''(v) v'^2
     return slope * 2.0_c + x * curvature;
   }
 

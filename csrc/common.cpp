@@ -40,27 +40,27 @@ void check_elementwise(const std::string& op, std::initializer_list<NamedTensor>
   for (const auto& [name, tensor] : tensors) {
     const auto dtype = tensor.scalar_type();
     TORCH_CHECK_TYPE(
-        is_supported_dtype(dtype), op, ": expected ", name, " to be float16, bfloat16, float32 or float64, got ", dtype);
+        is_supported_dtype(dtype), op, ": expected ", name,
+        " to be float16, bfloat16, float32 or float64, got ", dtype);
     TORCH_CHECK(
         tensor.layout() == at::kStrided, op, ": expected ", name, " to be a strided tensor, got ",
         tensor.layout());
     TORCH_CHECK_TYPE(
-        dtype == first.tensor.scalar_type(), op, ": expected ", name, " to have the dtype of ",
-        first.name, " (", first.tensor.scalar_type(), "), got ", dtype);
+        dtype == first.tensor.scalar_type(), op, ": expected ", name, " to have the dtype of ", first.name,
+        " (", first.tensor.scalar_type(), "), got ", dtype);
     TORCH_CHECK(
         tensor.device() == first.tensor.device(), op, ": expected ", name, " to be on the device of ",
         first.name, " (", first.tensor.device(), "), got ", tensor.device());
     TORCH_CHECK_VALUE(
-        tensor.sym_sizes() == first.tensor.sym_sizes(), op, ": expected ", name,
-        " to have the shape of ", first.name, " (", first.tensor.sym_sizes(), "), got ",
-        tensor.sym_sizes());
+        tensor.sym_sizes() == first.tensor.sym_sizes(), op, ": expected ", name, " to have the shape of ",
+        first.name, " (", first.tensor.sym_sizes(), "), got ", tensor.sym_sizes());
   }
 }
 
 bool is_elementwise_match(const Tensor& a, const Tensor& b) {
   return is_supported_dtype(a.scalar_type()) && a.scalar_type() == b.scalar_type() &&
-      a.layout() == at::kStrided && b.layout() == at::kStrided && a.device() == b.device() &&
-      a.sym_sizes() == b.sym_sizes();
+         a.layout() == at::kStrided && b.layout() == at::kStrided && a.device() == b.device() &&
+         a.sym_sizes() == b.sym_sizes();
 }
 
 Tensor to_opmath(const Tensor& tensor) {

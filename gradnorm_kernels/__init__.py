@@ -9,12 +9,10 @@
 
 from importlib.metadata import version as _version
 
-from . import _load
+from . import _load, functional, kernels, reference
 from .fuse import fuse
 from .modules import FusedGeLU
 from .switch import is_fused_double_backward_enabled, set_fused_double_backward
-
-from . import functional, kernels, reference  # isort: skip
 
 __version__ = _version("gradnorm_kernels")
 __all__ = [
@@ -26,4 +24,5 @@ __all__ = [
     "set_fused_double_backward",
 ]
 
+_load.load()
 kernels.register()

@@ -1,5 +1,7 @@
 """Loads the compiled library, whose ops then exist as torch.ops.gradnorm_kernels."""
 
+import importlib
+
 import torch
 
 REBUILD = (
@@ -20,7 +22,7 @@ def load() -> None:
             interface differs); the message says what to run.
     """
     try:
-        from ._built_for import TORCH_VERSION as built_for
+        built_for = importlib.import_module("gradnorm_kernels._built_for").TORCH_VERSION
     except ModuleNotFoundError:
         raise ImportError(
             "gradnorm_kernels is not built. In its source folder, run:\n    " + REBUILD + "."
@@ -32,12 +34,9 @@ def load() -> None:
             "In its source folder, run:\n    " + REBUILD + "."
         )
     try:
-        from . import _C  # noqa: F401
+        importlib.import_module("gradnorm_kernels._C")
     except ImportError as error:
         raise ImportError(
             f"gradnorm_kernels._C, built for torch {built_for}, did not load in torch "
             f"{torch.__version__}: {error}\nIn its source folder, run:\n    " + REBUILD + "."
         ) from error
-
-
-load()

@@ -26,9 +26,7 @@ class FusedGeLU(nn.GELU):
 
     def __init__(self, approximate: str = "none", inplace: bool = False) -> None:
         if approximate not in ("none", "tanh"):
-            raise ValueError(
-                f"FusedGeLU: expected approximate to be 'none' or 'tanh', got {approximate!r}"
-            )
+            raise ValueError(f"FusedGeLU: expected approximate to be 'none' or 'tanh', got {approximate!r}")
         super().__init__(approximate)
 
     def forward(self, input: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
 """The switch that gives PyTorch's own ops fused double backwards."""
 
+from collections.abc import Callable
 from contextlib import ContextDecorator
+from typing import Any
 
 import torch
 
@@ -41,7 +43,7 @@ class set_fused_double_backward(ContextDecorator):  # noqa: N801 - the idiom of 
         self.previous = is_fused_double_backward_enabled()
         self._set(mode)
 
-    def __call__(self, func):
+    def __call__(self, func: Callable[..., Any]) -> Callable[..., Any]:
         self._set(self.previous)
         return super().__call__(func)
 

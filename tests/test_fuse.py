@@ -21,7 +21,11 @@ class ScaledGELU(nn.GELU):
 def make_model():
     shared = nn.GELU("tanh")
     return nn.Sequential(
-        nn.Linear(4, 8), nn.GELU(), nn.Sequential(nn.Linear(8, 8), shared, shared), ScaledGELU(), nn.Linear(8, 2)
+        nn.Linear(4, 8),
+        nn.GELU(),
+        nn.Sequential(nn.Linear(8, 8), shared, shared),
+        ScaledGELU(),
+        nn.Linear(8, 2),
     )
 
 
@@ -79,7 +83,7 @@ def test_fuse_is_idempotent_and_survives_copy_and_pickle():
 
 def test_fuse_takes_a_single_module_and_names_bad_input():
     assert type(gk.fuse(nn.GELU())) is gk.FusedGeLU
-    with pytest.raises(TypeError, match="expected model to be a torch.nn.Module, got list"):
+    with pytest.raises(TypeError, match=r"expected model to be a torch.nn.Module, got list"):
         gk.fuse([nn.GELU()])
 
 

@@ -10,7 +10,6 @@ import torch
 
 import gradnorm_kernels as gk
 
-
 TESTS = Path(__file__).parent
 
 
@@ -46,9 +45,7 @@ def test_version_is_the_distributions():
 )
 def test_library_built_for_another_torch_says_what_to_run(module, expected):
     run = run_python(
-        "import sys, types\n"
-        f"sys.modules['gradnorm_kernels._built_for'] = {module}\n"
-        "import gradnorm_kernels\n"
+        f"import sys, types\nsys.modules['gradnorm_kernels._built_for'] = {module}\nimport gradnorm_kernels\n"
     )
     assert run.returncode != 0
     assert "ImportError" in run.stderr and expected in run.stderr
@@ -56,9 +53,7 @@ def test_library_built_for_another_torch_says_what_to_run(module, expected):
 
 
 def test_library_that_does_not_load_says_what_to_run():
-    run = run_python(
-        "import sys\nsys.modules['gradnorm_kernels._C'] = None\nimport gradnorm_kernels\n"
-    )
+    run = run_python("import sys\nsys.modules['gradnorm_kernels._C'] = None\nimport gradnorm_kernels\n")
     assert run.returncode != 0
     assert "did not load in torch " + torch.__version__ in run.stderr
     assert "pip install --no-build-isolation" in run.stderr

@@ -8,9 +8,7 @@ namespace {
 void forward(at::TensorIteratorBase& iter, const Activation& activation) {
   std::visit(
       [&](const auto& act) {
-        elementwise<1, 1>(iter, [&](const auto& in) {
-          return std::array{act.f(in[0])};
-        });
+        elementwise<1, 1>(iter, [&](const auto& in) { return std::array{act.f(in[0])}; });
       },
       activation);
 }
@@ -32,8 +30,7 @@ void double_backward(at::TensorIteratorBase& iter, const Activation& activation)
         elementwise<2, 3>(iter, [&](const auto& in) {
           const auto& [grad_grad_input, grad_output, input] = in;
           // f'' before the other gradient: where it is 0, two large gradients cannot make inf * 0.
-          return std::array{
-              grad_grad_input * act.df(input), grad_grad_input * act.d2f(input) * grad_output};
+          return std::array{grad_grad_input * act.df(input), grad_grad_input * act.d2f(input) * grad_output};
         });
       },
       activation);

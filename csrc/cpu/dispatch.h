@@ -15,8 +15,7 @@
   namespace AVX512 {                           \
   extern const Table table;                    \
   }
-#define GRADNORM_KERNELS(table) \
-  ::gradnorm_kernels::for_this_cpu(DEFAULT::table, AVX2::table, AVX512::table)
+#define GRADNORM_KERNELS(table) ::gradnorm_kernels::for_this_cpu(DEFAULT::table, AVX2::table, AVX512::table)
 #else
 #define GRADNORM_DECLARE_KERNELS(Table, table) \
   namespace DEFAULT {                          \

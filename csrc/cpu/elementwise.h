@@ -42,11 +42,9 @@ void run(at::TensorIteratorBase& iter, const Fn& fn) {
   constexpr size_t operands = Outputs + Inputs;
   constexpr int64_t width = Vec::size();
   iter.for_each([&](char** data, const int64_t* strides, int64_t n) {
-    const bool contiguous = std::all_of(
-        strides, strides + operands, [](int64_t stride) { return stride == sizeof(T); });
-    const auto element = [&](size_t k, int64_t i) {
-      return reinterpret_cast<T*>(data[k] + i * strides[k]);
-    };
+    const bool contiguous =
+        std::all_of(strides, strides + operands, [](int64_t stride) { return stride == sizeof(T); });
+    const auto element = [&](size_t k, int64_t i) { return reinterpret_cast<T*>(data[k] + i * strides[k]); };
     Vectors<T, Inputs> in;
     int64_t start = 0;
     for (; contiguous && start + width <= n; start += width) {
