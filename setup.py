@@ -5,17 +5,20 @@ import platform
 import sys
 from pathlib import Path
 
+import setuptools
 from setuptools import setup
 
+INSTALL = 'pip install "setuptools>=77" ninja\n    pip install --no-build-isolation .'
+
+if int(setuptools.__version__.split(".")[0]) < 77:
+    sys.exit(f"gradnorm_kernels needs setuptools 77 or later, found {setuptools.__version__}. Run:\n    {INSTALL}")
 try:
     import torch
     from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
 except ImportError:
     sys.exit(
         "gradnorm_kernels is built against the torch you run it with, and this build environment has none.\n"
-        "Install torch (2.11 to 2.15), then run:\n"
-        "    pip install setuptools ninja\n"
-        "    pip install --no-build-isolation .\n"
+        f"Install torch (2.11 to 2.15), then run:\n    {INSTALL}"
     )
 
 ROOT = Path(__file__).parent

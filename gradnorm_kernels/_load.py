@@ -5,7 +5,7 @@ import importlib
 import torch
 
 REBUILD = (
-    "pip install setuptools ninja\n"
+    'pip install "setuptools>=77" ninja\n'
     "    pip install --no-build-isolation --no-deps --force-reinstall --no-cache-dir "
 )
 
