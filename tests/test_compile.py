@@ -25,7 +25,6 @@ def make_net(activation):
 
 def penalised_step(model, x, target):
     """A gradient-norm step that calls ``backward`` inside the compiled region."""
-    x = x.detach().requires_grad_()
     loss = F.cross_entropy(model(x), target)
     (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
     (loss + gradient.abs().sum()).backward()
@@ -45,7 +44,7 @@ def penalised_gradients(model, params, x, target):
 
 @pytest.fixture
 def batch():
-    return torch.randn(5, 6), torch.randint(3, (5,))
+    return torch.randn(5, 6, requires_grad=True), torch.randint(3, (5,))
 
 
 # aot_eager runs the traced derivatives op by op; inductor generates code, and takes half a minute.
@@ -83,7 +82,7 @@ def test_compiled_region_holds_atens_gelu():
 
 def test_compiled_module_differentiates_twice_outside(batch):
     """Only the forward is compiled; the region falls back to what PyTorch does there: a clear error."""
-    x = batch[0].requires_grad_()
+    x = batch[0]
     model = torch.compile(make_net(gk.FusedGeLU), backend="aot_eager")
     (gradient,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="double backward"):
