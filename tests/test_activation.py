@@ -124,7 +124,7 @@ def test_denormals(act, dtype):
 def test_every_finite_input_has_finite_derivatives(act, dtype):
     largest = torch.finfo(dtype).max
     root = math.sqrt(largest)
-    x = torch.tensor([-largest, -root, -100, 100, root, largest], dtype=torch.float64).to(dtype)
+    x = torch.tensor([-largest, -root, -1e4, 1e4, root, largest], dtype=torch.float64).to(dtype)
     slope = (x > 0).to(dtype)
     for gradient in (torch.ones_like(x), torch.full_like(x, largest)):
         output, first, grad_grad_output, second = all_orders(act, gradient, gradient, x)
