@@ -10,7 +10,7 @@ TORCH ?= torch>=2.11,<2.16
 # The release of the check without timm and CUDA libraries; where the package index serves a CUDA build
 # under this name, the check still runs without timm.
 CPU_TORCH ?= torch==2.13.0
-NATIVE := setup.py pyproject.toml $(wildcard csrc/* csrc/cpu/*)
+NATIVE := setup.py pyproject.toml $(wildcard csrc/*.* csrc/cpu/*.*)
 # Pinned: another release may format differently.
 LINTERS := clang-format==23.1.5 mypy==2.4.1 pre-commit==4.7.0 ruff==0.17.6
 FORMATTED_CXX := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h tests/cpp/*.cpp)
@@ -32,8 +32,8 @@ test-python: $(BIN)/.built
 	$(BIN)/python -m pytest
 
 test-cpp: $(BIN)/.installed
-	$(BIN)/cmake -S . -B build/cmake -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
-		-DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja)
+	$(BIN)/cmake -S . -B build/cmake -G Ninja -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" \
+		-DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(BIN)/ninja"
 	$(BIN)/cmake --build build/cmake
 	$(BIN)/ctest --test-dir build/cmake --output-on-failure
 

@@ -11,7 +11,8 @@ from setuptools import setup
 INSTALL = 'pip install "setuptools>=77" ninja\n    pip install --no-build-isolation .'
 
 if int(setuptools.__version__.split(".")[0]) < 77:
-    sys.exit(f"gradnorm_kernels needs setuptools 77 or later, found {setuptools.__version__}. Run:\n    {INSTALL}")
+    found = setuptools.__version__
+    sys.exit(f"gradnorm_kernels needs setuptools 77 or later, found {found}. Run:\n    {INSTALL}")
 try:
     import torch
     from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
@@ -42,7 +43,15 @@ CPU_CAPABILITIES = X86_FLAGS if IS_X86 else {"DEFAULT": []}
 class BuildPerCapability(BuildExtension):
     """Compiles csrc/cpu once for every instruction set, and the rest once."""
 
+    def run(self) -> None:
+        super().run()
+        # Beside the library: what the import compares with the torch it finds.
+        package = Path(self.get_ext_fullpath("gradnorm_kernels._C")).parent
+        (package / "_built_for.py").write_text(f'TORCH_VERSION = "{torch.__version__}"\n')
+
     def build_extensions(self) -> None:
+        # Without ninja, setuptools would keep a library older than a header, or built for another torch.
+        self.force = True
         for capability, flags in CPU_CAPABILITIES.items():
             macros = [("CPU_CAPABILITY", capability), (f"CPU_CAPABILITY_{capability}", None)]
             self.extensions[0].extra_objects += self.compiler.compile(
@@ -53,9 +62,6 @@ class BuildPerCapability(BuildExtension):
                 extra_postargs=[*CXX_FLAGS, *flags],
             )
         super().build_extensions()
-        # Beside the library: what the import compares with the torch it finds.
-        package = Path(self.get_ext_fullpath("gradnorm_kernels._C")).parent
-        (package / "_built_for.py").write_text(f'TORCH_VERSION = "{torch.__version__}"\n')
 
 
 setup(

@@ -18,38 +18,11 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 using TensorPair = std::tuple<Tensor, Tensor>;
 
-// The mathematics in plain ATen ops: differentiable to any order, for torch.func, compilers, third order
-// and devices without a kernel of ours.
-namespace composite {
-
-Tensor forward(const Tensor& input, const Activation& activation) {
-  const Tensor x = to_opmath(input);
-  return std::visit([&](const auto& act) { return act.f(x); }, activation).to(input.scalar_type());
-}
-
-Tensor backward(const Tensor& grad_output, const Tensor& input, const Activation& activation) {
-  const Tensor x = to_opmath(input);
-  const Tensor slope = std::visit([&](const auto& act) { return act.df(x); }, activation);
-  return (grad_output * slope).to(input.scalar_type());
-}
-
-TensorPair double_backward(
-    const Tensor& grad_grad_input, const Tensor& grad_output, const Tensor& input,
-    const Activation& activation) {
-  const Tensor x = to_opmath(input);
-  const Tensor curvature = std::visit([&](const auto& act) { return act.d2f(x); }, activation);
-  return {
-      backward(grad_grad_input, input, activation),
-      (grad_grad_input * curvature * grad_output).to(input.scalar_type())};
-}
-
-}  // namespace composite
-
 template <class Definition, class Make = decltype(&Definition::make)>
 struct ActivationOps;
 
 // The three dispatcher ops of one activation, at every key. Definition gives the activation's name, the
-// schema of its parameters, and the Activation they make.
+// schema of its parameters, the Activation they make, and ATen's own forward and backward.
 template <class Definition, class... Params>
 struct ActivationOps<Definition, Activation (*)(Params...)> {
   using Saved =
@@ -80,30 +53,39 @@ struct ActivationOps<Definition, Activation (*)(Params...)> {
   }
 
   static void check(const Tensor& input) {
-    check_elementwise(name(""), {{"input", input}});
+    check_elementwise(Definition::name, "", {{"input", input}});
   }
   static void check(const Tensor& grad_output, const Tensor& input) {
-    check_elementwise(name("_backward"), {{"input", input}, {"grad_output", grad_output}});
+    check_elementwise(Definition::name, "_backward", {{"input", input}, {"grad_output", grad_output}});
   }
   static void check(const Tensor& grad_grad_input, const Tensor& grad_output, const Tensor& input) {
     check_elementwise(
-        name("_double_backward"),
+        Definition::name, "_double_backward",
         {{"input", input}, {"grad_output", grad_output}, {"grad_grad_input", grad_grad_input}});
   }
 
+  // Plain ATen ops, differentiable to any order: for torch.func, compilers, the third order, and devices
+  // without a kernel of ours.
   struct Composite {
     static Tensor forward(const Tensor& input, Params... params) {
       check(input);
-      return composite::forward(input, Definition::make(params...));
+      Definition::make(params...);
+      return Definition::aten_forward(input, params...);
     }
     static Tensor backward(const Tensor& grad_output, const Tensor& input, Params... params) {
       check(grad_output, input);
-      return composite::backward(grad_output, input, Definition::make(params...));
+      Definition::make(params...);
+      return Definition::aten_backward(grad_output, input, params...);
     }
     static TensorPair double_backward(
         const Tensor& grad_grad_input, const Tensor& grad_output, const Tensor& input, Params... params) {
       check(grad_grad_input, grad_output, input);
-      return composite::double_backward(grad_grad_input, grad_output, input, Definition::make(params...));
+      const Tensor x = to_opmath(input);
+      const Tensor curvature =
+          std::visit([&](const auto& act) { return act.d2f(x); }, Definition::make(params...));
+      return {
+          Definition::aten_backward(grad_grad_input, input, params...),
+          (grad_grad_input * curvature * grad_output).to(input.scalar_type())};
     }
   };
 
@@ -237,9 +219,11 @@ struct ActivationOps<Definition, Activation (*)(Params...)> {
         return {Tensor(), Tensor(), Tensor(), Tensor()};
       }
       const auto variables = ctx->get_saved_variables();
-      const Tensor &grad_output = variables[0], input = variables[1];
+      const Tensor& grad_output = variables[0];
+      const Tensor& input = variables[1];
       return std::apply(
           [&](const auto&... p) -> variable_list {
+            // Where only the input needs a gradient, the other one is still written: one tensor in five.
             if (!ctx->needs_input_grad(1)) {
               return {call_backward(grad_grad_input, input, p...), Tensor(), Tensor(), Tensor()};
             }
@@ -281,6 +265,12 @@ struct Gelu {
     TORCH_CHECK_VALUE(
         approximate == "tanh", "gelu: expected approximate to be 'none' or 'tanh', got '", approximate, "'");
     return GeluTanh{};
+  }
+  static Tensor aten_forward(const Tensor& input, std::string_view approximate) {
+    return at::gelu(input, approximate);
+  }
+  static Tensor aten_backward(const Tensor& grad_output, const Tensor& input, std::string_view approximate) {
+    return at::gelu_backward(grad_output, input, approximate);
   }
 };
 

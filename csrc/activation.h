@@ -1,6 +1,6 @@
 // Every activation, defined once: f, f' and f'' written against an arithmetic type V.
 // The CPU kernels instantiate them with at::vec::Vectorized<float|double>; the composite path, which
-// autograd and torch.func can differentiate to any order, instantiates them with at::Tensor.
+// autograd and torch.func can differentiate further, instantiates f'' with at::Tensor.
 #pragma once
 
 #include <variant>

@@ -4,6 +4,7 @@
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 
 #include <memory>
+#include <mutex>
 #include <vector>
 
 namespace gradnorm_kernels {
@@ -20,7 +21,8 @@ bool needs_composite(at::TensorList tensors) {
   }
   constexpr uint64_t outermost_level = 0;
   for (const auto& tensor : tensors) {
-    if (tensor._fw_grad(outermost_level).defined()) {
+    if (tensor.is_nested() || tensor.key_set().has(c10::DispatchKey::Python) ||
+        tensor._fw_grad(outermost_level).defined()) {
       return true;
     }
   }
@@ -35,25 +37,28 @@ bool is_supported_dtype(at::ScalarType dtype) {
 
 }  // namespace
 
-void check_elementwise(const std::string& op, std::initializer_list<NamedTensor> tensors) {
+void check_elementwise(const char* op, const char* suffix, std::initializer_list<NamedTensor> tensors) {
   const auto& first = *tensors.begin();
   for (const auto& [name, tensor] : tensors) {
+    if (tensor.is_nested()) {
+      return;
+    }
     const auto dtype = tensor.scalar_type();
     TORCH_CHECK_TYPE(
-        is_supported_dtype(dtype), op, ": expected ", name,
+        is_supported_dtype(dtype), op, suffix, ": expected ", name,
         " to be float16, bfloat16, float32 or float64, got ", dtype);
     TORCH_CHECK(
-        tensor.layout() == at::kStrided, op, ": expected ", name, " to be a strided tensor, got ",
+        tensor.layout() == at::kStrided, op, suffix, ": expected ", name, " to be a strided tensor, got ",
         tensor.layout());
     TORCH_CHECK_TYPE(
-        dtype == first.tensor.scalar_type(), op, ": expected ", name, " to have the dtype of ", first.name,
-        " (", first.tensor.scalar_type(), "), got ", dtype);
+        dtype == first.tensor.scalar_type(), op, suffix, ": expected ", name, " to have the dtype of ",
+        first.name, " (", first.tensor.scalar_type(), "), got ", dtype);
     TORCH_CHECK(
-        tensor.device() == first.tensor.device(), op, ": expected ", name, " to be on the device of ",
+        tensor.device() == first.tensor.device(), op, suffix, ": expected ", name, " to be on the device of ",
         first.name, " (", first.tensor.device(), "), got ", tensor.device());
     TORCH_CHECK_VALUE(
-        tensor.sym_sizes() == first.tensor.sym_sizes(), op, ": expected ", name, " to have the shape of ",
-        first.name, " (", first.tensor.sym_sizes(), "), got ", tensor.sym_sizes());
+        tensor.sym_sizes() == first.tensor.sym_sizes(), op, suffix, ": expected ", name,
+        " to have the shape of ", first.name, " (", first.tensor.sym_sizes(), "), got ", tensor.sym_sizes());
   }
 }
 
@@ -74,14 +79,18 @@ std::vector<StockOverride::Install>& stock_overrides() {
   return overrides;
 }
 
-// Never destroyed at exit, when the dispatcher may already be gone.
-std::unique_ptr<torch::Library>& installed_overrides() {
+// Holds the registrations at PyTorch's own ops while the switch is on. Never destroyed at exit, when the
+// dispatcher may already be gone.
+std::unique_ptr<torch::Library>& aten_library() {
   static auto* library = new std::unique_ptr<torch::Library>();
   return *library;
 }
 
+std::mutex aten_library_mutex;
+
 void set_fused_double_backward(bool enabled) {
-  auto& library = installed_overrides();
+  const std::lock_guard<std::mutex> lock(aten_library_mutex);
+  auto& library = aten_library();
   if (enabled == (library != nullptr)) {
     return;
   }
@@ -98,7 +107,8 @@ void set_fused_double_backward(bool enabled) {
 }
 
 bool is_fused_double_backward_enabled() {
-  return installed_overrides() != nullptr;
+  const std::lock_guard<std::mutex> lock(aten_library_mutex);
+  return aten_library() != nullptr;
 }
 
 }  // namespace

@@ -12,9 +12,10 @@ namespace gradnorm_kernels {
 
 using at::Tensor;
 
-// True where an autograd Function of ours would raise or be silently incomplete, and plain ATen ops are
-// right: inside torch.func transforms, under forward-mode AD, and while a graph is traced for a compiler,
-// which fuses plain ops with their neighbours.
+// True where an autograd Function or a kernel of ours would raise or be silently incomplete, and plain ATen
+// ops are right: inside torch.func transforms, under forward-mode AD, for nested tensors and for tensor
+// subclasses that implement ATen's ops (DTensor), and while a graph is traced for a compiler, which fuses
+// plain ops with their neighbours.
 bool needs_composite(at::TensorList tensors);
 
 struct NamedTensor {
@@ -22,9 +23,10 @@ struct NamedTensor {
   const Tensor& tensor;
 };
 
-// Raises, naming the argument, unless all are strided float16, bfloat16, float32 or float64 tensors that
-// share the first one's dtype, device and shape.
-void check_elementwise(const std::string& op, std::initializer_list<NamedTensor> tensors);
+// Raises, naming the op (its name and suffix) and the argument, unless all are strided float16, bfloat16,
+// float32 or float64 tensors that share the first one's dtype, device and shape. Nested tensors, whose shapes
+// only ATen's ops know, are left to these.
+void check_elementwise(const char* name, const char* suffix, std::initializer_list<NamedTensor> tensors);
 
 // float32 for float16 and bfloat16: the dtype arithmetic is done in.
 Tensor to_opmath(const Tensor& tensor);

@@ -14,7 +14,6 @@ from .fuse import fuse
 from .modules import FusedGeLU
 from .switch import is_fused_double_backward_enabled, set_fused_double_backward
 
-__version__ = _version("gradnorm_kernels")
 __all__ = [
     "FusedGeLU",
     "functional",
@@ -26,3 +25,4 @@ __all__ = [
 
 _load.load()
 kernels.register()
+__version__ = _version("gradnorm_kernels")

@@ -15,7 +15,8 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
 
     The double backward reads three tensors and writes two in one kernel. The third order and
     ``torch.func`` transforms are exact, through plain ATen ops; in a region compiled by ``torch.compile``
-    this is ``torch.nn.functional.gelu``, which the compiler fuses with its neighbours.
+    this is ``torch.nn.functional.gelu``, which the compiler fuses with its neighbours. Nested tensors and
+    tensor subclasses such as DTensor take PyTorch's own kernels.
 
     Args:
         input: any shape and strides; float16, bfloat16, float32 or float64. Arithmetic is done in
@@ -31,4 +32,4 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
     """
     if torch.compiler.is_compiling():
         return torch.nn.functional.gelu(input, approximate=approximate)
-    return torch.ops.gradnorm_kernels.gelu.default(input, approximate=approximate)
+    return torch.ops.gradnorm_kernels.gelu(input, approximate=approximate)

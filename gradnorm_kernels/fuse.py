@@ -1,6 +1,5 @@
 """Swaps the modules of an existing model for their fused counterparts."""
 
-from collections.abc import Callable
 from typing import Any, TypeVar
 
 from torch import nn
@@ -11,13 +10,12 @@ __all__ = ["fuse"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
-# By name, so that timm is not imported. Each entry: the fused class, and the attributes it needs that the
-# original's own __dict__ may lack.
-_Attributes = Callable[[Any], dict[str, Any]]
-_FUSED: dict[str, tuple[type[nn.Module], _Attributes]] = {
-    "torch.nn.modules.activation.GELU": (FusedGeLU, lambda module: {}),
-    "timm.layers.activations.GELU": (FusedGeLU, lambda module: {"approximate": "none"}),
-    "timm.layers.activations.GELUTanh": (FusedGeLU, lambda module: {"approximate": "tanh"}),
+# By name, so that timm is not imported. Each entry: the fused class, and the attributes that it needs and the
+# original lacks.
+_FUSED: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
+    "torch.nn.modules.activation.GELU": (FusedGeLU, {}),
+    "timm.layers.activations.GELU": (FusedGeLU, {"approximate": "none"}),
+    "timm.layers.activations.GELUTanh": (FusedGeLU, {"approximate": "tanh"}),
 }
 
 
@@ -44,6 +42,6 @@ def fuse(model: Model) -> Model:
         kind = type(module)
         if (found := _FUSED.get(f"{kind.__module__}.{kind.__qualname__}")) is not None:
             fused, attributes = found
-            module.__dict__.update(attributes(module))
+            module.__dict__.update(attributes)
             module.__class__ = fused
     return model

@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 from contextlib import ContextDecorator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def is_fused_double_backward_enabled() -> bool:
@@ -18,7 +20,7 @@ class set_fused_double_backward(ContextDecorator):  # noqa: N801 - the idiom of 
     Code that is not touched at all (a WGAN-GP, a PINN, a force field, ``torch.nn.GELU``) then
     differentiates twice at fused speed. Only the double backward changes: forward and first backward stay
     PyTorch's. Covered: ``aten::gelu_backward``. Under ``torch.func`` transforms, forward-mode AD and
-    ``torch.compile`` PyTorch's own formulas stay in force.
+    ``torch.compile``, and for nested tensors and tensor subclasses, PyTorch's own formulas stay in force.
 
     Works as ``torch.set_grad_enabled`` does: calling it sets the mode at once, ``with`` restores the
     previous one at the end, and it decorates functions. Unlike it, the mode belongs to the whole process,
@@ -41,18 +43,28 @@ class set_fused_double_backward(ContextDecorator):  # noqa: N801 - the idiom of 
             raise TypeError(f"set_fused_double_backward: expected mode to be a bool, got {mode!r}")
         self.mode = mode
         self.previous = is_fused_double_backward_enabled()
-        self._set(mode)
+        _set(mode)
 
-    def __call__(self, func: Callable[..., Any]) -> Callable[..., Any]:
-        self._set(self.previous)
+    def __call__(self, func: _Function) -> _Function:
+        _set(self.previous)
         return super().__call__(func)
 
+    def _recreate_cm(self) -> "set_fused_double_backward":
+        """For ContextDecorator: each call of a decorated function restores what it found."""
+        return type(self)(self.mode)
+
     def __enter__(self) -> None:
-        self._set(self.mode)
+        _set(self.mode)
 
     def __exit__(self, *exc_info: object) -> None:
-        self._set(self.previous)
+        _set(self.previous)
 
-    @staticmethod
-    def _set(mode: bool) -> None:
-        torch.ops.gradnorm_kernels.set_fused_double_backward(mode)
+
+def _set(mode: bool) -> None:
+    torch.ops.gradnorm_kernels.set_fused_double_backward(mode)
+
+
+# What torch.compiler.disable sets, without importing Dynamo: a compiled function that switches would do so
+# only while it is traced.
+set_fused_double_backward.__init__._torchdynamo_disable = True  # type: ignore[attr-defined]
+_set._torchdynamo_disable = True  # type: ignore[attr-defined]

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 import gradnorm_kernels as gk
 
@@ -312,14 +313,11 @@ def test_each_pass_is_one_kernel_and_nothing_unneeded_is_computed(act):
 
 @each_activation
 def test_undefined_gradients_stay_undefined(act):
-    x = torch.randn(8, requires_grad=True)
-    unused = act.fused(x)
-    (grad,) = torch.autograd.grad(x.sum() + 0 * unused.detach().sum(), x, allow_unused=True)
-    assert torch.equal(grad, torch.ones_like(x))
-    g = torch.randn(8, requires_grad=True)
+    undefined = torch._C._functions.UndefinedGrad()
+    x, g = (torch.randn(8, requires_grad=True) for _ in range(2))
+    undefined(act.fused(x)).sum().backward()
     (grad_input,) = torch.autograd.grad(act.fused(x), x, g, create_graph=True)
-    assert torch.autograd.grad(g.sum(), (g, x), allow_unused=True)[1] is None
-    torch._C._functions.UndefinedGrad()(grad_input).sum().backward()
+    undefined(grad_input).sum().backward()
     assert x.grad is None and g.grad is None
 
 
@@ -389,6 +387,69 @@ def test_torch_func(act):
     with gk.set_fused_double_backward(True):
         for ours, stock in zip(transforms(act.stock_forward), transforms(act.fused), strict=True):
             torch.testing.assert_close(ours, stock, rtol=1e-10, atol=1e-12)
+
+
+@each_activation
+def test_torch_func_in_float32_is_as_accurate_as_stock(act):
+    x = torch.linspace(-12, 12, 5001)
+
+    def transforms(function, x):
+        grad = torch.func.grad(lambda x: function(x).sum())
+        yield torch.func.grad(lambda x: grad(x).sum())(x)
+        yield torch.func.jvp(function, (x,), (torch.ones_like(x),))[1]
+
+    exact = list(transforms(act.stock_forward, x.double()))
+    for ours, stock, wanted in zip(
+        transforms(act.fused, x), transforms(act.stock_forward, x), exact, strict=True
+    ):
+        assert (ours - wanted).abs().max() <= 2 * (stock - wanted).abs().max()
+
+
+@each_activation
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+def test_nested_tensors(act):
+    parts = [torch.randn(2, 3), torch.randn(4, 3)]
+    expected = [
+        all_orders_by_autograd(act.stock_forward, *[torch.ones_like(part)] * 2, part)[1] for part in parts
+    ]
+    with gk.set_fused_double_backward(True):
+        for function in (act.fused, act.stock_forward):
+            nested = torch.nested.nested_tensor(parts, requires_grad=True)
+            function(nested).to_padded_tensor(0.0).sum().backward()
+            for gradient, wanted in zip(nested.grad.unbind(), expected, strict=True):
+                torch.testing.assert_close(gradient, wanted)
+
+
+class AtenOnly(torch.Tensor):
+    """A tensor subclass that knows ATen's ops alone, as DTensor does."""
+
+    @staticmethod
+    def __new__(cls, wrapped):
+        return torch.Tensor._make_wrapper_subclass(cls, wrapped.shape, dtype=wrapped.dtype)
+
+    def __init__(self, wrapped):
+        self.wrapped = wrapped
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func.namespace != "aten":
+            return NotImplemented
+        result = func(*tree_map_only(cls, lambda t: t.wrapped, args), **(kwargs or {}))
+        return tree_map_only(torch.Tensor, cls, result)
+
+
+@each_activation
+def test_tensor_subclasses(act):
+    def second(function, x):
+        x.requires_grad_()
+        (gradient,) = torch.autograd.grad(function(x).square().sum(), x, create_graph=True)
+        return torch.autograd.grad(gradient.square().sum(), x)[0]
+
+    x = torch.randn(5, dtype=torch.float64)
+    expected = second(act.stock_forward, x.clone())
+    with gk.set_fused_double_backward(True):
+        for function in (act.fused, act.stock_forward):
+            torch.testing.assert_close(second(function, AtenOnly(x)).wrapped, expected)
 
 
 @each_activation

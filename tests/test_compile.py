@@ -106,3 +106,18 @@ def test_the_ops_themselves_trace(dynamic):
         expected = torch.autograd.grad(sum(c.sum() for c in step(*operands)), operands)
         for ours, wanted in zip(gradients, expected, strict=True):
             torch.testing.assert_close(ours, wanted)
+
+
+def test_switching_inside_a_compiled_function_works_at_every_call():
+    def function(x):
+        gk.set_fused_double_backward(True)
+        return x + 1
+
+    compiled = torch.compile(function, backend="eager")
+    try:
+        for _ in range(3):
+            gk.set_fused_double_backward(False)
+            compiled(torch.ones(2))
+            assert gk.is_fused_double_backward_enabled()
+    finally:
+        gk.set_fused_double_backward(False)

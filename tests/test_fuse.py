@@ -81,6 +81,14 @@ def test_fuse_is_idempotent_and_survives_copy_and_pickle():
     make_model().double().load_state_dict(model.state_dict())
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_fused_module_scripts_and_traces():
+    x = torch.randn(3)
+    expected = F.gelu(x, approximate="tanh")
+    torch.testing.assert_close(torch.jit.script(gk.FusedGeLU("tanh"))(x), expected)
+    torch.testing.assert_close(torch.fx.symbolic_trace(gk.FusedGeLU("tanh"))(x), expected)
+
+
 def test_fuse_takes_a_single_module_and_names_bad_input():
     assert type(gk.fuse(nn.GELU())) is gk.FusedGeLU
     with pytest.raises(TypeError, match=r"expected model to be a torch.nn.Module, got list"):
@@ -116,6 +124,14 @@ def test_switch_is_called_nested_and_used_as_decorator():
 
     assert not runs_fused()
     assert decorated() and not runs_fused()
+    with gk.set_fused_double_backward(True):
+        assert decorated() and runs_fused()
+
+    @gk.set_fused_double_backward(True)
+    def recursive(depth):
+        return runs_fused() and (depth == 0 or recursive(depth - 1)) and runs_fused()
+
+    assert recursive(2) and not runs_fused()
     with pytest.raises(KeyError), gk.set_fused_double_backward(True):
         raise KeyError
     assert not runs_fused()
