@@ -21,8 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line ``arguments`` (without it, the process's own).
 
     Returns:
-        The exit status: 0, 1 for a run that cannot start or go on, 130 after an interrupt. Unsuitable arguments
-        exit with 2.
+        The exit status: 0, 1 for a run that cannot start or go on, 130 after an interrupt. Unsuitable
+        arguments exit with 2.
     """
     options = vars(_parser().parse_args(arguments))
     command = options.pop("command")
@@ -76,8 +76,8 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser(
         "train",
         help="train a model",
-        description="Trains a classifier, by default on scikit-learn's digits. An interrupt (Ctrl-C) stops it with"
-        " a checkpoint.",
+        description="Trains a classifier, by default on scikit-learn's digits. An interrupt (Ctrl-C) stops it"
+        " with a checkpoint.",
     )
     train.set_defaults(command=_train)
     train.add_argument(
@@ -99,9 +99,9 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser(
         "demo",
         help="train three small models and compare them",
-        description="Trains one small GELU network on scikit-learn's digits three ways (cross-entropy alone; gradient"
-        " norm with PyTorch's own kernels; gradient norm with the fused ones), attacks the three, and prints how"
-        " they compare in speed, accuracy and robustness. Takes a few minutes on two CPU cores.",
+        description="Trains one small GELU network on scikit-learn's digits three ways (cross-entropy alone;"
+        " gradient norm with PyTorch's own kernels; gradient norm with the fused ones), attacks the three,"
+        " and prints how they compare in speed, accuracy and robustness. Takes minutes on two CPU cores.",
     )
     demo.set_defaults(command=_demo)
     demo.add_argument(
@@ -115,8 +115,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_option(parser: argparse.ArgumentParser, item: "Field[Any]", hint: Any) -> None:
-    """Adds the option for a field of TrainConfig. Options not given stay out of the namespace, so that a resumed
-    run can tell them from options given with their default."""
+    """Adds the option for a field of TrainConfig.
+
+    Options not given stay out of the namespace, so that a resumed run can tell them from options given with
+    their default.
+    """
     kind = next((t for t in get_args(hint) if t is not type(None)), hint)
     help = item.metadata["help"]
     if item.default is not None:
@@ -138,4 +141,5 @@ def _number(text: str) -> float:
     try:
         return float(Fraction(text))
     except (ValueError, ZeroDivisionError):
-        raise argparse.ArgumentTypeError(f"expected a number or a fraction such as 4/255, got {text!r}")
+        message = f"expected a number or a fraction such as 4/255, got {text!r}"
+        raise argparse.ArgumentTypeError(message) from None

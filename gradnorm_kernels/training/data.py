@@ -1,0 +1,267 @@
+"""Training and evaluation data whose order and augmentation depend on (seed, epoch, index) alone.
+
+So a run that resumes in the middle of an epoch sees what the uninterrupted run would have seen, with any
+number of workers. Reading, transforms and mixing are timm's; scikit-learn bundles the default data.
+"""
+
+import random
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import Mixup, create_transform
+from timm.data.mixup import mixup_target
+from timm.data.readers import create_reader
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
+
+from .config import TrainConfig, TrainingError
+from .models import InputSpec, input_spec
+
+__all__ = ["Data", "load_data", "load_digits", "seed_everything"]
+
+EVALUATION_FOLDERS = ("val", "validation", "test")
+
+
+def seed_everything(*key: int) -> None:
+    """Seeds Python, NumPy and torch from ``key``, whose integers are at least 0."""
+    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    # torch.manual_seed takes 0.1 ms where CUDA is built in but idle, too long for one small image.
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
+
+
+@dataclass
+class Data:
+    """A training set and a held-out set, with what a model needs to know of them.
+
+    Items of both are an image (C, H, W), float32 with pixels in [0, 1], and its class.
+    """
+
+    config: TrainConfig
+    train: "TensorDataset | _ImageFolder"
+    evaluation: "TensorDataset | _ImageFolder"
+    num_classes: int
+    spec: InputSpec
+    mixup: Mixup | None = None
+
+    def soften(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mixes a batch, in place, and turns its classes (B,) into probabilities (B, C), as configured."""
+        if self.mixup:
+            return self.mixup(images, labels)
+        smoothing = self.config.label_smoothing
+        return images, mixup_target(labels, self.num_classes, smoothing=smoothing)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Full batches in the training set; an incomplete last one is dropped."""
+        return len(self.train) // self.config.batch_size
+
+    def training_batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of ``epoch`` (from 0), from the step ``start`` on, in an order of its own."""
+        self._order.epoch, self._order.start = epoch, start * self.config.batch_size
+        return iter(self._training_loader)
+
+    def evaluation_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The held-out set, in its order."""
+        return iter(self._loader(self.evaluation))
+
+    @cached_property
+    def _order(self) -> "_EpochOrder":
+        return _EpochOrder(len(self.train), self.config.seed)
+
+    @cached_property
+    def _training_loader(self) -> DataLoader[Any]:
+        items = _Seeded(self.train, self.config.seed)
+        return self._loader(items, sampler=self._order, drop_last=True, persistent=True)
+
+    def _loader(self, items: Dataset[Any], *, persistent: bool = False, **options: Any) -> DataLoader[Any]:
+        workers = self.config.workers if self.config.data else 0
+        return DataLoader(
+            items,
+            self.config.batch_size,
+            num_workers=workers,
+            persistent_workers=persistent and workers > 0,
+            worker_init_fn=_ignore_interrupts,
+            pin_memory=torch.cuda.is_available(),
+            **options,
+        )
+
+
+def load_data(config: TrainConfig) -> Data:
+    """The data that ``config`` names, as its model wants to see it.
+
+    Raises:
+        TrainingError: if there is none; the message names the path or the option.
+    """
+    data = _digits(config) if config.data is None else _image_folder(config, Path(config.data))
+    if not data.steps_per_epoch:
+        raise TrainingError(
+            f"--batch-size: {config.batch_size} exceeds the number of training images, {len(data.train)}"
+        )
+    return data
+
+
+def load_digits() -> tuple[TensorDataset, TensorDataset]:
+    """scikit-learn's handwritten digits: 1,437 to train on and 360 held out (every fifth).
+
+    Images are (1, 8, 8), float32 with pixels in [0, 1]; classes are int64 from 0 to 9. Source: UCI ML
+    Repository, Optical Recognition of Handwritten Digits, https://archive.ics.uci.edu/dataset/80.
+    """
+    from sklearn.datasets import load_digits as load_sklearn_digits
+
+    bundle = load_sklearn_digits()
+    images = torch.from_numpy(bundle.images / 16).float().unsqueeze(1)
+    targets = torch.from_numpy(bundle.target).long()
+    held_out = torch.arange(len(targets)) % 5 == 0
+    return (
+        TensorDataset(images[~held_out], targets[~held_out]),
+        TensorDataset(images[held_out], targets[held_out]),
+    )
+
+
+def _digits(config: TrainConfig) -> Data:
+    if config.image_size not in (None, 8):
+        raise TrainingError(f"--image-size: the digits have 8 pixels, got {config.image_size}")
+    train, evaluation = load_digits()
+    return Data(config, train, evaluation, 10, input_spec(config.model, 1, 8))
+
+
+def _image_folder(config: TrainConfig, root: Path) -> Data:
+    spec = input_spec(config.model, 3, config.image_size)
+    if not root.is_dir():
+        raise TrainingError(f"--data: {root} is no folder")
+    held_out = [root / name for name in EVALUATION_FOLDERS if (root / name).is_dir()]
+    if not held_out:
+        raise TrainingError(f"--data: {root} has none of the folders {', '.join(EVALUATION_FOLDERS)}")
+    classes = _classes(root / "train")
+    if unknown := _classes(held_out[0]).keys() - classes.keys():
+        raise TrainingError(f"--data: {root / 'train'} lacks the classes {sorted(unknown)} of {held_out[0]}")
+
+    recipe = config.augmentation == "recipe"
+    if recipe and config.batch_size % 2:
+        raise TrainingError(f"--batch-size: mixup needs an even one, got {config.batch_size}")
+    return Data(
+        config,
+        _ImageFolder(root / "train", classes, _training_transform(config.augmentation, spec)),
+        _ImageFolder(held_out[0], classes, _evaluation_transform(spec)),
+        len(classes),
+        spec,
+        Mixup(0.8, 1.0, label_smoothing=config.label_smoothing, num_classes=len(classes)) if recipe else None,
+    )
+
+
+def _classes(folder: Path) -> dict[str, int]:
+    """Class name to index, of a folder laid out as <class>/*."""
+    if not folder.is_dir():
+        raise TrainingError(f"--data: {folder} is no folder")
+    try:
+        classes = create_reader("", root=str(folder)).class_to_idx
+    except RuntimeError as error:  # names the folder and the file types
+        raise TrainingError(f"--data: {error}") from error
+    if "" in classes:
+        raise TrainingError(f"--data: {folder} holds images outside folders that name their class")
+    return classes
+
+
+class _ImageFolder(Dataset[tuple[Tensor, int]]):
+    """Images under a folder. timm's own dataset would skip an unreadable one; this reports it."""
+
+    def __init__(self, folder: Path, classes: dict[str, int], transform: Any) -> None:
+        self.reader = create_reader("", root=str(folder), class_map=classes)
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        file, target = self.reader[index]
+        with file:
+            try:
+                image = Image.open(file).convert("RGB")
+            except Exception as error:  # Pillow's decoders raise many kinds
+                path = self.reader.filename(index, absolute=True)
+                raise TrainingError(f"cannot read the image {path}: {error}") from error
+        return self.transform(image), target
+
+
+def _training_transform(augmentation: str, spec: InputSpec) -> Any:
+    if augmentation == "none":
+        return _evaluation_transform(spec)
+    if augmentation == "light":
+        return create_transform(
+            spec.size, is_training=True, color_jitter=0.0, interpolation=spec.interpolation,
+            mean=_ZERO, std=_ONE,
+        )  # fmt: skip
+    published = create_transform(
+        spec.size, is_training=True, auto_augment="rand-m9-mstd0.5-inc1", color_jitter=0.4,
+        interpolation="bicubic", re_prob=0.25, re_mode="pixel", mean=spec.mean, std=spec.std,
+    )  # fmt: skip
+    return _InPixels(published, spec)
+
+
+def _evaluation_transform(spec: InputSpec) -> Any:
+    return create_transform(
+        spec.size, crop_pct=spec.crop_pct, interpolation=spec.interpolation, mean=_ZERO, std=_ONE
+    )
+
+
+# With these timm's transforms end in pixels in [0, 1].
+_ZERO, _ONE = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+
+
+class _InPixels:
+    """Undoes a transform's normalisation, which random erasing needs: it fills with N(0, 1)."""
+
+    def __init__(self, transform: Any, spec: InputSpec) -> None:
+        self.transform = transform
+        self.mean, self.std = (torch.tensor(x).view(-1, 1, 1) for x in (spec.mean, spec.std))
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        return (self.transform(image) * self.std + self.mean).clamp_(0, 1)
+
+
+class _Seeded(Dataset[tuple[Tensor, int]]):
+    """Seeds every generator before an item is made, from the keys (epoch, index) of :class:`_EpochOrder`."""
+
+    def __init__(self, dataset: Dataset[Any], seed: int) -> None:
+        self.dataset, self.seed = dataset, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+        seed_everything(self.seed, _ITEM, *key)
+        return self.dataset[key[1]]
+
+
+class _EpochOrder(Sampler[tuple[int, int]]):
+    """A permutation an epoch, from the image ``start`` on."""
+
+    epoch = 0
+    start = 0
+
+    def __init__(self, length: int, seed: int) -> None:
+        self.length, self.seed = length, seed
+
+    def __len__(self) -> int:
+        return self.length - self.start
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        order = np.random.default_rng((self.seed, _ORDER, self.epoch)).permutation(self.length)
+        return ((self.epoch, int(index)) for index in order[self.start :])
+
+
+# Tell apart the streams drawn from one seed.
+_ORDER, _ITEM = 1, 2
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """Ctrl-C reaches the whole process group, but the training process still wants its current batch."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
