@@ -31,7 +31,7 @@ test-all: test-cpp test-cpu-only $(BIN)/.built
 test-python: $(BIN)/.built
 	$(BIN)/python -m pytest
 
-test-cpp: $(BIN)/.installed
+test-cpp: $(BIN)/.built
 	$(BIN)/cmake -S . -B build/cmake -G Ninja -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" \
 		-DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(BIN)/ninja"
 	$(BIN)/cmake --build build/cmake

@@ -345,7 +345,7 @@ def _describe(metrics: dict[str, Any], epochs: int) -> str:
 
 
 def _json_lines(items: list[dict[str, Any]]) -> bytes:
-    return "".join(json.dumps(item, allow_nan=False) + "\n" for item in items).encode()
+    return "".join(json.dumps(item) + "\n" for item in items).encode()
 
 
 def _write(path: Path, write: Callable[[BinaryIO], Any]) -> None:
