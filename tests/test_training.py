@@ -39,6 +39,15 @@ from gradnorm_kernels.training.trainer import (
 QUICK = TrainConfig(epochs=3, batch_size=359, lr=4e-3, warmup_epochs=1.0, epsilon=0.1)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """On a busy machine OpenMP's threads wait for each other, and such small steps take ten times as long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def small_model(dtype=torch.float64):
     """Normalises with channels' different stds, which the published form handles by a scalar."""
     layers = nn.Sequential(nn.Flatten(), nn.Linear(12, 9), nn.GELU(), nn.Linear(9, 4))
@@ -469,7 +478,10 @@ def slow_step(*args):
 Trainer.step = slow_step
 sys.exit(main({arguments!r}))
 """
-        with subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True) as process:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        with subprocess.Popen(
+            [sys.executable, "-c", script], stderr=subprocess.PIPE, text=True, env=environment
+        ) as process:
             for line in process.stderr:
                 if line.startswith("step"):
                     process.send_signal(signal.SIGINT)
