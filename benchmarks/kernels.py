@@ -173,7 +173,7 @@ def main() -> None:
     )
     parser.add_argument("--op", choices=sorted({op.name for op in OPS}), default="gelu")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
-    parser.add_argument("--dtype", choices=DTYPES, nargs="+", help="default: float32; on cuda also bfloat16")
+    parser.add_argument("--dtype", choices=DTYPES, nargs="+", help="default: float32 bfloat16")
     parser.add_argument("--shape", type=int, nargs="+", help="default: 64 197 768; on cuda 64 3136 512")
     parser.add_argument("--rounds", type=int, default=20, help="timed runs of each variant")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's")
@@ -187,7 +187,7 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     shape = tuple(args.shape or ((64, 3136, 512) if device == "cuda" else (64, 197, 768)))
-    dtypes = args.dtype or (["float32", "bfloat16"] if device == "cuda" else ["float32"])
+    dtypes = args.dtype or ["float32", "bfloat16"]
 
     machine = describe_machine(device)
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
