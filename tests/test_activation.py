@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import gradnorm_kernels as gk
 
@@ -309,6 +309,39 @@ def test_each_pass_is_one_kernel_and_nothing_unneeded_is_computed(act):
     assert backward.calls == [f"{act.name}_backward"]
     assert both.calls == [f"{act.name}_double_backward"]
     assert only_grad_output.calls == [f"{act.name}_backward"]
+
+
+class Traffic(TorchDispatchMode):
+    """Elements that all ops but views read and write."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            tensors = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, torch.Tensor)]
+            self.elements += sum(t.numel() for t in tensors)
+        return result
+
+
+@each_activation
+def test_memory_traffic_is_the_least_possible(act):
+    def traffic(function):
+        n = 1000
+        x, g = (torch.empty(n, device="meta", requires_grad=True) for _ in range(2))
+        passes = [Traffic() for _ in range(3)]
+        with passes[0]:
+            output = function(x)
+        with passes[1]:
+            (grad_input,) = torch.autograd.grad(output, x, g, create_graph=True)
+        with passes[2]:
+            torch.autograd.grad(grad_input, (g, x), torch.empty(n, device="meta"))
+        return [counter.elements / n for counter in passes]
+
+    assert traffic(act.fused) == [2, 3, 5]
+    assert traffic(act.stock_forward)[2] > 15
 
 
 @each_activation
