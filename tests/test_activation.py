@@ -330,14 +330,14 @@ class Traffic(TorchDispatchMode):
 def test_memory_traffic_is_the_least_possible(act):
     def traffic(function):
         n = 1000
-        x, g = (torch.empty(n, device="meta", requires_grad=True) for _ in range(2))
+        x, g, v = (torch.empty(n, device="meta", requires_grad=True) for _ in range(3))
         passes = [Traffic() for _ in range(3)]
         with passes[0]:
             output = function(x)
         with passes[1]:
             (grad_input,) = torch.autograd.grad(output, x, g, create_graph=True)
         with passes[2]:
-            torch.autograd.grad(grad_input, (g, x), torch.empty(n, device="meta"))
+            torch.autograd.grad(grad_input, (g, x), v)
         return [counter.elements / n for counter in passes]
 
     assert traffic(act.fused) == [2, 3, 5]
