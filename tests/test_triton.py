@@ -29,6 +29,8 @@ activation: Any = importlib.import_module("gradnorm_kernels.kernels.activation")
 tl = triton.language
 GPUTarget = triton.backends.compiler.GPUTarget
 
+# Not the source folder, which a child would import instead of the installed package.
+TESTS = Path(__file__).parent
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = [
     pytest.param("cpu", id="interpreter")
@@ -421,7 +423,7 @@ def test_values_without_a_gpu() -> None:
         [sys.executable, "-m", "pytest", __file__, "-k", "interpreter", "-q", "--no-header"],
         check=False,
         env=os.environ | {"TRITON_INTERPRET": "1"},
-        cwd=Path(__file__).parent.parent,
+        cwd=TESTS,
         capture_output=True,
         text=True,
     )
@@ -431,7 +433,7 @@ def test_values_without_a_gpu() -> None:
 
 def test_triton_is_imported_late() -> None:
     code = "import sys, gradnorm_kernels.kernels as k; k.register(); print('triton' in sys.modules)"
-    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    child = subprocess.run([sys.executable, "-c", code], cwd=TESTS, capture_output=True, text=True, check=True)
     assert child.stdout.strip() == "False"
 
 
