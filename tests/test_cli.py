@@ -73,17 +73,18 @@ def test_help_gives_units_and_defaults(capsys):
     assert "directory for the checkpoint, metrics.jsonl and config.json (default: run)" in text
 
 
-def test_arguments_are_parsed_before_the_optional_packages_load():
+def test_arguments_are_parsed_before_the_optional_packages_load(tmp_path):
     code = "import sys; from gradnorm_kernels import cli; cli._parser().format_help(); print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
     # torch itself imports two of them.
     assert not set(done.stdout.split()) & (cli.OPTIONAL_PACKAGES - {"numpy", "tqdm"})
 
 
-def test_module_is_the_command():
-    done = subprocess.run(
-        [sys.executable, "-m", "gradnorm_kernels", "train", "--epochs", "0"], capture_output=True, text=True
-    )
+def test_module_is_the_command(tmp_path):
+    command = [sys.executable, "-m", "gradnorm_kernels", "train", "--epochs", "0"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.endswith("gradnorm: error: --epochs: expected at least 1, got 0\n")
 

@@ -480,7 +480,7 @@ sys.exit(main({arguments!r}))
 """
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         with subprocess.Popen(
-            [sys.executable, "-c", script], stderr=subprocess.PIPE, text=True, env=environment
+            [sys.executable, "-c", script], cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=environment
         ) as process:
             for line in process.stderr:
                 if line.startswith("step"):

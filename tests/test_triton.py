@@ -433,7 +433,9 @@ def test_values_without_a_gpu() -> None:
 
 def test_triton_is_imported_late() -> None:
     code = "import sys, gradnorm_kernels.kernels as k; k.register(); print('triton' in sys.modules)"
-    child = subprocess.run([sys.executable, "-c", code], cwd=TESTS, capture_output=True, text=True, check=True)
+    child = subprocess.run(
+        [sys.executable, "-c", code], cwd=TESTS, capture_output=True, text=True, check=True
+    )
     assert child.stdout.strip() == "False"
 
 
