@@ -25,11 +25,11 @@ demo: $(BIN)/.built
 
 test: test-cpp test-cpu-only test-python
 
-test-all: test-cpp test-cpu-only $(BIN)/.built
-	$(BIN)/python -m pytest --run-slow
+test-all: PYTEST_OPTIONS := --run-slow
+test-all: test
 
 test-python: $(BIN)/.built
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PYTEST_OPTIONS)
 
 test-cpp: $(BIN)/.built
 	$(BIN)/cmake -S . -B build/cmake -G Ninja -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" \

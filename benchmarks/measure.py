@@ -13,18 +13,18 @@ from typing import Any
 
 import torch
 
+from gradnorm_kernels._machine import processor_name
+
 
 def alternate(variants: dict[str, Callable[[], Any]], device: str, rounds: int) -> dict[str, list[float]]:
     """Seconds that each variant took in each round; the variants take turns, so that a machine whose speed
     drifts slows all of them alike."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for warm_up in (True, False):
-        for _ in range(3 if warm_up else rounds):
-            for name, run in variants.items():
-                elapsed = _time_on_gpu(run) if device == "cuda" else _time_on_cpu(run)
-                if not warm_up:
-                    seconds[name].append(elapsed)
-    return seconds
+    warm_up = 3
+    for _ in range(warm_up + rounds):
+        for name, run in variants.items():
+            seconds[name].append(_time_on_gpu(run) if device == "cuda" else _time_on_cpu(run))
+    return {name: taken[warm_up:] for name, taken in seconds.items()}
 
 
 def median_ratio(numerator: list[float], denominator: list[float]) -> float:
@@ -54,7 +54,9 @@ def describe_machine(device: str) -> dict[str, Any]:
     """Hardware and versions, to stand beside every number."""
     facts: dict[str, Any] = {
         "device": device,
-        "hardware": torch.cuda.get_device_name() if device == "cuda" else _processor(),
+        "hardware": torch.cuda.get_device_name()
+        if device == "cuda"
+        else f"{os.cpu_count()} cores of {processor_name()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version("triton"),
@@ -71,13 +73,6 @@ def describe_machine(device: str) -> dict[str, Any]:
     else:
         facts["driver_cuda"] = torch.version.cuda
     return facts
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{os.cpu_count()} cores of {names[0] if names else platform.processor() or platform.machine()}"
 
 
 def _version(package: str) -> str | None:

@@ -5,6 +5,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 
+#include <string>
 #include <string_view>
 #include <tuple>
 
@@ -22,7 +23,8 @@ template <class Definition, class Make = decltype(&Definition::make)>
 struct ActivationOps;
 
 // The three dispatcher ops of one activation, at every key. Definition gives the activation's name, the
-// schema of its parameters, the Activation they make, and ATen's own forward and backward.
+// schema of its parameters, the Activation they make (or an error that names the bad one), and ATen's own
+// forward and backward.
 template <class Definition, class... Params>
 struct ActivationOps<Definition, Activation (*)(Params...)> {
   using Saved =

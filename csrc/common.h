@@ -6,7 +6,6 @@
 #include <torch/library.h>
 
 #include <initializer_list>
-#include <string>
 
 namespace gradnorm_kernels {
 

@@ -5,8 +5,9 @@ import importlib
 import torch
 
 REBUILD = (
-    'pip install "setuptools>=77" ninja\n'
-    "    pip install --no-build-isolation --no-deps --force-reinstall --no-cache-dir "
+    "In its source folder, run:\n"
+    '    pip install "setuptools>=77" ninja\n'
+    "    pip install --no-build-isolation --no-deps --force-reinstall --no-cache-dir ."
 )
 
 
@@ -24,19 +25,16 @@ def load() -> None:
     try:
         built_for = importlib.import_module("gradnorm_kernels._built_for").TORCH_VERSION
     except ModuleNotFoundError:
-        raise ImportError(
-            "gradnorm_kernels is not built. In its source folder, run:\n    " + REBUILD + "."
-        ) from None
+        raise ImportError(f"gradnorm_kernels is not built. {REBUILD}") from None
     if _minor(built_for) != _minor(torch.__version__):
         raise ImportError(
             f"gradnorm_kernels was built for torch {built_for}, but torch {torch.__version__} is "
-            "installed, and an extension built for one minor version does not load in another. "
-            "In its source folder, run:\n    " + REBUILD + "."
+            f"installed, and an extension built for one minor version does not load in another. {REBUILD}"
         )
     try:
         importlib.import_module("gradnorm_kernels._C")
     except ImportError as error:
         raise ImportError(
             f"gradnorm_kernels._C, built for torch {built_for}, did not load in torch "
-            f"{torch.__version__}: {error}\nIn its source folder, run:\n    " + REBUILD + "."
+            f"{torch.__version__}: {error}\n{REBUILD}"
         ) from error

@@ -29,8 +29,12 @@ namespace gradnorm_kernels {
 // The instruction set PyTorch chose for its own kernels, which ATEN_CPU_CAPABILITY can lower.
 template <class Table>
 const Table& for_this_cpu(const Table& base, const Table& avx2, const Table& avx512) {
-  static const std::string capability = at::get_cpu_capability();
-  return capability == "AVX512" ? avx512 : capability == "AVX2" ? avx2 : base;
+  enum Capability { kDefault, kAvx2, kAvx512 };
+  static const Capability capability = [] {
+    const std::string name = at::get_cpu_capability();
+    return name == "AVX512" ? kAvx512 : name == "AVX2" ? kAvx2 : kDefault;
+  }();
+  return capability == kAvx512 ? avx512 : capability == kAvx2 ? avx2 : base;
 }
 
 }  // namespace gradnorm_kernels

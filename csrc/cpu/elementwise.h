@@ -2,12 +2,12 @@
 #pragma once
 
 #include <ATen/Dispatch.h>
-#include <ATen/OpMathType.h>
 #include <ATen/TensorIterator.h>
 #include <ATen/cpu/vec/functional.h>
 
 #include <algorithm>
 #include <array>
+#include <tuple>
 
 namespace gradnorm_kernels {
 namespace CPU_CAPABILITY {

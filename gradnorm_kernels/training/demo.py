@@ -26,6 +26,7 @@ from pyautoattack.autopgd_base import APGDAttack
 from torch import Tensor, nn
 
 from .. import __version__
+from .._machine import processor_name
 from .config import TrainConfig
 from .data import load_data, load_digits
 from .trainer import CHECKPOINT, Trainer, load_checkpoint, load_model, train
@@ -248,7 +249,7 @@ img {{ max-width: 100%; }}
 
 
 def _conditions(outcome: Demo, config: TrainConfig) -> str:
-    device = f"{_processor()}, {torch.get_num_threads()} threads"
+    device = f"{processor_name()} ({os.cpu_count()} CPUs), {torch.get_num_threads()} threads"
     if torch.cuda.is_available():
         device += f", {torch.cuda.get_device_name()}"
     return (
@@ -263,16 +264,6 @@ def _conditions(outcome: Demo, config: TrainConfig) -> str:
         f" {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}, pyautoattack"
         f" {pyautoattack.__version__}, gradnorm_kernels {__version__}."
     )
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return f"{line.split(':')[1].strip()} ({os.cpu_count()} CPUs)"
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _accuracy_figure(outcome: Demo) -> Figure:
