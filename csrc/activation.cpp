@@ -1,7 +1,6 @@
 // Activations: schemas, autograd Functions, and the CPU, meta and composite implementations of their ops.
 #include "activation.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 
@@ -35,9 +34,7 @@ struct ActivationOps<Definition, Activation (*)(Params...)> {
   }
   template <class Signature>
   static auto find(const char* suffix) {
-    return c10::Dispatcher::singleton()
-        .findSchemaOrThrow(("gradnorm_kernels::" + name(suffix)).c_str(), "")
-        .typed<Signature>();
+    return find_op<Signature>("gradnorm_kernels::" + name(suffix));
   }
   static Tensor call_forward(const Tensor& input, Params... params) {
     static const auto op = find<Tensor(const Tensor&, Params...)>("");

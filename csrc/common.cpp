@@ -37,12 +37,10 @@ bool is_supported_dtype(at::ScalarType dtype) {
 
 }  // namespace
 
-void check_elementwise(const char* op, const char* suffix, std::initializer_list<NamedTensor> tensors) {
+void check_floating(
+    const char* op, const char* suffix, std::initializer_list<NamedTensor> tensors, bool same_dtype) {
   const auto& first = *tensors.begin();
   for (const auto& [name, tensor] : tensors) {
-    if (tensor.is_nested()) {
-      return;
-    }
     const auto dtype = tensor.scalar_type();
     TORCH_CHECK_TYPE(
         is_supported_dtype(dtype), op, suffix, ": expected ", name,
@@ -51,11 +49,23 @@ void check_elementwise(const char* op, const char* suffix, std::initializer_list
         tensor.layout() == at::kStrided, op, suffix, ": expected ", name, " to be a strided tensor, got ",
         tensor.layout());
     TORCH_CHECK_TYPE(
-        dtype == first.tensor.scalar_type(), op, suffix, ": expected ", name, " to have the dtype of ",
-        first.name, " (", first.tensor.scalar_type(), "), got ", dtype);
+        !same_dtype || dtype == first.tensor.scalar_type(), op, suffix, ": expected ", name,
+        " to have the dtype of ", first.name, " (", first.tensor.scalar_type(), "), got ", dtype);
     TORCH_CHECK(
         tensor.device() == first.tensor.device(), op, suffix, ": expected ", name, " to be on the device of ",
         first.name, " (", first.tensor.device(), "), got ", tensor.device());
+  }
+}
+
+void check_elementwise(const char* op, const char* suffix, std::initializer_list<NamedTensor> tensors) {
+  const auto& first = *tensors.begin();
+  for (const auto& [name, tensor] : tensors) {
+    if (tensor.is_nested()) {
+      return;
+    }
+  }
+  check_floating(op, suffix, tensors);
+  for (const auto& [name, tensor] : tensors) {
     TORCH_CHECK_VALUE(
         tensor.sym_sizes() == first.tensor.sym_sizes(), op, suffix, ": expected ", name,
         " to have the shape of ", first.name, " (", first.tensor.sym_sizes(), "), got ", tensor.sym_sizes());

@@ -6,6 +6,7 @@
 #include <torch/library.h>
 
 #include <initializer_list>
+#include <string>
 
 namespace gradnorm_kernels {
 
@@ -22,9 +23,14 @@ struct NamedTensor {
   const Tensor& tensor;
 };
 
-// Raises, naming the op (its name and suffix) and the argument, unless all are strided float16, bfloat16,
-// float32 or float64 tensors that share the first one's dtype, device and shape. Nested tensors, whose shapes
-// only ATen's ops know, are left to these.
+// The checks raise, naming the op (its name and suffix) and the argument.
+
+// Unless all are strided float16, bfloat16, float32 or float64 tensors on the first one's device and, if
+// asked for, of its dtype.
+void check_floating(
+    const char* name, const char* suffix, std::initializer_list<NamedTensor> tensors, bool same_dtype = true);
+// Unless all pass check_floating and share the first one's shape. Nested tensors, whose shapes only ATen's
+// ops know, are left to these.
 void check_elementwise(const char* name, const char* suffix, std::initializer_list<NamedTensor> tensors);
 
 // float32 for float16 and bfloat16: the dtype arithmetic is done in.
@@ -33,16 +39,23 @@ Tensor to_opmath(const Tensor& tensor);
 // True for tensors that pass check_elementwise together.
 bool is_elementwise_match(const Tensor& a, const Tensor& b);
 
+// An op of any namespace, for a typed call through the dispatcher.
+template <class Signature>
+c10::TypedOperatorHandle<Signature> find_op(const std::string& name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), "").typed<Signature>();
+}
+
 // PyTorch's own implementation of an op at the Autograd key, held from before ours replaces it.
 class StockKernel {
  public:
   explicit StockKernel(const char* op);
 
+  // Return may be a tuple of tensors.
   template <class Return, class... Args>
   Return call(c10::DispatchKeySet keys, const Args&... args) const {
     torch::jit::Stack stack{c10::IValue(args)...};
     kernel_.callBoxed(op_, keys, &stack);
-    return stack.front().to<Return>();
+    return c10::impl::PopResult<Return>::call(stack);
   }
 
  private:

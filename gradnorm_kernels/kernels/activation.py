@@ -15,12 +15,14 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .common import FP_FUSION, Specialization, pointer_type, widen
 
 # Kernels. A tensor is a flat array here: the launcher sees to it that all arrays of a launch share
 # one memory layout. `parameters` is spelled out because Triton's generated launcher has a local
@@ -35,17 +37,12 @@ def _tile(n, block_size: tl.constexpr):
 
 
 @triton.jit
-def _widen(value):
-    return value.to(tl.float64 if value.dtype == tl.float64 else tl.float32)
-
-
-@triton.jit
 def activation_fwd_kernel(
     input_ptr, output_ptr, n, parameters: tl.constexpr, f: tl.constexpr, block_size: tl.constexpr
 ):
     """output = f(input). Moves 2n elements: reads 1, writes 1."""
     offsets, mask = _tile(n, block_size)
-    x = _widen(tl.load(input_ptr + offsets, mask=mask))
+    x = widen(tl.load(input_ptr + offsets, mask=mask))
     tl.store(output_ptr + offsets, f(x, parameters), mask=mask)
 
 
@@ -63,7 +60,7 @@ def activation_bwd_kernel(
     offsets, mask = _tile(n, block_size)
     x = tl.load(input_ptr + offsets, mask=mask)
     grad_output = tl.load(grad_output_ptr + offsets, mask=mask)
-    grad_input = _widen(grad_output) * df(_widen(x), parameters)
+    grad_input = widen(grad_output) * df(widen(x), parameters)
     tl.store(grad_input_ptr + offsets, grad_input, mask=mask)
 
 
@@ -90,11 +87,11 @@ def activation_bwd_bwd_kernel(
     x = tl.load(input_ptr + offsets, mask=mask)
     grad_grad_input = tl.load(grad_grad_input_ptr + offsets, mask=mask)
     grad_output = tl.load(grad_output_ptr + offsets, mask=mask)
-    x = _widen(x)
-    grad_grad_input = _widen(grad_grad_input)
+    x = widen(x)
+    grad_grad_input = widen(grad_grad_input)
     grad_grad_output = grad_grad_input * df(x, parameters)
     # f'' before the other gradient: where it is 0, two large gradients cannot overflow to inf * 0.
-    grad_input = grad_grad_input * ddf(x, parameters) * _widen(grad_output)
+    grad_input = grad_grad_input * ddf(x, parameters) * widen(grad_output)
     tl.store(grad_grad_output_ptr + offsets, grad_grad_output, mask=mask)
     tl.store(grad_input_ptr + offsets, grad_input, mask=mask)
 
@@ -208,8 +205,7 @@ ACTIVATIONS = {
 # 16-byte accesses per array: bytes in flight enough, and registers few enough that most warps of an
 # SM are resident.
 _BLOCK = {torch.float16: 1024, torch.bfloat16: 1024, torch.float32: 1024, torch.float64: 512}
-# Fused multiply-add is asked for by name because Triton's default differs between versions.
-_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+_OPTIONS = {"num_warps": 4, **FP_FUSION}
 
 
 @functools.cache
@@ -307,22 +303,11 @@ def _select_gelu(*, approximate: str = "none") -> Activation:
 gelu, gelu_backward, gelu_double_backward = _make_ops("gelu", _select_gelu)
 
 
-class Specialization(NamedTuple):
-    """A kernel as a launch has it compiled, in the terms of Triton's ASTSource."""
-
-    name: str
-    kernel: Any
-    signature: dict[str, str]
-    constants: dict[str, Any]
-    divisible_by_16: tuple[str, ...]
-    options: dict[str, Any]
-
-
 def specializations() -> Iterator[Specialization]:
     """Every kernel x activation x dtype, for aligned tensors of a multiple of 16 elements."""
     for pass_, (activation, functions), dtype in itertools.product(PASSES, ACTIVATIONS.items(), _BLOCK):
         constants = _constants(pass_, functions, dtype)
-        pointer = "*" + {"float": "fp", "bfloa": "bf"}[str(dtype)[6:11]] + str(dtype.itemsize * 8)
+        pointer = pointer_type(dtype)
         arguments = tuple(name for name in pass_.kernel.arg_names if name not in constants)
         yield Specialization(
             f"{pass_.kernel.__name__}-{activation}-{pointer[1:]}",
@@ -332,4 +317,5 @@ def specializations() -> Iterator[Specialization]:
             constants,
             arguments,
             _OPTIONS,
+            wide_accesses=(pass_.reads, pass_.writes),
         )

@@ -1,103 +1,22 @@
-"""The Triton kernels: compiled for every architecture, and run against float64.
-
-No GPU is needed for most of it: Triton compiles for a GPU that is not there, and its interpreter
-runs kernels on CPU tensors. The interpreter is chosen by an environment variable when Triton is
-imported, so one test here runs this file again in a process that has it set. Where a GPU is present
-the same tests run on it, through the dispatcher.
-"""
+"""The Triton kernels of the activations, run against float64."""
 
 from __future__ import annotations
 
 import importlib
-import os
-import re
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from harness import INTERPRET, GPUTarget, compile_for, in_every_dtype, normal, on_every_device, triton
 from torch import Tensor
 
-from gradnorm_kernels import kernels
-
-triton = pytest.importorskip("triton", reason="Triton is not installed")
 activation: Any = importlib.import_module("gradnorm_kernels.kernels.activation")
 tl = triton.language
-GPUTarget = triton.backends.compiler.GPUTarget
 
-# Not the source folder, which a child would import instead of the installed package.
-TESTS = Path(__file__).parent
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICES = [
-    pytest.param("cpu", id="interpreter")
-    if INTERPRET
-    else pytest.param("cuda", id="cuda", marks=pytest.mark.gpu)
-]
-DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 APPROXIMATES = ["none", "tanh"]
-
-on_every_device = pytest.mark.parametrize("device", DEVICES)
-in_every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 in_both_modes = pytest.mark.parametrize("approximate", APPROXIMATES)
-
-
-# Compilation, without a GPU.
-
-
-def compile_for(specialization: Any, capability: int) -> Any:
-    kernel, constants = specialization.kernel, specialization.constants
-    position = {name: (index,) for index, name in enumerate(kernel.arg_names)}
-    source = triton.compiler.ASTSource(
-        kernel,
-        specialization.signature,
-        {position[name]: value for name, value in constants.items()},
-        {position[name]: [["tt.divisibility", 16]] for name in specialization.divisible_by_16},
-    )
-    target = GPUTarget("cuda", capability, 32)
-    return triton.compile(source, target=target, options=specialization.options)
-
-
-def assert_128_bit_accesses(ptx: str, reads: int, writes: int) -> None:
-    # A 128-bit vector is v4.b32 or v2.b64; Blackwell also has 256 bits.
-    wide = {"v4.b32", "v2.b64", "v8.b32", "v4.b64"}
-    for instruction, arrays in (("ld", reads), ("st", writes)):
-        accesses = re.findall(rf"\b{instruction}\.global\S*", ptx)
-        assert len(accesses) >= arrays
-        narrow = [a for a in accesses if ".".join(a.split(".")[-2:]) not in wide]
-        assert not narrow, f"narrower than 128 bits: {narrow}"
-
-
-def arrays_moved(kernel: Any) -> tuple[int, int]:
-    (pass_,) = (p for p in activation.PASSES if p.kernel is kernel)
-    return pass_.reads, pass_.writes
-
-
-@pytest.mark.skipif(INTERPRET, reason="the interpreter does not compile")
-@pytest.mark.parametrize("capability", [80, 90, 100, 120], ids="sm_{}".format)
-@pytest.mark.parametrize(
-    "specialization",
-    [] if INTERPRET else list(activation.specializations()),
-    ids=lambda specialization: specialization.name,
-)
-def test_compiles_without_spills(specialization: Any, capability: int, tmp_path: Path) -> None:
-    compiled = compile_for(specialization, capability)
-    assert compiled.metadata.enable_fp_fusion
-    assert_128_bit_accesses(compiled.asm["ptx"], *arrays_moved(specialization.kernel))
-
-    cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-    usage = subprocess.run(
-        [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin],
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout
-    # ptxas spills registers to the stack, and nothing else in these kernels would use it.
-    assert re.search(r"REG:\d+ STACK:0 .*LOCAL:0\b", usage), usage
 
 
 @pytest.mark.skipif(INTERPRET, reason="the interpreter does not compile")
@@ -185,15 +104,6 @@ def assert_as_accurate_as_stock(*tensors: Tensor, approximate: str, allow_one_ul
             error = (a.double() - t).abs().max().item()
             stock_error = (s.double() - t).abs().max().item()
             assert error <= 2 * stock_error + tiny, f"{name}: {error} against {stock_error}"
-
-
-def normal(*shape: int, dtype: torch.dtype, device: str) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64).to(device, dtype)
-
-
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
 
 
 SHAPES = [
@@ -411,37 +321,3 @@ def test_bad_input(device: str) -> None:
         activation.gelu_double_backward(x.double(), x, x)
     with pytest.raises(RuntimeError, match=r"grad_output .* got meta"):
         activation.gelu_backward(x.to("meta"), x)
-
-
-# The process that has the interpreter, and the package without Triton.
-
-
-@pytest.mark.skipif(INTERPRET, reason="this is the process that it starts")
-def test_values_without_a_gpu() -> None:
-    """Runs every test of this file that is marked for the interpreter, in it."""
-    child = subprocess.run(
-        [sys.executable, "-m", "pytest", __file__, "-k", "interpreter", "-q", "--no-header"],
-        check=False,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        cwd=TESTS,
-        capture_output=True,
-        text=True,
-    )
-    if child.returncode != 0 or not re.search(r"\b[1-9]\d* passed", child.stdout):
-        pytest.fail(f"in the interpreter:\n{child.stdout}\n{child.stderr}", pytrace=False)
-
-
-def test_triton_is_imported_late() -> None:
-    code = "import sys, gradnorm_kernels.kernels as k; k.register(); print('triton' in sys.modules)"
-    child = subprocess.run(
-        [sys.executable, "-c", code], cwd=TESTS, capture_output=True, text=True, check=True
-    )
-    assert child.stdout.strip() == "False"
-
-
-def test_without_triton_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "gradnorm_kernels.kernels.activation")
-    monkeypatch.setitem(sys.modules, "triton", None)
-    gelu = kernels._lazy("activation", "gelu")
-    with pytest.raises(ImportError, match="pip install triton"):
-        gelu(torch.ones(4))
