@@ -9,13 +9,13 @@
 
 from importlib.metadata import version as _version
 
-from . import _load, functional, kernels, reference
+from . import _load, functional, kernels, modules, reference
 from .fuse import fuse
-from .modules import FusedGeLU
+from .modules import *  # noqa: F403
 from .switch import is_fused_double_backward_enabled, set_fused_double_backward
 
 __all__ = [
-    "FusedGeLU",
+    *modules.__all__,
     "functional",
     "fuse",
     "is_fused_double_backward_enabled",

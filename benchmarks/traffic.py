@@ -1,0 +1,198 @@
+"""Memory traffic and kernel launches of one gradient-norm step, counted on meta tensors: no GPU, no data.
+
+    python -m benchmarks.traffic --model swin_base_patch4_window7_224 --batch 64
+
+A step is the forward pass, the input gradient with ``create_graph=True``, and the backward pass of
+0.8 CE + 1.2 eps ||dCE/dx||_1. Every op that is not a view counts the tensors it reads and writes, in full,
+and one launch. Ops of this package count in the same way, and those that make several passes over a tensor,
+or several launches, count each (`SEVERAL_PASSES`).
+"""
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import gradnorm_kernels as gk
+
+from .measure import describe_machine
+
+VARIANTS = ("stock", "fuse", "switch")
+PHASES = ("forward", "input gradient", "backward")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+# Ops that only reserve memory, and a view that is not declared as one.
+_FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"}
+
+# Ops of this package that make more than one launch or read an argument more than once on CUDA:
+# launches, and how often each argument is read where that is not once.
+SEVERAL_PASSES: dict[str, tuple[int, dict[str, int]]] = {}
+
+
+class Traffic(TorchDispatchMode):
+    """Counts bytes and launches per (phase, op) of what runs inside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.phase = PHASES[0]
+        self.bytes: Counter[tuple[str, str]] = Counter()
+        self.launches: Counter[tuple[str, str]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        name = func._schema.name
+        if func.is_view or name.removeprefix("aten::") in _FREE:
+            return result
+        launches, reads = SEVERAL_PASSES.get(name, (1, {}))
+        names = [argument.name for argument in func._schema.arguments]
+        moved = sum(map(_size, tree_leaves(result)))
+        for argument, value in [*zip(names, args, strict=False), *kwargs.items()]:
+            moved += reads.get(argument, 1) * sum(map(_size, tree_leaves(value)))
+        self.bytes[self.phase, name] += moved
+        self.launches[self.phase, name] += launches
+        return result
+
+
+def _size(value: Any) -> int:
+    return value.numel() * value.element_size() if isinstance(value, Tensor) else 0
+
+
+def gradient_norm_step(model: nn.Module, images: Tensor, targets: Tensor, traffic: Traffic) -> None:
+    with traffic:
+        traffic.phase = "forward"
+        loss = F.cross_entropy(model(images), targets)
+        traffic.phase = "input gradient"
+        (gradient,) = torch.autograd.grad(loss, images, create_graph=True)
+        traffic.phase = "backward"
+        scale = 1.2 * 4 / 255
+        (0.8 * loss + scale * gradient.abs().sum()).backward()
+
+
+def make_model(name: str, bn: str, act: str | None, dtype: torch.dtype) -> nn.Module:
+    with torch.device("meta"):
+        model = timm.create_model(name, **({"act_layer": act} if act else {})).to(dtype)
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            # PyTorch's fused attention has no double backward.
+            module.fused_attn = False
+        if bn == "eval" and isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+    return model
+
+
+def count(
+    name: str,
+    batch: int,
+    *,
+    variant: str = "stock",
+    bn: str = "train",
+    act: str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Traffic:
+    """Traffic of one step of the timm model ``name`` at its own image size.
+
+    Args:
+        batch: images.
+        variant: one of `VARIANTS`.
+        bn: ``"train"`` or ``"eval"``, the mode of BatchNorm.
+        act: timm's name of an activation to build the model with.
+    """
+    model = make_model(name, bn, act, dtype)
+    if variant == "fuse":
+        gk.fuse(model)
+    size = model.pretrained_cfg["input_size"]
+    images = torch.empty(batch, *size, device="meta", dtype=dtype, requires_grad=True)
+    targets = torch.empty(batch, device="meta", dtype=torch.long)
+    traffic = Traffic()
+    with gk.set_fused_double_backward(variant == "switch"):
+        gradient_norm_step(model, images, targets, traffic)
+    return traffic
+
+
+def table(counts: dict[str, Traffic], top: int) -> str:
+    """Per phase and in all, then the ops that move most, by variant."""
+
+    def row(label: str, belongs: Callable[[tuple[str, str]], bool]) -> str:
+        cells = []
+        for traffic in counts.values():
+            moved = sum(n for key, n in traffic.bytes.items() if belongs(key))
+            launches = sum(n for key, n in traffic.launches.items() if belongs(key))
+            cells.append(f"{moved / 1e9:10.1f} {launches:9,}")
+        return f"{label:44}" + " ".join(cells)
+
+    lines = [" " * 44 + " ".join(f"{name:>20}" for name in counts)]
+    lines.append(" " * 44 + " ".join(f"{'GB':>10} {'launches':>9}" for _ in counts))
+    lines += [row(phase, lambda key, phase=phase: key[0] == phase) for phase in PHASES]
+    lines += [row("step", lambda key: True), ""]
+    by_op: Counter[str] = Counter()
+    for traffic in counts.values():
+        for (_, op), moved in traffic.bytes.items():
+            by_op[op] += moved
+    lines += [row(op, lambda key, op=op: key[1] == op) for op, _ in by_op.most_common(top)]
+    return "\n".join(lines)
+
+
+def ratios(stock: Traffic, fused: Traffic) -> tuple[float, float]:
+    """Fused over stock: bytes, launches."""
+    return fused.bytes.total() / stock.bytes.total(), fused.launches.total() / stock.launches.total()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="a timm model")
+    parser.add_argument("--batch", type=int, default=64, help="images a step; default: 64")
+    parser.add_argument("--bn", choices=["train", "eval"], default="train", help="mode of BatchNorm")
+    parser.add_argument("--act", help="timm's name of an activation to build the model with, such as gelu")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--variants", choices=VARIANTS, nargs="+", default=["stock", "fuse"])
+    parser.add_argument("--top", type=int, default=25, help="ops listed; default: 25")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the counts there")
+    args = parser.parse_args()
+    if args.batch < 1:
+        parser.error(f"--batch: expected at least 1, got {args.batch}")
+    counts = {
+        variant: count(
+            args.model, args.batch, variant=variant, bn=args.bn, act=args.act, dtype=DTYPES[args.dtype]
+        )
+        for variant in args.variants
+    }
+    print(f"{args.model}, batch {args.batch}, {args.dtype}, BatchNorm in {args.bn} mode\n")
+    print(table(counts, args.top))
+    if "stock" in counts:
+        for variant in counts.keys() - {"stock"}:
+            moved, launches = ratios(counts["stock"], counts[variant])
+            print(f"\n{variant} / stock: bytes {moved:.3f}, launches {launches:.3f}")
+    if args.json:
+        rows = [
+            {
+                "variant": variant,
+                "phase": phase,
+                "op": op,
+                "bytes": n,
+                "launches": traffic.launches[phase, op],
+            }
+            for variant, traffic in counts.items()
+            for (phase, op), n in traffic.bytes.items()
+        ]
+        setting = {key: getattr(args, key) for key in ("model", "batch", "bn", "act", "dtype")}
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(
+            json.dumps({"machine": describe_machine("cpu"), **setting, "rows": rows}, indent=1) + "\n"
+        )
+        print(f"\nwrote {args.json}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""Drop-ins for timm's own modules; imports timm, and is imported by ``fuse`` when a model has such modules.
+
+Each is a subclass of timm's class whose ``forward`` differs only in the functions that it calls.
+"""
+
+from typing import Any
+
+import timm.layers
+from timm.layers.norm import LayerNormFp32
+from timm.layers.padding import pad_same
+from timm.models.swin_transformer import WindowAttention
+from torch import Tensor, nn
+
+from . import functional, modules
+
+__all__ = ["REPLACEMENTS"]
+
+
+class FusedTimmLayerNorm(timm.layers.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+class FusedLayerNormFp32(LayerNormFp32):
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = (p if p is None else p.float() for p in (self.weight, self.bias))
+        return functional.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+
+
+class FusedLayerNorm2d(timm.layers.LayerNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.layer_norm_2d(x, self.weight, self.bias, self.eps)
+
+
+class FusedTimmGroupNorm(timm.layers.GroupNorm):
+    forward = modules.FusedGroupNorm.forward
+
+
+class FusedGroupNorm1(timm.layers.GroupNorm1):
+    forward = modules.FusedGroupNorm.forward
+
+
+class FusedGroupNormAct(timm.layers.GroupNormAct):
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+        return self.act(self.drop(x))
+
+
+class FusedBatchNormAct2d(timm.layers.BatchNormAct2d):
+    def forward(self, x: Tensor) -> Tensor:
+        self._check_input_dim(x)
+        x = functional.batch_norm(x, **modules.batch_norm_arguments(self))
+        return self.act(self.drop(x))
+
+
+class FusedConv2dSame(timm.layers.Conv2dSame):
+    def forward(self, x: Tensor) -> Tensor:
+        x = pad_same(x, self.weight.shape[-2:], self.stride, self.dilation)
+        return functional.conv2d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+class FusedAttention(timm.layers.Attention):
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        if is_causal or (self.training and self.attn_drop.p > 0):
+            return super().forward(x, attn_mask, is_causal)
+        batch, tokens, _ = x.shape
+        gate = None if self.gate is None else self.gate(x).sigmoid()
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        query, key = self.q_norm(query), self.k_norm(key)
+        x = functional.scaled_dot_product_attention(query, key, value, attn_mask, scale=self.scale)
+        x = self.norm(x.transpose(1, 2).reshape(batch, tokens, self.attn_dim))
+        if gate is not None:
+            x = x * gate
+        return self.proj_drop(self.proj(x))
+
+
+class FusedWindowAttention(WindowAttention):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        if self.training and self.attn_drop.p > 0:
+            return super().forward(x, mask)
+        windows, tokens, _ = x.shape
+        qkv = self.qkv(x).reshape(windows, tokens, 3, self.num_heads, -1)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        # (heads, tokens, tokens), or with the shift's mask (windows of an image, heads, tokens, tokens).
+        bias = self._get_rel_pos_bias()[0]
+        if mask is not None:
+            bias = bias + mask.unsqueeze(1)
+            query, key, value = (t.unflatten(0, (-1, mask.shape[0])) for t in (query, key, value))
+        x = functional.scaled_dot_product_attention(query, key, value, bias, scale=self.scale)
+        x = x.transpose(-3, -2).reshape(windows, tokens, -1)
+        return self.proj_drop(self.proj(x))
+
+
+# Each class of timm's with its drop-in and the attributes that this needs and the original lacks, or has
+# with another value. PyTorch's fused attention cannot be differentiated twice.
+REPLACEMENTS: dict[type[nn.Module], tuple[type[nn.Module], dict[str, Any]]] = {
+    timm.layers.activations.GELU: (modules.FusedGeLU, {"approximate": "none"}),
+    timm.layers.activations.GELUTanh: (modules.FusedGeLU, {"approximate": "tanh"}),
+    timm.layers.activations.HardSigmoid: (modules.FusedHardsigmoid, {}),
+    timm.layers.activations.HardSwish: (modules.FusedHardswish, {}),
+    timm.layers.activations.Mish: (modules.FusedMish, {"inplace": False}),
+    timm.layers.activations.Sigmoid: (modules.FusedSigmoid, {}),
+    timm.layers.activations.Swish: (modules.FusedSiLU, {}),
+    timm.layers.activations.Tanh: (modules.FusedTanh, {}),
+    timm.layers.Attention: (FusedAttention, {"fused_attn": False}),
+    timm.layers.BatchNormAct2d: (FusedBatchNormAct2d, {}),
+    timm.layers.Conv2dSame: (FusedConv2dSame, {}),
+    timm.layers.GroupNorm: (FusedTimmGroupNorm, {}),
+    timm.layers.GroupNorm1: (FusedGroupNorm1, {}),
+    timm.layers.GroupNormAct: (FusedGroupNormAct, {}),
+    timm.layers.LayerNorm: (FusedTimmLayerNorm, {}),
+    timm.layers.LayerNorm2d: (FusedLayerNorm2d, {}),
+    LayerNormFp32: (FusedLayerNormFp32, {}),
+    WindowAttention: (FusedWindowAttention, {"fused_attn": False}),
+}
