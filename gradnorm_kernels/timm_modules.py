@@ -3,12 +3,14 @@
 Each is a subclass of timm's class whose ``forward`` differs only in the functions that it calls.
 """
 
+import functools
 from typing import Any
 
 import timm.layers
+import torch
 from timm.layers.norm import LayerNormFp32
 from timm.layers.padding import pad_same
-from timm.models.swin_transformer import WindowAttention
+from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention
 from torch import Tensor, nn
 
 from . import functional, modules
@@ -92,6 +94,33 @@ class FusedWindowAttention(WindowAttention):
         return self.proj_drop(self.proj(x))
 
 
+@functools.lru_cache(maxsize=64)
+def _window_order(
+    height: int, width: int, window: tuple[int, int], shift: tuple[int, int], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The token of the image that each token of the windows is, and the other way round."""
+    tokens = torch.arange(height * width, device=device).view(height, width)
+    tokens = tokens.roll((-shift[0], -shift[1]), (0, 1))
+    tokens = tokens.view(height // window[0], window[0], width // window[1], window[1])
+    order = tokens.transpose(1, 2).reshape(-1)
+    return order, order.argsort()
+
+
+class FusedSwinTransformerBlock(SwinTransformerBlock):
+    """Shifts and partitions in one copy, and does not pad by nothing."""
+
+    def _attn(self, x: Tensor) -> Tensor:
+        batch, height, width, channels = x.shape
+        if torch.compiler.is_compiling() or height % self.window_size[0] or width % self.window_size[1]:
+            return super()._attn(x)
+        order, inverse = _window_order(height, width, self.window_size, self.shift_size, x.device)
+        windows = torch.ops.gradnorm_kernels.permute_rows(x.flatten(1, 2), order, inverse)
+        mask = self.get_attn_mask(x) if getattr(self, "dynamic_mask", False) else self.attn_mask
+        windows = self.attn(windows.view(-1, self.window_area, channels), mask=mask)
+        windows = windows.view(batch, height * width, channels)
+        return torch.ops.gradnorm_kernels.permute_rows(windows, inverse, order).view_as(x)
+
+
 # Each class of timm's with its drop-in and the attributes that this needs and the original lacks, or has
 # with another value. PyTorch's fused attention cannot be differentiated twice.
 REPLACEMENTS: dict[type[nn.Module], tuple[type[nn.Module], dict[str, Any]]] = {
@@ -112,5 +141,6 @@ REPLACEMENTS: dict[type[nn.Module], tuple[type[nn.Module], dict[str, Any]]] = {
     timm.layers.LayerNorm: (FusedTimmLayerNorm, {}),
     timm.layers.LayerNorm2d: (FusedLayerNorm2d, {}),
     LayerNormFp32: (FusedLayerNormFp32, {}),
+    SwinTransformerBlock: (FusedSwinTransformerBlock, {}),
     WindowAttention: (FusedWindowAttention, {"fused_attn": False}),
 }

@@ -1,0 +1,123 @@
+"""benchmarks/traffic.py: that it counts right, and that fused steps move as little as they should."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("timm", reason="timm is not installed")
+
+import gradnorm_kernels as gk
+
+ROOT = Path(__file__).parents[1]
+if not (ROOT / "benchmarks").is_dir():
+    pytest.skip("the benchmarks are not beside these tests", allow_module_level=True)
+sys.path.append(str(ROOT))
+from benchmarks import traffic  # noqa: E402
+
+# Fused over stock at batch 64, float32: bytes and launches of one step.
+CEILINGS = {
+    "swin_base_patch4_window7_224": ({}, 0.52, 0.42),
+    "vit_base_patch16_224": ({}, 0.44, 0.37),
+    "resnet50-train": ({"act": "gelu", "bn": "train"}, 0.45, 0.28),
+    "resnet50-eval": ({"act": "gelu", "bn": "eval"}, 0.62, 0.48),
+    "convnext_base": ({}, 0.58, 0.10),
+}
+
+
+@pytest.mark.parametrize("name", CEILINGS)
+def test_fused_steps_stay_below_their_ceilings(name):
+    options, most_bytes, most_launches = CEILINGS[name]
+    model = name.partition("-")[0]
+    stock = traffic.count(model, 64, **options)
+    fused = traffic.count(model, 64, variant="fuse", **options)
+    moved, launches = traffic.ratios(stock, fused)
+    assert moved <= most_bytes
+    assert launches <= most_launches
+
+
+def count(run):
+    counter = traffic.Traffic()
+    with counter:
+        run()
+    return counter.bytes.total(), counter.launches.total()
+
+
+def test_ops_count_what_they_read_and_write():
+    x = torch.empty(10, 8, device="meta")
+    matrix = torch.empty(8, 4, device="meta")
+    assert count(lambda: x + x) == (3 * 320, 1)
+    assert count(lambda: x.mul_(2)) == (2 * 320, 1)
+    assert count(lambda: x @ matrix) == (320 + 128 + 160, 1)
+    assert count(lambda: x.double()) == (320 + 640, 1)
+    assert count(lambda: torch.cat([x, x])) == (4 * 320, 1)
+
+
+def test_views_and_allocations_cost_nothing():
+    x = torch.empty(10, 8, device="meta")
+    assert count(lambda: (torch.empty_like(x), x.expand(3, 10, 8), x.detach(), x.t(), x.view(80)[None])) == (
+        0,
+        0,
+    )
+
+
+def test_ops_of_several_passes_are_counted_several_times():
+    for name, (launches, reads) in traffic.SEVERAL_PASSES.items():
+        op = getattr(torch.ops.gradnorm_kernels, name.partition("::")[2]).default
+        assert launches >= 1
+        assert reads.keys() <= {argument.name for argument in op._schema.arguments}
+
+
+def test_one_layer_by_hand():
+    """x W, GELU: the whole of a step, op by op."""
+    x = torch.empty(16, 8, device="meta", requires_grad=True)
+    weight = torch.empty(8, 8, device="meta", requires_grad=True)
+    n, w = 16 * 8 * 4, 8 * 8 * 4
+    counter = traffic.Traffic()
+    with counter:
+        hidden = x @ weight
+        output = gk.functional.gelu(hidden)
+        counter.phase = "input gradient"
+        (gradient,) = torch.autograd.grad(output, x, torch.empty_like(output), create_graph=True)
+        counter.phase = "backward"
+        torch.autograd.grad(gradient, weight, torch.empty_like(gradient))
+    assert counter.bytes == {
+        ("forward", "aten::mm"): 2 * n + w,
+        ("forward", "gradnorm_kernels::gelu"): 2 * n,
+        ("input gradient", "gradnorm_kernels::gelu_backward"): 3 * n,
+        ("input gradient", "aten::mm"): 2 * n + w,
+        # Of v W for the gradient's own gradient, x' g for W's, and once more for W through the GELU.
+        ("backward", "aten::mm"): (2 * n + w) + 2 * (2 * n + w),
+        ("backward", "gradnorm_kernels::gelu_double_backward"): 5 * n,
+        ("backward", "aten::add"): 3 * w,
+    }
+
+
+def test_command_line(tmp_path):
+    out = tmp_path / "traffic.json"
+    command = [
+        "-m",
+        "benchmarks.traffic",
+        "--model",
+        "resnet18",
+        "--act",
+        "gelu",
+        "--batch",
+        "2",
+        "--bn",
+        "eval",
+    ]
+    run = subprocess.run(
+        [sys.executable, *command, "--variants", "stock", "fuse", "switch", "--json", out],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "fuse / stock: bytes 0." in run.stdout and "switch / stock: bytes 0." in run.stdout
+    result = json.loads(out.read_text())
+    assert {row["variant"] for row in result["rows"]} == {"stock", "fuse", "switch"}
+    assert {row["phase"] for row in result["rows"]} == set(traffic.PHASES)
