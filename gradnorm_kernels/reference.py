@@ -12,7 +12,109 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["gelu", "gelu_backward", "gelu_double_backward"]
+__all__ = [
+    "batch_norm",
+    "batch_norm_backward",
+    "batch_norm_double_backward",
+    "gelu",
+    "gelu_backward",
+    "gelu_double_backward",
+]
+
+
+def batch_norm(
+    input: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    training: bool,
+    eps: float = 1e-5,
+) -> Tensor:
+    r""":math:`w h + b` with :math:`h = (x - \mu) r` and :math:`r = (\sigma^2 + \epsilon)^{-1/2}`, for each
+    channel: the second dimension. In training :math:`\mu` and :math:`\sigma^2` are those of ``input``.
+    """
+    h, _ = _batch_normalized(input, mean, var, training, eps)
+    return h * _per_channel(weight, input) + _per_channel(bias, input)
+
+
+def batch_norm_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    weight: Tensor,
+    training: bool,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""The gradients of input, weight and bias, with :math:`\langle\cdot\rangle` the mean over a channel:
+    :math:`w r\,(g - \langle g\rangle - h \langle g h\rangle)` in training and :math:`w r g` in evaluation mode,
+    :math:`\sum g h`, and :math:`\sum g`.
+    """
+    h, r = _batch_normalized(input, mean, var, training, eps)
+    slope = _centred(grad_output, h) if training else grad_output
+    return _per_channel(weight, input) * r * slope, _channel_sum(grad_output * h), _channel_sum(grad_output)
+
+
+def batch_norm_double_backward(
+    grad_grad_input: Tensor,
+    grad_grad_weight: Tensor,
+    grad_grad_bias: Tensor,
+    grad_output: Tensor,
+    input: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    weight: Tensor,
+    training: bool,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""The gradients of grad_output, input and weight. With :math:`v, u, t` the incoming gradients and
+    :math:`P a = a - \langle a\rangle - h \langle a h\rangle`, in training
+
+    .. math::
+        w r\,P v + u h + t, \quad
+        u r\,P g - w r^2 (\langle g h\rangle P v + \langle v h\rangle P g + h \langle g\,P v\rangle), \quad
+        r \sum g\,P v,
+
+    and in evaluation mode :math:`w r v + u h + t`, :math:`u r g`, and :math:`r \sum g v`.
+    """
+    h, r = _batch_normalized(input, mean, var, training, eps)
+    w, u, t = (_per_channel(a, input) for a in (weight, grad_grad_weight, grad_grad_bias))
+    v, g = grad_grad_input, grad_output
+    if not training:
+        return w * r * v + u * h + t, u * r * g, _channel_sum(r * v * g)
+    pv, pg = _centred(v, h), _centred(g, h)
+    curvature = _channel_mean(g * h) * pv + _channel_mean(v * h) * pg + h * _channel_mean(g * pv)
+    return w * r * pv + u * h + t, u * r * pg - w * r**2 * curvature, _channel_sum(r * g * pv)
+
+
+def _batch_normalized(
+    x: Tensor, mean: Tensor | None, var: Tensor | None, training: bool, eps: float
+) -> tuple[Tensor, Tensor]:
+    r""":math:`h` and :math:`r`."""
+    if training or mean is None or var is None:
+        deviation = x - _channel_mean(x)
+        r = (_channel_mean(deviation**2) + eps).rsqrt()
+    else:
+        deviation = x - _per_channel(mean, x)
+        r = (_per_channel(var, x) + eps).rsqrt()
+    return deviation * r, r
+
+
+def _centred(a: Tensor, h: Tensor) -> Tensor:
+    return a - _channel_mean(a) - h * _channel_mean(a * h)
+
+
+def _per_channel(a: Tensor, like: Tensor) -> Tensor:
+    return a.reshape(-1, *[1] * (like.ndim - 2))
+
+
+def _channel_sum(a: Tensor) -> Tensor:
+    return a.sum([0, *range(2, a.ndim)])
+
+
+def _channel_mean(a: Tensor) -> Tensor:
+    return a.mean([0, *range(2, a.ndim)], keepdim=True)
 
 
 def gelu(input: Tensor, approximate: str = "none") -> Tensor:
