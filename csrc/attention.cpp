@@ -934,9 +934,8 @@ struct Autograd {
     const auto first = [&] {
       return Fused<Form>::backward(grad_output, tensors, attn_mask, scale, output_mask);
     };
-    return requires_grad(all)
-               ? Backward::apply(grad_output, tensors, if_defined(attn_mask), scale, First(first))
-               : first();
+    return requires_grad(all) ? differentiable_backward(grad_output, tensors, attn_mask, scale, first)
+                              : first();
   }
 
   static variable_list double_backward(
@@ -980,12 +979,35 @@ struct Autograd {
     }
   };
 
-  // first computes the value: our own kernel, or PyTorch's where only its double backward is replaced.
+  // first computes the value: our own kernel, or PyTorch's where only its double backward is replaced. What
+  // it leaves undefined stays so.
   using First = std::function<variable_list()>;
+  static variable_list differentiable_backward(
+      const Tensor& grad_output, at::TensorList tensors, const Tensor& attn_mask,
+      const std::optional<double>& scale, const First& first) {
+    Positions positions;
+    auto found = Backward::apply(grad_output, tensors, if_defined(attn_mask), scale, first, &positions);
+    return spread(found, positions);
+  }
+
+  // An autograd Function returns no undefined tensors: where those that it returns belong.
+  struct Positions {
+    std::vector<int64_t> of_defined;
+    int64_t count;
+  };
+  static variable_list spread(const variable_list& found, const Positions& positions) {
+    variable_list all(positions.count);
+    for (size_t i = 0; i < found.size(); ++i) {
+      all[positions.of_defined[i]] = found[i];
+    }
+    return all;
+  }
+
   struct Backward : torch::autograd::Function<Backward> {
     static variable_list forward(
         AutogradContext* ctx, const Tensor& grad_output, at::TensorList tensors,
-        const OptionalTensor& attn_mask, const std::optional<double>& scale, const First& first) {
+        const OptionalTensor& attn_mask, const std::optional<double>& scale, const First& first,
+        Positions* positions) {
       variable_list saved{grad_output};
       saved.insert(saved.end(), tensors.begin(), tensors.end());
       saved.push_back(value_or_undefined(attn_mask));
@@ -993,24 +1015,31 @@ struct Autograd {
       ctx->saved_data["scale"] = scale;
       ctx->set_materialize_grads(false);
       at::AutoDispatchBelowADInplaceOrView guard;
-      return first();
+      const auto grads = first();
+      positions->count = grads.size();
+      for (size_t i = 0; i < grads.size(); ++i) {
+        if (grads[i].defined()) {
+          positions->of_defined.push_back(i);
+        }
+      }
+      ctx->saved_data["positions"] = positions->of_defined;
+      return defined({grads});
     }
 
-    static variable_list backward(AutogradContext* ctx, const variable_list& grad_grads) {
-      variable_list grads(operands + 4);
-      if (defined({grad_grads}).empty()) {
+    static variable_list backward(AutogradContext* ctx, const variable_list& incoming) {
+      variable_list grads(operands + 5);
+      if (defined({incoming}).empty()) {
         return grads;
       }
+      const auto grad_grads =
+          spread(incoming, {ctx->saved_data["positions"].toIntVector(), static_cast<int64_t>(operands + 1)});
       const auto saved = ctx->get_saved_variables();
       std::vector<bool> wanted;
       for (size_t i = 0; i < saved.size(); ++i) {
         wanted.push_back(saved[i].defined() && ctx->needs_input_grad(i));
       }
-      // PyTorch's own ops may return no gradient of the mask at all.
-      auto incoming = grad_grads;
-      incoming.resize(operands + 1);
       auto results = Ops<Form>::call_double_backward(
-          incoming, saved[0], at::TensorList(saved).slice(1, operands), saved[operands + 1],
+          grad_grads, saved[0], at::TensorList(saved).slice(1, operands), saved[operands + 1],
           ctx->saved_data["scale"].toOptional<double>(), wanted);
       std::move(results.begin(), results.end(), grads.begin());
       return grads;
@@ -1098,10 +1127,8 @@ struct AtenAttentionBackward {
       torch::jit::drop(*stack, results);
       return grads;
     };
-    using Forms = Autograd<Separate>;
-    const auto grads = Forms::Backward::apply(
-        grad_output, at::TensorList(tensors), if_defined(attn_mask), argument({"scale"}).toOptional<double>(),
-        Forms::First(first));
+    const auto grads = Autograd<Separate>::differentiable_backward(
+        grad_output, tensors, attn_mask, argument({"scale"}).toOptional<double>(), first);
     for (const auto& grad : grads) {
       stack->emplace_back(grad);
     }
