@@ -54,8 +54,11 @@ class StockKernel {
   template <class Return, class... Args>
   Return call(c10::DispatchKeySet keys, const Args&... args) const {
     torch::jit::Stack stack{c10::IValue(args)...};
-    kernel_.callBoxed(op_, keys, &stack);
+    call_boxed(keys, stack);
     return c10::impl::PopResult<Return>::call(stack);
+  }
+  void call_boxed(c10::DispatchKeySet keys, torch::jit::Stack& stack) const {
+    kernel_.callBoxed(op_, keys, &stack);
   }
 
  private:

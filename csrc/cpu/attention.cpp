@@ -1,0 +1,603 @@
+// One attention problem (a head of a batch element, or of a window) at a time, so that its scores stay in
+// the cache: matrix products, and one fused pass over the rows of scores. Products of this size are too small
+// for a BLAS call each.
+#include "attention.h"
+
+#include <ATen/Dispatch.h>
+#include <ATen/OpMathType.h>
+#include <ATen/Parallel.h>
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+
+#include <algorithm>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include "../elementary.h"
+
+namespace gradnorm_kernels::CPU_CAPABILITY {
+namespace {
+
+using at::Tensor;
+using at::vec::Vectorized;
+
+template <class T>
+constexpr int64_t kWidth = Vectorized<T>::size();
+
+template <class T>
+int64_t whole_vectors(int64_t n) {
+  return (n + kWidth<T> - 1) / kWidth<T> * kWidth<T>;
+}
+
+// Matrix products. c (rows x columns) = alpha a b, plus c if asked for. Element (i, k) of a is at
+// a[i * a.row + k * a.column], so that a transpose costs nothing; rows of b are read in whole vectors.
+
+template <class T>
+struct Left {
+  const T* data;
+  int64_t row, column;
+};
+template <class T>
+struct Rows {
+  T* data;
+  int64_t row;
+
+  T* at(int64_t i) const {
+    return data + i * row;
+  }
+  Rows from(int64_t i) const {
+    return {at(i), row};
+  }
+  operator Rows<const T>() const {
+    return {data, row};
+  }
+};
+template <class T>
+Left<T> plain(Rows<T> m) {
+  return {m.data, m.row, 1};
+}
+template <class T>
+Left<T> plain(Rows<const T> m) {
+  return {m.data, m.row, 1};
+}
+template <class T>
+Left<T> transposed(Rows<T> m) {
+  return {m.data, 1, m.row};
+}
+
+// The largest block whose sums stay in registers.
+constexpr int kBlockRows = 6;
+constexpr int kBlockVectors = sizeof(Vectorized<float>) >= 64 ? 4 : 2;
+
+template <class T, int R, int N>
+void multiply_block(
+    int64_t depth, T alpha, Left<T> a, Rows<const T> b, bool add, Rows<T> c, int64_t columns) {
+  using V = Vectorized<T>;
+  V sums[R][N];
+  for (int i = 0; i < R; ++i) {
+    for (int j = 0; j < N; ++j) {
+      sums[i][j] = V(static_cast<T>(0));
+    }
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    V right[N];
+    for (int j = 0; j < N; ++j) {
+      right[j] = V::loadu(b.at(k) + j * kWidth<T>);
+    }
+    for (int i = 0; i < R; ++i) {
+      const V left(a.data[i * a.row + k * a.column]);
+      for (int j = 0; j < N; ++j) {
+        sums[i][j] = at::vec::fmadd(left, right[j], sums[i][j]);
+      }
+    }
+  }
+  for (int i = 0; i < R; ++i) {
+    for (int j = 0; j < N; ++j) {
+      T* const out = c.at(i) + j * kWidth<T>;
+      const int64_t count = std::min(kWidth<T>, columns - j * kWidth<T>);
+      const V product = sums[i][j] * V(alpha);
+      (add ? product + V::loadu(out, count) : product).store(out, count);
+    }
+  }
+}
+
+template <class T, int N, int R = kBlockRows>
+void multiply_rows(
+    int64_t rows, int64_t depth, T alpha, Left<T> a, Rows<const T> b, bool add, Rows<T> c, int64_t columns) {
+  if (rows == R) {
+    return multiply_block<T, R, N>(depth, alpha, a, b, add, c, columns);
+  }
+  if constexpr (R > 1) {
+    multiply_rows<T, N, R - 1>(rows, depth, alpha, a, b, add, c, columns);
+  }
+}
+
+template <class T, int N = kBlockVectors>
+void multiply_columns(
+    int64_t rows, int64_t columns, int64_t depth, T alpha, Left<T> a, Rows<const T> b, bool add, Rows<T> c) {
+  if constexpr (N > 1) {
+    if (columns <= (N - 1) * kWidth<T>) {
+      return multiply_columns<T, N - 1>(rows, columns, depth, alpha, a, b, add, c);
+    }
+  }
+  // Blocks of equal height rather than a low one at the end.
+  const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t start = rows * block / blocks, end = rows * (block + 1) / blocks;
+    multiply_rows<T, N>(
+        end - start, depth, alpha, {a.data + start * a.row, a.row, a.column}, b, add, c.from(start), columns);
+  }
+}
+
+template <class T>
+void multiply(
+    int64_t rows, int64_t columns, int64_t depth, double alpha, Left<T> a, Rows<const T> b, bool add,
+    Rows<T> c) {
+  constexpr int64_t panel = kBlockVectors * kWidth<T>;
+  for (int64_t start = 0; start < columns; start += panel) {
+    multiply_columns<T>(
+        rows, std::min(panel, columns - start), depth, static_cast<T>(alpha), a, {b.data + start, b.row}, add,
+        {c.data + start, c.row});
+  }
+}
+
+// Rows of scores. Each row is padded to whole vectors; what the padding holds is never read.
+
+template <class T, class Body>
+void for_each_vector(int64_t n, const Body& body) {
+  int64_t start = 0;
+  for (; start + kWidth<T> <= n; start += kWidth<T>) {
+    body(start, kWidth<T>);
+  }
+  if (start < n) {
+    body(start, n - start);
+  }
+}
+template <class T>
+Vectorized<T> load(const T* row, int64_t start, int64_t count) {
+  return Vectorized<T>::loadu(row + start, count);
+}
+template <class T>
+T sum_lanes(const Vectorized<T>& v) {
+  return at::vec::vec_reduce_all<T>([](Vectorized<T>& a, Vectorized<T>& b) { return a + b; }, v);
+}
+template <class T>
+T max_lanes(const Vectorized<T>& v) {
+  return at::vec::vec_reduce_all<T>(
+      [](Vectorized<T>& a, Vectorized<T>& b) { return at::vec::maximum(a, b); }, v);
+}
+
+// row = softmax(row + mask), all 0 where nothing is attended to.
+template <class T>
+void softmax_row(T* row, const T* mask, int64_t n) {
+  using V = Vectorized<T>;
+  constexpr T infinity = std::numeric_limits<T>::infinity();
+  V highest(-infinity);
+  for_each_vector<T>(n, [&](int64_t start, int64_t count) {
+    V x = load(row, start, count);
+    if (mask) {
+      x = x + load(mask, start, count);
+    }
+    x = V::set(V(-infinity), x, count);
+    x.store(row + start);
+    highest = at::vec::maximum(highest, x);
+  });
+  const T shift = max_lanes(highest);
+  if (shift == -infinity) {
+    std::fill_n(row, n, static_cast<T>(0));
+    return;
+  }
+  V total(static_cast<T>(0));
+  for (int64_t start = 0; start < n; start += kWidth<T>) {
+    const V x = exp_nonpositive(V::loadu(row + start) - V(shift));
+    x.store(row + start);
+    total = total + x;
+  }
+  const V factor(static_cast<T>(1) / sum_lanes(total));
+  for (int64_t start = 0; start < n; start += kWidth<T>) {
+    (V::loadu(row + start) * factor).store(row + start);
+  }
+}
+
+template <class T>
+void store_and_accumulate(const Vectorized<T>& value, T* row, T* sums, int64_t start, int64_t count) {
+  value.store(row + start, count);
+  if (sums) {
+    (load(sums, start, count) + value).store(sums + start, count);
+  }
+}
+
+// dp = dS = p (dp - delta), with delta = sum(p dp).
+template <class T>
+void backward_row(const T* p, T* dp, T* mask_sums, int64_t n) {
+  using V = Vectorized<T>;
+  V total(static_cast<T>(0));
+  for_each_vector<T>(n, [&](int64_t start, int64_t count) {
+    total = at::vec::fmadd(load(p, start, count), load(dp, start, count), total);
+  });
+  const V delta(sum_lanes(total));
+  for_each_vector<T>(n, [&](int64_t start, int64_t count) {
+    const V grad = load(p, start, count) * (load(dp, start, count) - delta);
+    store_and_accumulate(grad, dp, mask_sums, start, count);
+  });
+}
+
+// With alpha = sum(p a) and delta = sum(p dp): dp = dS = p (dp - delta), a = B = p (a - alpha), and c = E =
+// p (c' - sum(p c')) of c' = a (dp - delta) - alpha dp + c.
+template <class T>
+void double_backward_row(const T* p, T* dp, T* a, T* c, T* mask_sums, int64_t n) {
+  using V = Vectorized<T>;
+  V total_a(static_cast<T>(0)), total_dp(static_cast<T>(0)), total_c(static_cast<T>(0));
+  for_each_vector<T>(n, [&](int64_t start, int64_t count) {
+    const V probability = load(p, start, count);
+    total_a = at::vec::fmadd(probability, load(a, start, count), total_a);
+    total_dp = at::vec::fmadd(probability, load(dp, start, count), total_dp);
+  });
+  const V alpha(sum_lanes(total_a)), delta(sum_lanes(total_dp));
+  for_each_vector<T>(n, [&](int64_t start, int64_t count) {
+    const V probability = load(p, start, count), x = load(a, start, count), g = load(dp, start, count);
+    const V centred = g - delta;
+    const V slope = at::vec::fmadd(x, centred, load(c, start, count)) - alpha * g;
+    total_c = at::vec::fmadd(probability, slope, total_c);
+    slope.store(c + start, count);
+    (probability * centred).store(dp + start, count);
+    (probability * (x - alpha)).store(a + start, count);
+  });
+  const V gamma(sum_lanes(total_c));
+  for_each_vector<T>(n, [&](int64_t start, int64_t count) {
+    const V grad = load(p, start, count) * (load(c, start, count) - gamma);
+    store_and_accumulate(grad, c, mask_sums, start, count);
+  });
+}
+
+// Operands.
+
+template <class T>
+class Batch {
+ public:
+  explicit Batch(const Tensor& t) {
+    if (t.defined()) {
+      data_ = const_cast<T*>(static_cast<const T*>(t.const_data_ptr()));
+      rows_ = t.size(3);
+      columns_ = t.size(4);
+      row_ = t.stride(3);
+      for (int d = 0; d < 3; ++d) {
+        sizes_[d] = t.size(d);
+        strides_[d] = t.stride(d);
+      }
+    }
+  }
+  explicit operator bool() const {
+    return data_ != nullptr;
+  }
+  int64_t rows() const {
+    return rows_;
+  }
+  int64_t columns() const {
+    return columns_;
+  }
+  Rows<T> at(int64_t item) const {
+    const int64_t last = item % sizes_[2], middle = item / sizes_[2] % sizes_[1];
+    const int64_t first = item / (sizes_[2] * sizes_[1]);
+    return {data_ + first * strides_[0] + middle * strides_[1] + last * strides_[2], row_};
+  }
+
+ private:
+  T* data_ = nullptr;
+  int64_t rows_ = 0, columns_ = 0, row_ = 0;
+  int64_t sizes_[3] = {}, strides_[3] = {};
+};
+
+// Zeros, because what is read of a row in whole vectors must not be a signalling pattern or slow to add.
+template <class T>
+std::unique_ptr<T[]> scratch(bool wanted, int64_t n) {
+  return wanted ? std::make_unique<T[]>(n) : nullptr;
+}
+
+// An input: one matrix of the batch in the dtype of arithmetic and in rows of whole vectors, copied if it
+// is not so already; and its transpose, if wanted.
+template <class T, class A>
+class Source {
+ public:
+  Source(const Tensor& t, bool transpose)
+      : batch_(t),
+        width_(whole_vectors<A>(batch_.columns())),
+        height_(whole_vectors<A>(batch_.rows())),
+        copy_(scratch<A>(batch_ && needs_copy(), batch_.rows() * width_)),
+        transpose_(scratch<A>(batch_ && transpose, batch_.columns() * height_)) {}
+
+  explicit operator bool() const {
+    return static_cast<bool>(batch_);
+  }
+  void load(int64_t item) {
+    if (!batch_) {
+      return;
+    }
+    const Rows<T> rows = batch_.at(item);
+    if (copy_) {
+      for (int64_t i = 0; i < batch_.rows(); ++i) {
+        at::vec::convert(rows.at(i), copy_.get() + i * width_, batch_.columns());
+      }
+      matrix_ = {copy_.get(), width_};
+    } else if constexpr (std::is_same_v<T, A>) {
+      matrix_ = {rows.data, rows.row};
+    }
+    if (transpose_) {
+      for (int64_t j = 0; j < batch_.columns(); ++j) {
+        for (int64_t i = 0; i < batch_.rows(); ++i) {
+          transpose_[j * height_ + i] = matrix_.at(i)[j];
+        }
+      }
+    }
+  }
+  Rows<const A> rows(int64_t first = 0) const {
+    return matrix_.from(first);
+  }
+  Rows<const A> columns() const {
+    return {transpose_.get(), height_};
+  }
+
+ private:
+  bool needs_copy() const {
+    return !std::is_same_v<T, A> || width_ != batch_.columns();
+  }
+
+  Batch<T> batch_;
+  int64_t width_, height_;
+  std::unique_ptr<A[]> copy_, transpose_;
+  Rows<const A> matrix_{};
+};
+
+// A result: written in the dtype of arithmetic, and converted if it is of another.
+template <class T, class A>
+class Target {
+ public:
+  explicit Target(const Tensor& t)
+      : batch_(t), copy_(scratch<A>(batch_ && !std::is_same_v<T, A>, batch_.rows() * batch_.columns())) {}
+
+  explicit operator bool() const {
+    return static_cast<bool>(batch_);
+  }
+  void begin(int64_t item) {
+    if (batch_) {
+      target_ = batch_.at(item);
+    }
+  }
+  Rows<A> rows(int64_t first = 0) const {
+    if constexpr (std::is_same_v<T, A>) {
+      return target_.from(first);
+    } else {
+      return Rows<A>{copy_.get(), batch_.columns()}.from(first);
+    }
+  }
+  void finish() {
+    if (copy_) {
+      for (int64_t i = 0; i < batch_.rows(); ++i) {
+        at::vec::convert(copy_.get() + i * batch_.columns(), target_.at(i), batch_.columns());
+      }
+    }
+  }
+
+ private:
+  Batch<T> batch_;
+  std::unique_ptr<A[]> copy_;
+  Rows<T> target_{};
+};
+
+enum class Pass { kForward, kBackward, kDoubleBackward };
+
+template <class T, Pass pass>
+class Worker {
+  using A = at::opmath_type<T>;
+  static constexpr bool kDifferentiates = pass != Pass::kForward;
+  static constexpr bool kTwice = pass == Pass::kDoubleBackward;
+
+ public:
+  explicit Worker(const AttentionProblem& p)
+      : rows_(p.query.size(3)),
+        keys_(p.key.size(3)),
+        depth_(p.query.size(4)),
+        width_(p.value.size(4)),
+        scale_(p.scale),
+        ld_(whole_vectors<A>(keys_)),
+        tile_(tile_rows()),
+        query_(p.query, false),
+        key_(p.key, true),
+        value_(p.value, kDifferentiates),
+        grad_output_(p.grad_output, false),
+        grad_grad_query_(p.grad_grad_query, false),
+        grad_grad_key_(p.grad_grad_key, true),
+        grad_grad_value_(p.grad_grad_value, true),
+        mask_(p.attn_mask),
+        grad_grad_mask_(p.grad_grad_attn_mask),
+        output_(p.output),
+        grad_grad_output_(p.grad_grad_output),
+        grad_query_(p.grad_query),
+        grad_key_(p.grad_key),
+        grad_value_(p.grad_value) {
+    for (int64_t n = 0; n < kBuffers; ++n) {
+      buffers_[n] = scratch<A>(true, tile_ * ld_);
+    }
+  }
+
+  // mask_sums: to which the gradient of the mask is added, or null.
+  void run(int64_t item, A* mask_sums) {
+    for (auto* source :
+         {&query_, &key_, &value_, &grad_output_, &grad_grad_query_, &grad_grad_key_, &grad_grad_value_}) {
+      source->load(item);
+    }
+    for (auto* target : {&output_, &grad_grad_output_, &grad_query_, &grad_key_, &grad_value_}) {
+      target->begin(item);
+    }
+    // At least one tile, which writes the zeros of empty sums.
+    int64_t start = 0;
+    do {
+      const int64_t end = std::min(start + tile_, rows_);
+      tile(item, start, end - start, mask_sums ? mask_sums + start * keys_ : nullptr);
+      start = end;
+    } while (start < rows_);
+    for (auto* target : {&output_, &grad_grad_output_, &grad_query_, &grad_key_, &grad_value_}) {
+      target->finish();
+    }
+  }
+
+ private:
+  static constexpr int64_t kBuffers = pass == Pass::kForward ? 1 : pass == Pass::kBackward ? 2 : 4;
+
+  // So many rows that their scores stay in the second-level cache.
+  int64_t tile_rows() const {
+    constexpr int64_t cache = 512 * 1024, least = 32;
+    const int64_t fitting = cache / std::max<int64_t>(1, kBuffers * ld_ * sizeof(A));
+    const int64_t tiles =
+        std::max<int64_t>(1, (rows_ + std::max(fitting, least) - 1) / std::max(fitting, least));
+    return (rows_ + tiles - 1) / tiles;
+  }
+
+  Rows<A> buffer(int64_t n) const {
+    return {buffers_[n].get(), ld_};
+  }
+  // scores = alpha left right^T
+  void make_scores(
+      int64_t n, Rows<A> scores, int64_t depth, double alpha, Rows<const A> left, const Source<T, A>& right,
+      bool add = false) {
+    multiply<A>(n, keys_, depth, alpha, plain(left), right.columns(), add, scores);
+  }
+  // target = alpha scores right
+  void to_queries(
+      int64_t n, Rows<A> target, int64_t columns, double alpha, Rows<A> scores, const Source<T, A>& right,
+      bool add = false) {
+    multiply<A>(n, columns, keys_, alpha, plain(scores), right.rows(), add, target);
+  }
+  // target = alpha scores^T right
+  void to_keys(
+      int64_t n, Rows<A> target, int64_t columns, double alpha, Rows<A> scores, Rows<const A> right,
+      bool add) {
+    multiply<A>(keys_, columns, n, alpha, transposed(scores), right, add, target);
+  }
+
+  void tile(int64_t item, int64_t start, int64_t n, A* mask_sums) {
+    const bool add = start > 0;
+    const Rows<A> p = buffer(0);
+    make_scores(n, p, depth_, scale_, query_.rows(start), key_);
+    for (int64_t i = 0; i < n; ++i) {
+      softmax_row(p.at(i), mask_ ? mask_.at(item).at(start + i) : nullptr, keys_);
+    }
+    if constexpr (pass == Pass::kForward) {
+      to_queries(n, output_.rows(start), width_, 1, p, value_);
+    }
+    if constexpr (kDifferentiates) {
+      const Rows<A> ds = buffer(1);
+      make_scores(n, ds, width_, 1, grad_output_.rows(start), value_);
+      if constexpr (pass == Pass::kBackward) {
+        for (int64_t i = 0; i < n; ++i) {
+          backward_row(p.at(i), ds.at(i), mask_sums ? mask_sums + i * keys_ : nullptr, keys_);
+        }
+        if (grad_query_) {
+          to_queries(n, grad_query_.rows(start), depth_, scale_, ds, key_);
+        }
+        if (grad_key_) {
+          to_keys(n, grad_key_.rows(), depth_, scale_, ds, query_.rows(start), add);
+        }
+        if (grad_value_) {
+          to_keys(n, grad_value_.rows(), width_, 1, p, grad_output_.rows(start), add);
+        }
+      } else {
+        double_backward_tile(item, start, n, mask_sums);
+      }
+    }
+  }
+
+  void double_backward_tile(int64_t item, int64_t start, int64_t n, A* mask_sums) {
+    const bool add = start > 0;
+    const Rows<A> p = buffer(0), ds = buffer(1), a = buffer(2), c = buffer(3);
+    if (grad_grad_query_) {
+      make_scores(n, a, depth_, scale_, grad_grad_query_.rows(start), key_);
+    }
+    if (grad_grad_key_) {
+      make_scores(
+          n, a, depth_, scale_, query_.rows(start), grad_grad_key_, static_cast<bool>(grad_grad_query_));
+    }
+    if (!grad_grad_query_ && !grad_grad_key_) {
+      std::fill_n(a.data, n * ld_, static_cast<A>(0));
+    }
+    if (grad_grad_value_) {
+      make_scores(n, c, width_, 1, grad_output_.rows(start), grad_grad_value_);
+    } else {
+      std::fill_n(c.data, n * ld_, static_cast<A>(0));
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      if (grad_grad_mask_) {
+        const A* const extra = grad_grad_mask_.at(item).at(start + i);
+        for_each_vector<A>(keys_, [&](int64_t j, int64_t count) {
+          (load(a.at(i), j, count) + load(extra, j, count)).store(a.at(i) + j, count);
+        });
+      }
+      double_backward_row(
+          p.at(i), ds.at(i), a.at(i), c.at(i), mask_sums ? mask_sums + i * keys_ : nullptr, keys_);
+    }
+    if (grad_grad_output_) {
+      to_queries(n, grad_grad_output_.rows(start), width_, 1, a, value_);
+      if (grad_grad_value_) {
+        to_queries(n, grad_grad_output_.rows(start), width_, 1, p, grad_grad_value_, true);
+      }
+    }
+    if (grad_value_) {
+      to_keys(n, grad_value_.rows(), width_, 1, a, grad_output_.rows(start), add);
+    }
+    if (grad_query_) {
+      to_queries(n, grad_query_.rows(start), depth_, scale_, c, key_);
+      if (grad_grad_key_) {
+        to_queries(n, grad_query_.rows(start), depth_, scale_, ds, grad_grad_key_, true);
+      }
+    }
+    if (grad_key_) {
+      to_keys(n, grad_key_.rows(), depth_, scale_, c, query_.rows(start), add);
+      if (grad_grad_query_) {
+        to_keys(n, grad_key_.rows(), depth_, scale_, ds, grad_grad_query_.rows(start), true);
+      }
+    }
+  }
+
+  int64_t rows_, keys_, depth_, width_;
+  double scale_;
+  int64_t ld_, tile_;
+  Source<T, A> query_, key_, value_, grad_output_, grad_grad_query_, grad_grad_key_, grad_grad_value_;
+  Batch<A> mask_, grad_grad_mask_;
+  Target<T, A> output_, grad_grad_output_, grad_query_, grad_key_, grad_value_;
+  std::unique_ptr<A[]> buffers_[kBuffers];
+};
+
+template <Pass pass>
+void run(const AttentionProblem& p) {
+  const int64_t items = p.query.size(0) * p.query.size(1) * p.query.size(2);
+  const bool sums = p.grad_attn_mask.defined();
+  const int64_t parts = sums ? p.grad_attn_mask.size(0) : 1;
+  const int64_t tiles = sums ? p.grad_attn_mask.size(1) : items;
+  const int64_t repeats = tiles == 0 ? 0 : items / tiles;
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, p.query.scalar_type(), "attention", [&] {
+    using A = at::opmath_type<scalar_t>;
+    const int64_t tile_size = p.query.size(3) * p.key.size(3);
+    A* const mask_sums = sums ? p.grad_attn_mask.mutable_data_ptr<A>() : nullptr;
+    at::parallel_for(0, parts * tiles, 1, [&](int64_t begin, int64_t end) {
+      Worker<scalar_t, pass> worker(p);
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t part = task / tiles, tile = task % tiles;
+        A* const own = sums ? mask_sums + task * tile_size : nullptr;
+        if (own) {
+          std::fill_n(own, tile_size, static_cast<A>(0));
+        }
+        for (int64_t repeat = part; repeat < repeats; repeat += parts) {
+          worker.run(repeat * tiles + tile, own);
+        }
+      }
+    });
+  });
+}
+
+}  // namespace
+
+const AttentionKernels attention_kernels{
+    run<Pass::kForward>, run<Pass::kBackward>, run<Pass::kDoubleBackward>};
+
+}  // namespace gradnorm_kernels::CPU_CAPABILITY
