@@ -7,7 +7,10 @@ For an elementwise :math:`y = f(x)` with incoming gradient :math:`g`, the backwa
 Nothing here casts: float64 in, float64 arithmetic.
 """
 
+import itertools
 import math
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +19,9 @@ __all__ = [
     "batch_norm",
     "batch_norm_backward",
     "batch_norm_double_backward",
+    "convolution",
+    "convolution_backward",
+    "convolution_double_backward",
     "gelu",
     "gelu_backward",
     "gelu_double_backward",
@@ -159,3 +165,158 @@ def _gelu_gate(x: Tensor, approximate: str) -> tuple[Tensor, Tensor, Tensor]:
         logistic_slope * slope_of_v,
         logistic_slope * (scale * 6 * cubic * x + (1 - 2 * gate) * slope_of_v**2),
     )
+
+
+def convolution(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+) -> Tensor:
+    r""":math:`O = \sum_k W_k A_k X + b`, where :math:`A_k` is the tap :math:`k` of the kernel: the element of
+    :math:`X`, padded by :math:`p`, at :math:`s\,i + d\,k` for each :math:`i` of the output. Transposed:
+    :math:`O = \sum_k A_k^T W_k^T X + b`.
+
+    Args:
+        input: ``(N, C, ...)``.
+        weight: ``(C', C / groups, ...)``; transposed: ``(C, C' / groups, ...)``.
+        bias: ``(C',)``.
+        stride, padding, dilation, output_padding: one int for each spatial dimension.
+    """
+    sizes = zip(input.shape[2:], weight.shape[2:], stride, padding, dilation, output_padding, strict=True)
+    settings = (stride, padding, dilation, groups)
+    if transposed:
+        size = [(n - 1) * s - 2 * p + d * (k - 1) + 1 + extra for n, k, s, p, d, extra in sizes]
+        output = _scatter(input, weight, size, *settings)
+    else:
+        size = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d, _ in sizes]
+        output = _gather(input, weight, size, *settings)
+    if bias is None:
+        return output
+    return output + bias.view(-1, *[1] * len(stride))
+
+
+def convolution_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""For the gradient :math:`G` of the output: :math:`X' = \sum_k A_k^T W_k^T G`,
+    :math:`W'_k = G (A_k X)^T`, :math:`b' = \sum G`. Transposed: :math:`X' = \sum_k W_k A_k G`,
+    :math:`W'_k = X (A_k G)^T`.
+    """
+    settings = (stride, padding, dilation, groups)
+    grad_bias = grad_output.transpose(0, 1).flatten(1).sum(1)
+    if transposed:
+        grad_input = _gather(grad_output, weight, input.shape[2:], *settings)
+        return grad_input, _correlate(grad_output, input, weight, *settings), grad_bias
+    grad_input = _scatter(grad_output, weight, input.shape[2:], *settings)
+    return grad_input, _correlate(input, grad_output, weight, *settings), grad_bias
+
+
+def convolution_double_backward(
+    grad_grad_input: Tensor,
+    grad_grad_weight: Tensor,
+    grad_grad_bias: Tensor,
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""The backward is bilinear in :math:`G` and :math:`(X, W)`. For the gradients :math:`V, U, u` of
+    :math:`X', W', b'`, with :math:`*` the convolution above: :math:`V * W + X * U + u` for :math:`G`; and
+    for :math:`X` and :math:`W` the backward of :math:`V * U`.
+    """
+    settings = (stride, padding, dilation, transposed, output_padding, groups)
+    grad_grad_output = convolution(grad_grad_input, weight, grad_grad_bias, *settings) + convolution(
+        input, grad_grad_weight, None, *settings
+    )
+    grad_input, grad_weight, _ = convolution_backward(
+        grad_output, grad_grad_input, grad_grad_weight, *settings
+    )
+    return grad_grad_output, grad_input, grad_weight
+
+
+def _taps(
+    size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> Iterator[tuple[Any, Any]]:
+    """Indices of each tap of the kernel, and of the padded input's elements that it meets."""
+    for tap in itertools.product(*map(range, kernel)):
+        starts = [d * k for d, k in zip(dilation, tap, strict=True)]
+        spans = zip(starts, size, stride, strict=True)
+        yield (..., *tap), (..., *(slice(start, start + s * (n - 1) + 1, s) for start, n, s in spans))
+
+
+def _pad(x: Tensor, padding: Sequence[int]) -> Tensor:
+    return torch.nn.functional.pad(x, [p for side in reversed(padding) for p in (side, side)])
+
+
+def _gather(
+    x: Tensor,
+    weight: Tensor,
+    size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """The first size elements of each dimension of a convolution."""
+    x = _pad(x, padding).unflatten(1, (groups, -1))
+    weight = weight.unflatten(0, (groups, -1))
+    y = x.new_zeros(x.shape[0], groups, weight.shape[1], *size)
+    for tap, window in _taps(size, weight.shape[3:], stride, dilation):
+        y = y + torch.einsum("goc,ngc...->ngo...", weight[tap], x[window])
+    return y.flatten(1, 2)
+
+
+def _scatter(
+    y: Tensor,
+    weight: Tensor,
+    size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """The adjoint of _gather, for an input of size."""
+    y = y.unflatten(1, (groups, -1))
+    weight = weight.unflatten(0, (groups, -1))
+    padded = [n + 2 * p for n, p in zip(size, padding, strict=True)]
+    x = y.new_zeros(y.shape[0], groups, weight.shape[2], *padded)
+    for tap, window in _taps(y.shape[3:], weight.shape[3:], stride, dilation):
+        x[window] += torch.einsum("goc,ngo...->ngc...", weight[tap], y)
+    inner: Any = (..., *(slice(p, p + n) for n, p in zip(size, padding, strict=True)))
+    return x[inner].flatten(1, 2)
+
+
+def _correlate(
+    x: Tensor,
+    y: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """The gradient of _gather's weight, for the gradient y of its output."""
+    x, y = _pad(x, padding).unflatten(1, (groups, -1)), y.unflatten(1, (groups, -1))
+    grad = torch.zeros_like(weight).unflatten(0, (groups, -1))
+    for tap, window in _taps(y.shape[3:], weight.shape[2:], stride, dilation):
+        grad[tap] = torch.einsum("ngo...,ngc...->goc", y, x[window])
+    return grad.flatten(0, 1)
