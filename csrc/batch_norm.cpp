@@ -735,8 +735,9 @@ struct Autograd {
           grad_grad_input, grad_grad_weight, grad_grad_bias, grad_output, input, weight, running_mean,
           running_var, save_mean, save_invstd, training, eps);
     }
-    at::AutoDispatchBelowADInplaceOrView guard;
     const Statistics s{running_mean, running_var, save_mean, save_invstd, training, eps};
+    check_double_backward(grad_grad_input, grad_grad_weight, grad_grad_bias, grad_output, input, weight, s);
+    at::AutoDispatchBelowADInplaceOrView guard;
     return call_double_backward(
         grad_grad_input, grad_grad_weight, grad_grad_bias, grad_output, input, weight, s);
   }

@@ -30,19 +30,19 @@ def batch_norm(
     r"""Batch normalisation, as :func:`torch.nn.functional.batch_norm` (Ioffe and Szegedy 2015,
     arXiv:1502.03167).
 
-    :math:`y = w\,(x - \mu)\,(\sigma^2 + \epsilon)^{-1/2} + b` for each channel, with the mean and the variance
-    of the batch if ``training``, and the running ones if not. Forward and first backward are PyTorch's own
-    kernels. The double backward is fused: in training one pass reads three tensors for the sums of each
-    channel, and one reads them again and writes two. In evaluation mode, where the statistics are constants,
-    it reads two tensors and writes one; and the first backward, if only ``input`` needs a gradient, reads one
-    and writes one.
+    :math:`y = w\,(x - \mu)\,(\sigma^2 + \epsilon)^{-1/2} + b` for each channel, with the mean and the
+    variance of the batch if ``training``, and the running ones if not. Forward and first backward are
+    PyTorch's own kernels. The double backward is fused: in training one pass reads three tensors for the sums
+    of each channel, and one reads them again and writes two. In evaluation mode, where the statistics are
+    constants, it reads two tensors and writes one; the first backward is ours there too, and if only
+    ``input`` needs a gradient it reads one tensor and writes one.
 
     The third order and ``torch.func`` transforms are exact, through plain ATen ops (PyTorch's own third order
     in training is not); in a region compiled by ``torch.compile`` this is ``torch.nn.functional.batch_norm``.
 
     Args:
-        input: shape ``(N, C, ...)``, any strides; float16, bfloat16, float32 or float64. Arithmetic is done in
-            float32 (float64 for float64). Interleaved channels (``torch.channels_last``) are kept.
+        input: shape ``(N, C, ...)``, any strides; float16, bfloat16, float32 or float64. Arithmetic is done
+            in float32 (float64 for float64). Interleaved channels (``torch.channels_last``) are kept.
         running_mean: shape ``(C,)``, or None if ``training``. In training it becomes
             ``(1 - momentum) * running_mean + momentum * mean``, in place.
         running_var: likewise, with the unbiased variance of the batch.

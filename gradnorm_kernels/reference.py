@@ -54,8 +54,8 @@ def batch_norm_backward(
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""The gradients of input, weight and bias, with :math:`\langle\cdot\rangle` the mean over a channel:
-    :math:`w r\,(g - \langle g\rangle - h \langle g h\rangle)` in training and :math:`w r g` in evaluation mode,
-    :math:`\sum g h`, and :math:`\sum g`.
+    :math:`w r\,(g - \langle g\rangle - h \langle g h\rangle)` in training and :math:`w r g` in evaluation
+    mode, :math:`\sum g h`, and :math:`\sum g`.
     """
     h, r = _batch_normalized(input, mean, var, training, eps)
     slope = _centred(grad_output, h) if training else grad_output

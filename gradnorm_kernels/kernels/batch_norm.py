@@ -1,0 +1,508 @@
+"""Triton kernels of batch normalisation: its double backward, and the backward of its evaluation mode.
+
+A tensor is outer x channels x inner here: N x C x HW when contiguous, and interleaved, NHW x C x 1, when
+channels_last. A program takes every so-manieth tile of one channel, or of a block of interleaved ones.
+Sums over a channel are sums of what the programs found, in a fixed order: the same bits in each run.
+"""
+
+# mypy: allow-untyped-defs
+# Triton types the arguments of a kernel when it is called.
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import FP_FUSION, Specialization, pointer_type, widen
+
+
+@triton.jit
+def _tile(
+    tile,
+    outer,
+    channels,
+    inner,
+    interleaved: tl.constexpr,
+    rows: tl.constexpr,
+    columns: tl.constexpr,
+):
+    """Offsets and mask of a tile, rows x columns."""
+    if interleaved:
+        row = tile * rows + tl.arange(0, rows)[:, None]
+        column = tl.program_id(0) * columns + tl.arange(0, columns)[None, :]
+        width = channels
+        # 64-bit before the product: a tensor may have more than 2^31 elements.
+        start = row.to(tl.int64) * channels
+    else:
+        blocks = tl.cdiv(inner, columns)
+        row = tile // blocks * rows + tl.arange(0, rows)[:, None]
+        column = tile % blocks * columns + tl.arange(0, columns)[None, :]
+        width = inner
+        start = (row.to(tl.int64) * channels + tl.program_id(0)) * inner
+    return start + column, (row < outer) & (column < width)
+
+
+@triton.jit
+def _channel(channels, interleaved: tl.constexpr, columns: tl.constexpr):
+    """The channels of a program, one or a row of them, and which of them exist."""
+    channel = tl.program_id(0)
+    if interleaved:
+        channel = channel * columns + tl.arange(0, columns)[None, :]
+    return channel, channel < channels
+
+
+@triton.jit
+def _per_channel(ptr, channel, exists, otherwise: tl.constexpr):
+    if ptr is None:
+        return otherwise
+    else:  # Triton would compile what follows the if in any case.
+        return widen(tl.load(ptr + channel, mask=exists, other=0))
+
+
+@triton.jit
+def _load(ptr, offsets, mask):
+    return widen(tl.load(ptr + offsets, mask=mask, other=0))
+
+
+@triton.jit
+def _zeros(like, rows: tl.constexpr, columns: tl.constexpr):
+    dtype: tl.constexpr = tl.float64 if like.dtype.element_ty == tl.float64 else tl.float32
+    return tl.zeros([rows, columns], dtype)
+
+
+@triton.jit
+def _store_sum(ptr, sum, channel, exists, interleaved: tl.constexpr):
+    """sum, of a program's tile, over rows and, unless interleaved, over columns."""
+    if interleaved:
+        tl.store(ptr + channel, tl.sum(sum, axis=0, keep_dims=True), mask=exists)
+    else:
+        tl.store(ptr + channel, tl.sum(sum))
+
+
+@triton.jit
+def batch_norm_sums_kernel(
+    grad_grad_input_ptr,
+    grad_output_ptr,
+    input_ptr,
+    mean_ptr,
+    sums_ptr,
+    outer,
+    channels,
+    units,
+    tiles,
+    unit: tl.constexpr,
+    interleaved: tl.constexpr,
+    rows: tl.constexpr,
+    columns: tl.constexpr,
+):
+    """Sums over each channel of v = grad_grad_input, g = grad_output, v (x - mean), g (x - mean) and v g.
+
+    Moves 3n elements: reads 3.
+    """
+    channel, exists = _channel(channels, interleaved, columns)
+    mean = _per_channel(mean_ptr, channel, exists, 0)
+    v_sum = _zeros(input_ptr, rows, columns)
+    g_sum = v_sum
+    vd_sum = v_sum
+    gd_sum = v_sum
+    vg_sum = v_sum
+    for tile in range(tl.program_id(1), tiles, tl.num_programs(1)):
+        offsets, mask = _tile(tile, outer, channels, units * unit, interleaved, rows, columns)
+        v = _load(grad_grad_input_ptr, offsets, mask)
+        g = _load(grad_output_ptr, offsets, mask)
+        d = _load(input_ptr, offsets, mask) - mean
+        v_sum += v
+        g_sum += g
+        vd_sum += v * d
+        gd_sum += g * d
+        vg_sum += v * g
+    sums_ptr += tl.program_id(1).to(tl.int64) * 5 * channels
+    _store_sum(sums_ptr, v_sum, channel, exists, interleaved)
+    _store_sum(sums_ptr + channels, g_sum, channel, exists, interleaved)
+    _store_sum(sums_ptr + 2 * channels, vd_sum, channel, exists, interleaved)
+    _store_sum(sums_ptr + 3 * channels, gd_sum, channel, exists, interleaved)
+    _store_sum(sums_ptr + 4 * channels, vg_sum, channel, exists, interleaved)
+
+
+@triton.jit
+def batch_norm_bwd_bwd_kernel(
+    grad_grad_input_ptr,
+    grad_grad_weight_ptr,
+    grad_grad_bias_ptr,
+    grad_output_ptr,
+    input_ptr,
+    weight_ptr,
+    mean_ptr,
+    spread_ptr,
+    sums_ptr,
+    grad_grad_output_ptr,
+    grad_input_ptr,
+    grad_weight_ptr,
+    outer,
+    channels,
+    units,
+    tiles,
+    eps: tl.constexpr,
+    training: tl.constexpr,
+    unit: tl.constexpr,
+    interleaved: tl.constexpr,
+    rows: tl.constexpr,
+    columns: tl.constexpr,
+):
+    """With w = weight, u = grad_grad_weight, d = x - mean, r the inverse standard deviation, h = d r, <> the
+    mean over a channel, and P a = a - <a> - h <a h>,
+
+        grad_grad_output = w r P v + u h + grad_grad_bias
+        grad_input       = u r P g - w r^2 (<g h> P v + <v h> P g + h <g P v>)
+        grad_weight      = sum(g P v) r
+
+    in training, where spread is r and sums holds the five sums. In evaluation mode, where spread is the
+    variance, P is the identity and <> is 0; each program writes its share of grad_weight.
+
+    Moves 5n elements: reads 3, writes 2.
+    """
+    channel, exists = _channel(channels, interleaved, columns)
+    inner = units * unit
+    mean = _per_channel(mean_ptr, channel, exists, 0)
+    r = _per_channel(spread_ptr, channel, exists, 1)
+    if not training:
+        r = tl.rsqrt(r + eps)
+    wr = _per_channel(weight_ptr, channel, exists, 1) * r
+    ur = _per_channel(grad_grad_weight_ptr, channel, exists, 0) * r
+    t = _per_channel(grad_grad_bias_ptr, channel, exists, 0)
+    if training:
+        count = tl.cast(outer, r.dtype) * inner
+        v_mean = _per_channel(sums_ptr, channel, exists, 0) / count
+        g_mean = _per_channel(sums_ptr + channels, channel, exists, 0) / count
+        vh_mean = _per_channel(sums_ptr + 2 * channels, channel, exists, 0) / count * r
+        gh_mean = _per_channel(sums_ptr + 3 * channels, channel, exists, 0) / count * r
+        vg_mean = _per_channel(sums_ptr + 4 * channels, channel, exists, 0) / count
+        gpv_mean = vg_mean - v_mean * g_mean - vh_mean * gh_mean
+        of_v = -wr * r * gh_mean
+        of_g = ur - wr * r * vh_mean
+        of_d = -r * (of_v * vh_mean + of_g * gh_mean + wr * r * gpv_mean)
+        of_1 = -of_v * v_mean - of_g * g_mean
+        if tl.program_id(1) == 0:
+            tl.store(grad_weight_ptr + channel, count * r * gpv_mean, mask=exists)
+        out_of_d = of_g
+        out_of_1 = t - wr * v_mean
+    else:
+        out_of_d = ur
+        out_of_1 = t
+        vg_sum = _zeros(input_ptr, rows, columns)
+    for tile in range(tl.program_id(1), tiles, tl.num_programs(1)):
+        offsets, mask = _tile(tile, outer, channels, inner, interleaved, rows, columns)
+        v = _load(grad_grad_input_ptr, offsets, mask)
+        g = _load(grad_output_ptr, offsets, mask)
+        d = _load(input_ptr, offsets, mask) - mean
+        grad_grad_output = v * wr + (d * out_of_d + out_of_1)
+        if training:
+            grad_input = v * of_v + (g * of_g + (d * of_d + of_1))
+        else:
+            grad_input = g * ur
+            vg_sum += v * g
+        tl.store(grad_grad_output_ptr + offsets, grad_grad_output, mask=mask)
+        tl.store(grad_input_ptr + offsets, grad_input, mask=mask)
+    if not training:
+        grad_weight_ptr += tl.program_id(1).to(tl.int64) * channels
+        _store_sum(grad_weight_ptr, vg_sum * r, channel, exists, interleaved)
+
+
+@triton.jit
+def batch_norm_scale_kernel(
+    input_ptr,
+    factor_ptr,
+    weight_ptr,
+    mean_ptr,
+    var_ptr,
+    output_ptr,
+    sums_ptr,
+    outer,
+    channels,
+    units,
+    tiles,
+    eps: tl.constexpr,
+    unit: tl.constexpr,
+    interleaved: tl.constexpr,
+    rows: tl.constexpr,
+    columns: tl.constexpr,
+):
+    """output = input * weight * r with r = (var + eps)^(-1/2). With factor, each program also writes its
+    shares of sum(input) and of sum(input * (factor - mean) * r), with mean 0 where there is none.
+
+    Moves 2n elements, reads 1 and writes 1; or 3n, reads 2 and writes 1.
+    """
+    channel, exists = _channel(channels, interleaved, columns)
+    r = tl.rsqrt(_per_channel(var_ptr, channel, exists, 1) + eps)
+    scale = _per_channel(weight_ptr, channel, exists, 1) * r
+    mean = _per_channel(mean_ptr, channel, exists, 0)
+    if factor_ptr is not None:
+        sum = _zeros(input_ptr, rows, columns)
+        product_sum = sum
+    for tile in range(tl.program_id(1), tiles, tl.num_programs(1)):
+        offsets, mask = _tile(tile, outer, channels, units * unit, interleaved, rows, columns)
+        x = _load(input_ptr, offsets, mask)
+        tl.store(output_ptr + offsets, x * scale, mask=mask)
+        if factor_ptr is not None:
+            sum += x
+            product_sum += x * (_load(factor_ptr, offsets, mask) - mean)
+    if factor_ptr is not None:
+        sums_ptr += tl.program_id(1).to(tl.int64) * 2 * channels
+        _store_sum(sums_ptr, sum, channel, exists, interleaved)
+        _store_sum(sums_ptr + channels, product_sum * r, channel, exists, interleaved)
+
+
+# Elements of a tile. With 4 warps a thread owns 8 of them, which is one or two 16-byte accesses per array.
+_TILE = 1024
+# Programs of a launch, at most: several waves of them on the largest GPUs, and few enough that what each of
+# them writes for the sums is little beside what it reads.
+_PROGRAMS = 2048
+_OPTIONS = {"num_warps": 4, **FP_FUSION}
+
+
+class _Layout(NamedTuple):
+    """How the kernels see a tensor, and the grid of their programs."""
+
+    sizes: tuple[int, int, int, int]  # outer, channels, units, tiles
+    constants: dict[str, Any]
+    grid: tuple[int, int]
+
+    @staticmethod
+    def of(tensor: Tensor, interleaved: bool) -> _Layout:
+        channels = tensor.shape[1]
+        outer = tensor.numel() // channels if interleaved else tensor.shape[0]
+        inner = 1 if interleaved else tensor.numel() // (outer * channels)
+        # What divides inner is known when a kernel is compiled: it is how many elements an access may have.
+        unit = math.gcd(inner, 8)
+        if interleaved or inner == 1:
+            # Without an inner dimension the channels are side by side.
+            interleaved = True
+            columns = min(triton.next_power_of_2(channels), 128)
+            rows = _TILE // columns
+            blocks, tiles = -(-channels // columns), -(-outer // rows)
+        else:
+            rows = min(triton.next_power_of_2(outer), max(_TILE // triton.next_power_of_2(inner), 4))
+            columns = min(triton.next_power_of_2(inner), _TILE // rows)
+            blocks, tiles = channels, -(-outer // rows) * -(-inner // columns)
+        constants = {"unit": unit, "interleaved": interleaved, "rows": rows, "columns": columns}
+        grid = (blocks, max(min(tiles, _PROGRAMS // blocks), 1))
+        return _Layout((outer, channels, inner // unit, tiles), constants, grid)
+
+
+def _is_interleaved(tensor: Tensor) -> bool:
+    return not tensor.is_contiguous() and tensor.movedim(1, -1).is_contiguous()
+
+
+def _in_layout(tensor: Tensor, interleaved: bool) -> Tensor:
+    return tensor.movedim(1, -1).contiguous().movedim(-1, 1) if interleaved else tensor.contiguous()
+
+
+def _contiguous(*per_channel: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(None if t is None else t.contiguous() for t in per_channel)
+
+
+def _opmath(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _scale(
+    input: Tensor,
+    factor: Tensor | None,
+    weight: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor,
+    eps: float,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The scaled input, and the two sums over each channel if there is a factor: shape (2, channels)."""
+    layout = _Layout.of(input, interleaved)
+    output = torch.empty_like(input)
+    sums = None
+    if factor is not None:
+        sums = input.new_empty((layout.grid[1], 2, input.shape[1]), dtype=_opmath(input.dtype))
+    weight, mean, var_ = _contiguous(weight, mean, var)
+    with torch.cuda.device_of(input):  # does nothing for a CPU tensor (Triton's interpreter)
+        batch_norm_scale_kernel[layout.grid](
+            input,
+            factor,
+            weight,
+            mean,
+            var_,
+            output,
+            sums,
+            *layout.sizes,
+            eps=eps,
+            **layout.constants,
+            **_OPTIONS,
+        )
+    return output, None if sums is None else sums.sum(0)
+
+
+def batch_norm_backward(
+    grad_output: Tensor,
+    input: Tensor | None,
+    weight: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    save_mean: Tensor | None,
+    save_invstd: Tensor | None,
+    training: bool,
+    eps: float,
+    output_mask: list[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """PyTorch's own kernel in training. In evaluation mode one launch of 2n elements, or, with gradients of
+    parameters, one of 3n and a sum of what its programs found."""
+    if training:
+        return torch.ops.aten.native_batch_norm_backward(
+            grad_output,
+            input,
+            weight,
+            running_mean,
+            running_var,
+            save_mean,
+            save_invstd,
+            training,
+            eps,
+            output_mask,
+        )
+    assert running_var is not None  # checked at the Autograd key
+    dtype = _opmath(grad_output.dtype) if weight is None else weight.dtype
+    if grad_output.numel() == 0:
+        zeros = grad_output.new_zeros(grad_output.shape[1], dtype=dtype)
+        grads: tuple[Tensor, Tensor, Tensor] = (torch.empty_like(grad_output), zeros, zeros.clone())
+    else:
+        interleaved = _is_interleaved(grad_output if input is None else input)
+        g = _in_layout(grad_output, interleaved)
+        # What only grad_bias needs multiplies a sum that is not wanted.
+        factor = g if input is None else _in_layout(input, interleaved)
+        with_sums = output_mask[1] or output_mask[2]
+        grad_input, sums = _scale(
+            g, factor if with_sums else None, weight, running_mean, running_var, eps, interleaved
+        )
+        if sums is None:
+            return grad_input, None, None
+        grads = (grad_input, sums[1].to(dtype), sums[0].to(dtype))
+    first, second, third = (grad if wanted else None for grad, wanted in zip(grads, output_mask, strict=True))
+    return first, second, third
+
+
+def batch_norm_double_backward(
+    grad_grad_input: Tensor | None,
+    grad_grad_weight: Tensor | None,
+    grad_grad_bias: Tensor | None,
+    grad_output: Tensor,
+    input: Tensor | None,
+    weight: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    save_mean: Tensor | None,
+    save_invstd: Tensor | None,
+    training: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """In training three launches that move 8n elements: one for sums of each program, their sum, and one that
+    reads all again. In evaluation mode two, that move 3n elements without input, and 5n with it."""
+    dtype = _opmath(grad_output.dtype) if weight is None else weight.dtype
+    channels = grad_output.shape[1]
+    if grad_output.numel() == 0:
+        grad_input = None if input is None else torch.empty_like(input)
+        return torch.empty_like(grad_output), grad_input, grad_output.new_zeros(channels, dtype=dtype)
+    interleaved = _is_interleaved(grad_output if input is None else input)
+    g = _in_layout(grad_output, interleaved)
+    # Undefined where only gradients of parameters are differentiated: seldom, and not worth a kernel.
+    v = torch.zeros_like(g) if grad_grad_input is None else _in_layout(grad_grad_input, interleaved)
+    if input is None:
+        assert running_var is not None  # checked at the Autograd key
+        grad_grad_output, products = _scale(v, g, weight, None, running_var, eps, interleaved)
+        assert products is not None
+        if grad_grad_bias is not None:
+            shape = (-1, *[1] * (grad_grad_output.ndim - 2))
+            grad_grad_output.add_(grad_grad_bias.reshape(shape))
+        return grad_grad_output, None, products[1].to(dtype)
+
+    x = _in_layout(input, interleaved)
+    layout = _Layout.of(x, interleaved)
+    mean, spread = (save_mean, save_invstd) if training else (running_mean, running_var)
+    u, t, weight, mean, spread = _contiguous(grad_grad_weight, grad_grad_bias, weight, mean, spread)
+    grad_grad_output, grad_input = torch.empty_like(g), torch.empty_like(x)
+    opmath = _opmath(x.dtype)
+    with torch.cuda.device_of(x):
+        sums: Tensor | None = None
+        if training:
+            partial_sums = x.new_empty((layout.grid[1], 5, channels), dtype=opmath)
+            batch_norm_sums_kernel[layout.grid](
+                v, g, x, mean, partial_sums, *layout.sizes, **layout.constants, **_OPTIONS
+            )
+            sums = partial_sums.sum(0)
+            grad_weight = x.new_empty(channels, dtype=dtype)
+        else:
+            grad_weight = x.new_empty((layout.grid[1], channels), dtype=opmath)
+        batch_norm_bwd_bwd_kernel[layout.grid](
+            v,
+            u,
+            t,
+            g,
+            x,
+            weight,
+            mean,
+            spread,
+            sums,
+            grad_grad_output,
+            grad_input,
+            grad_weight,
+            *layout.sizes,
+            eps=eps,
+            training=training,
+            **layout.constants,
+            **_OPTIONS,
+        )
+        if not training:
+            grad_weight = grad_weight.sum(0).to(dtype)
+    return grad_grad_output, grad_input, None if grad_grad_input is None else grad_weight
+
+
+def specializations() -> Iterator[Specialization]:
+    """The kernels of a gradient-norm step of ResNet-50 at batch 64, in training and in evaluation mode."""
+    large, small = (64, 256, 56, 56), (64, 2048, 7, 7)
+    sums = (batch_norm_sums_kernel, {})
+    double_backward = (batch_norm_bwd_bwd_kernel, {"eps": 1e-5, "training": True})
+    scale = (batch_norm_scale_kernel, {"eps": 1e-5})
+    # Their gradients are not differentiated, or not in this call.
+    absent = {"grad_grad_weight_ptr", "grad_grad_bias_ptr", "mean_ptr"}
+    per_channel = {"mean_ptr", "spread_ptr", "var_ptr", "weight_ptr", "sums_ptr", "grad_weight_ptr"}
+    for (kernel, settings), shape, interleaved, dtype in (
+        (sums, large, False, torch.bfloat16),
+        (sums, large, True, torch.float32),
+        (double_backward, large, False, torch.bfloat16),
+        (double_backward, large, True, torch.float32),
+        (double_backward, small, False, torch.float32),
+        (scale, large, False, torch.bfloat16),
+        (scale, large, True, torch.float32),
+    ):
+        layout = _Layout.of(torch.empty(shape, device="meta"), interleaved)
+        sizes = dict(zip(("outer", "channels", "units", "tiles"), layout.sizes, strict=True))
+        missing = absent - ({"mean_ptr"} if kernel is not batch_norm_scale_kernel else set())
+        constants: dict[str, Any] = {**dict.fromkeys(missing), **settings, **layout.constants}
+        constants |= {name: 1 for name, size in sizes.items() if size == 1}
+        constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+        types = {
+            name: pointer_type(torch.float32 if name in per_channel else dtype)
+            if name.endswith("_ptr")
+            else "i32"
+            for name in kernel.arg_names
+            if name not in constants
+        }
+        yield Specialization(
+            f"{kernel.__name__}-{'x'.join(map(str, shape))}{'-channels_last' * interleaved}-{str(dtype)[6:]}",
+            kernel,
+            types | dict.fromkeys(constants, "constexpr"),
+            constants,
+            tuple(name for name in types if sizes.get(name, 0) % 16 == 0),
+            _OPTIONS,
+        )
