@@ -503,15 +503,36 @@ using Ndim = int64_t;
 constexpr Ndim kNchw = 0;
 
 struct Backward : torch::autograd::Function<Backward> {
+  // Its outputs are those gradients that output_mask asks for: a Function cannot return undefined tensors.
   static variable_list forward(
       AutogradContext* ctx, const Tensor& grad_output, const Tensor& input, const Tensor& mean,
       const Tensor& rstd, const Tensor& weight, const Tensor& bias, Ndim ndim, const Mask& output_mask) {
     ctx->save_for_backward({grad_output, input, mean, rstd, weight});
+    ctx->saved_data["output_mask"] = c10::List<bool>({output_mask[0], output_mask[1], output_mask[2]});
     ctx->set_materialize_grads(false);
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [grad_input, grad_weight, grad_bias] =
+    const auto [grad_input, grad_weight, grad_bias] =
         value_of(grad_output, input, mean, rstd, weight, bias, ndim, output_mask);
-    return {grad_input, grad_weight, grad_bias};
+    variable_list outputs;
+    for (const auto& gradient : {grad_input, grad_weight, grad_bias}) {
+      if (gradient.defined()) {
+        outputs.push_back(gradient);
+      }
+    }
+    return outputs;
+  }
+
+  // Back at their places.
+  template <class Wanted>
+  static variable_list spread(const variable_list& tensors, const Wanted& output_mask) {
+    variable_list all(3);
+    auto next = tensors.begin();
+    for (size_t k = 0; k < 3; ++k) {
+      if (output_mask[k]) {
+        all[k] = *next++;
+      }
+    }
+    return all;
   }
 
   // Below autograd.
@@ -526,7 +547,8 @@ struct Backward : torch::autograd::Function<Backward> {
         output_mask);
   }
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+  static variable_list backward(AutogradContext* ctx, const variable_list& wanted_grads) {
+    const auto grads = spread(wanted_grads, ctx->saved_data["output_mask"].toBoolList());
     const auto saved = ctx->get_saved_variables();
     const Tensor &grad_output = saved[0], &input = saved[1], &mean = saved[2], &rstd = saved[3],
                  &weight = saved[4];
@@ -561,7 +583,8 @@ struct Backward : torch::autograd::Function<Backward> {
       at::AutoDispatchBelowADInplaceOrView guard;
       return value_of(grad_output, input, mean, rstd, weight, bias, ndim, output_mask);
     }
-    const auto gradients = apply(grad_output, input, mean, rstd, weight, bias, ndim, output_mask);
+    const auto gradients =
+        spread(apply(grad_output, input, mean, rstd, weight, bias, ndim, output_mask), output_mask);
     return {gradients[0], gradients[1], gradients[2]};
   }
 };

@@ -340,17 +340,32 @@ def _power_of_2_from(n: int) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def _constants(rows: Rows, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The block sizes, and the options of the launch."""
+def _constants(
+    kernel: Any, rows: Rows, dtype: torch.dtype, parameters: bool = False
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The block sizes, chosen so that no register is spilled, and the options of the launch.
+
+    parameters says whether the double backward has grad_grad_weight and grad_grad_bias.
+    """
     most = _MOST_COLUMNS[dtype]
-    block_columns = min(_power_of_2_from(rows.columns), most)
-    # Next to each other in memory are the columns of a row, or else the rows, of which a tile should have
-    # as many as fill 128 bytes.
-    wanted = 1024 // block_columns if rows.column_stride == 1 else min(32, most // 2 // block_columns)
+    double_backward = kernel is layer_norm_bwd_bwd_kernel
+    block_columns = _power_of_2_from(rows.columns)
+    if rows.column_stride == 1:
+        block_columns = min(block_columns, most // 2 if parameters else most)
+        wanted = 1024 // block_columns
+    else:
+        # Neighbours in memory are rows: 32 of float32 fill 128 bytes. The double backward rather reads many
+        # channels twice, the second time from cache, than fewer rows.
+        if double_backward and block_columns > 128:
+            block_columns = 64
+        most_elements = {layer_norm_fwd_kernel: most, layer_norm_bwd_kernel: most // 2}.get(kernel, most // 4)
+        wanted = min(most // 256, most_elements // block_columns)
     block_rows = max(1, min(wanted, _power_of_2_from(rows.rows)))
-    # 8 elements of an array in a thread, and 16 in the largest tiles.
-    num_warps = min(max(block_rows * block_columns // 256, 1), 16)
     constants = {"block_rows": block_rows, "block_columns": block_columns}
+    if double_backward:
+        constants["whole"] = rows.columns <= block_columns
+    elements_in_thread = 8 if block_rows == 1 else 4
+    num_warps = min(max(block_rows * block_columns // (32 * elements_in_thread), 1), 16)
     return constants, {"num_warps": num_warps, **FP_FUSION}
 
 
@@ -435,7 +450,7 @@ def layer_norm_2d(
     if input.numel() == 0:
         return output, mean, rstd
     rows = _rows(input, mean)
-    constants, options = _constants(rows, input.dtype)
+    constants, options = _constants(layer_norm_fwd_kernel, rows, input.dtype)
     grid = (rows.groups * -(-rows.rows // constants["block_rows"]),)
     tensors = (input.contiguous(), _contiguous(weight), _contiguous(bias), output, mean, rstd)
     with torch.cuda.device_of(input):  # does nothing for a CPU tensor (Triton's interpreter)
@@ -460,7 +475,7 @@ def layer_norm_2d_backward(
         sums = input.new_zeros((of_parameters, channels), dtype=dtype)
     else:
         rows = _rows(input, mean)
-        constants, options = _constants(rows, input.dtype)
+        constants, options = _constants(layer_norm_bwd_kernel, rows, input.dtype)
         programs = _programs(rows, constants["block_rows"], options["num_warps"], input.device)
         partial = mean.new_empty((of_parameters, programs, channels))
         parts = iter(partial)
@@ -512,8 +527,8 @@ def layer_norm_double_backward(
     grad_input = _empty_like(input, output_mask[1])
     if rows is None:
         return grad_grad_output, grad_input, torch.zeros_like(weight) if output_mask[2] else None
-    constants, options = _constants(rows, input.dtype)
-    whole = rows.columns <= constants["block_columns"]
+    parameters = grad_grad_weight is not None or grad_grad_bias is not None
+    constants, options = _constants(layer_norm_bwd_bwd_kernel, rows, input.dtype, parameters)
     programs = _programs(rows, constants["block_rows"], options["num_warps"], input.device)
     partial = mean.new_empty((1, programs, rows.columns)) if output_mask[2] else None
     if grad_grad_weight is None and grad_grad_bias is not None:
@@ -534,7 +549,7 @@ def layer_norm_double_backward(
         partial,
     )
     with torch.cuda.device_of(input):
-        layer_norm_bwd_bwd_kernel[(programs,)](*tensors, *rows, whole=whole, **constants, **options)
+        layer_norm_bwd_bwd_kernel[(programs,)](*tensors, *rows, **constants, **options)
         grad_weight = None if partial is None else _sum(partial, weight.dtype).view_as(weight)
     return grad_grad_output, grad_input, grad_weight
 
@@ -546,7 +561,8 @@ def specializations() -> Iterator[Specialization]:
         ("vit", layer_norm_bwd_bwd_kernel, torch.float32, (64, 197, 768), False, lean),
         ("vit", layer_norm_bwd_bwd_kernel, torch.bfloat16, (64, 197, 768), False, lean),
         ("swin", layer_norm_bwd_bwd_kernel, torch.float32, (64, 56, 56, 128), False, lean),
-        ("widest", layer_norm_bwd_bwd_kernel, torch.float32, (64, 49, 8192), False, ()),
+        ("widest", layer_norm_bwd_bwd_kernel, torch.float32, (64, 49, 8192), False, lean),
+        ("long", layer_norm_bwd_bwd_kernel, torch.float32, (64, 49, 16384), False, ()),
         ("convnext", layer_norm_fwd_kernel, torch.float32, (64, 256, 28, 28), True, ()),
         ("convnext", layer_norm_bwd_kernel, torch.float32, (64, 512, 14, 14), True, ()),
         ("convnext", layer_norm_bwd_bwd_kernel, torch.float32, (64, 512, 14, 14), True, lean),
@@ -567,10 +583,9 @@ def _specialization(
     statistics[1 if channels_first else -1] = 1
     meta = torch.empty(shape, device="meta")
     rows = _rows(meta, meta.new_empty(statistics))
-    constants, options = _constants(rows, dtype)
+    parameters = kernel is layer_norm_bwd_bwd_kernel and not absent
+    constants, options = _constants(kernel, rows, dtype, parameters)
     constants = constants | dict.fromkeys(absent)
-    if kernel is layer_norm_bwd_bwd_kernel:
-        constants["whole"] = rows.columns <= constants["block_columns"]
     # As Triton has them: an integer of 1 is a constant, and a multiple of 16 known to be one.
     integers = rows._asdict()
     constants |= {name: value for name, value in integers.items() if value == 1}
