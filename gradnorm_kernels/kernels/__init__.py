@@ -13,6 +13,7 @@ import torch
 _OPS = {
     "activation": ("gelu", "gelu_backward", "gelu_double_backward"),
     "batch_norm": ("batch_norm_backward", "batch_norm_double_backward"),
+    "layer_norm": ("layer_norm_2d", "layer_norm_2d_backward", "layer_norm_double_backward"),
 }
 
 
