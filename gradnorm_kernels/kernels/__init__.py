@@ -12,6 +12,7 @@ import torch
 # The ops that each module here implements, under their own names.
 _OPS = {
     "activation": ("gelu", "gelu_backward", "gelu_double_backward"),
+    "softmax": ("softmax_double_backward", "softmax_with_bias"),
 }
 
 
