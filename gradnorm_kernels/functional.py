@@ -53,7 +53,8 @@ def softmax(
     gradient for the first backward's ``grad_output``, and the one for ``input``, with no pass through the
     softmax's backward between. The third order and ``torch.func`` transforms are exact, through plain ATen
     ops; in a region compiled by ``torch.compile`` this is ``torch.nn.functional.softmax``, which the compiler
-    fuses with its neighbours. Nested tensors and tensor subclasses such as DTensor take PyTorch's own kernels.
+    fuses with its neighbours. Nested tensors and tensor subclasses such as DTensor take PyTorch's own
+    kernels.
 
     Args:
         input: any shape and strides; float16, bfloat16, float32 or float64. Arithmetic is done in
@@ -80,6 +81,6 @@ def softmax(
         return torch.nn.functional.softmax(input if bias is None else input + bias, dim, dtype=dtype)
     if bias is None:
         return torch.ops.gradnorm_kernels.softmax(input, dim, dtype)
-    if dim in (-1, input.dim() - 1):
+    if input.dim() > 0 and dim in (-1, input.dim() - 1):
         return torch.ops.gradnorm_kernels.softmax_with_bias(input, bias, dtype)
     return torch.ops.gradnorm_kernels.softmax(input + bias, dim, dtype)
