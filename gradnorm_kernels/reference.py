@@ -39,7 +39,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["batch_norm", "batch_norm_backward", "batch_norm_double_backward", "convolution", "convolution_backward", "convolution_double_backward", "gelu", "gelu_backward", "gelu_double_backward"]
+__all__ = ["batch_norm", "batch_norm_backward", "batch_norm_double_backward", "convolution", "convolution_backward", "convolution_double_backward", "gelu", "gelu_backward", "gelu_double_backward", "softmax", "softmax_backward", "softmax_double_backward"]
 
 
 def batch_norm(
@@ -141,7 +141,6 @@ def _channel_mean(a: Tensor) -> Tensor:
     "layer_norm",
     "layer_norm_backward",
     "layer_norm_double_backward",
-]
 
 
 def gelu(input: Tensor, approximate: str = "none") -> Tensor:
@@ -416,3 +415,36 @@ def _normalize(
         return a - a.mean(dims, keepdim=True) - x_hat * (a * x_hat).mean(dims, keepdim=True)
 
     return x_hat, rstd, project
+def softmax(input: Tensor, dim: int, bias: Tensor | None = None) -> Tensor:
+    r""":math:`y_i = e^{x_i - m} / \sum_j e^{x_j - m}` along ``dim``, where :math:`x` is ``input + bias`` and
+    :math:`m` its maximum.
+    """
+    x = input if bias is None else input + bias
+    exponentials = torch.exp(x - x.amax(dim, keepdim=True))
+    return exponentials / exponentials.sum(dim, keepdim=True)
+
+
+def softmax_backward(grad_output: Tensor, output: Tensor, dim: int) -> Tensor:
+    r""":math:`h = y (g - \bar g)`, where :math:`\bar t = \sum_j t_j y_j` along ``dim``."""
+    return output * (grad_output - _softmax_mean(grad_output, output, dim))
+
+
+def softmax_double_backward(
+    grad_grad_input: Tensor, grad_output: Tensor, output: Tensor, dim: int, to_input: bool
+) -> tuple[Tensor, Tensor]:
+    r"""The gradients for :math:`g` and :math:`y` of :math:`h` against :math:`v`:
+    :math:`(y (v - \bar v),\ v (g - \bar g) - \bar v g)`.
+
+    If ``to_input``, the second one is carried on to the softmax's input by another backward: with
+    :math:`p = (v - \bar v)(g - \bar g)` that is :math:`y (p - \bar p)`.
+    """
+    v_centred = grad_grad_input - _softmax_mean(grad_grad_input, output, dim)
+    g_centred = grad_output - _softmax_mean(grad_output, output, dim)
+    if to_input:
+        return output * v_centred, softmax_backward(v_centred * g_centred, output, dim)
+    v_mean = _softmax_mean(grad_grad_input, output, dim)
+    return output * v_centred, grad_grad_input * g_centred - v_mean * grad_output
+
+
+def _softmax_mean(t: Tensor, output: Tensor, dim: int) -> Tensor:
+    return (t * output).sum(dim, keepdim=True)
