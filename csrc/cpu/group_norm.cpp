@@ -1,0 +1,411 @@
+#include "group_norm.h"
+
+#include <ATen/Dispatch.h>
+#include <ATen/OpMathType.h>
+#include <ATen/Parallel.h>
+#include <ATen/cpu/vec/functional.h>
+
+#include <algorithm>
+#include <array>
+#include <vector>
+
+namespace gradnorm_kernels::CPU_CAPABILITY {
+namespace {
+
+// One vector of T, as the one or two vectors that arithmetic is done in.
+template <class T>
+struct Lanes {
+  using Scalar = at::opmath_type<T>;
+  using Vec = at::vec::Vectorized<Scalar>;
+  using Packed = at::vec::Vectorized<T>;
+  static constexpr int64_t width = Packed::size();
+  static constexpr int64_t parts = width / Vec::size();
+  using Values = std::array<Vec, parts>;
+
+  // Zero from the element count on.
+  static Values load(const T* data, int64_t count) {
+    const Packed packed = count == width ? Packed::loadu(data) : Packed::loadu(data, count);
+    if constexpr (parts == 1) {
+      return {packed};
+    } else {
+      const auto [low, high] = at::vec::convert_to_float<T>(packed);
+      return {low, high};
+    }
+  }
+  static void store(const Values& values, T* data, int64_t count) {
+    if constexpr (parts == 1) {
+      values[0].store(data, count);
+    } else {
+      at::vec::convert_from_float<T>(values[0], values[1]).store(data, count);
+    }
+  }
+};
+
+// A scalar, or an array along the channels, as the operand of part k of the lanes.
+template <class Vec>
+struct Along {
+  const typename Vec::value_type* data;
+  int64_t count;
+
+  Vec operator[](int64_t k) const {
+    const int64_t left = count - k * Vec::size();
+    if (left >= Vec::size()) {
+      return Vec::loadu(data + k * Vec::size());
+    }
+    return left > 0 ? Vec::loadu(data + k * Vec::size(), left) : Vec(0);
+  }
+};
+
+// With v, g and x the grad_grad_input, grad_output and input, a = weight g, b = (x - mean) rstd, p and q the
+// grad_grad_weight and grad_grad_bias, and <> the mean over a group:
+//   grad_grad_output = weight rstd (v - <v> - b <v b>) + p b + q
+//   grad_input = rstd (p - weight rstd <v b>) g - rstd^2 <a b> v
+//                + (rstd^2 (3 <a b> <v b> + <a> <v> - <v a>) - rstd <p g b>) b
+//                + rstd^2 (<v b> <a> + <a b> <v>) - rstd <p g>
+//   grad_weight = sum over n and HxW of g rstd (v - <v> - b <v b>)
+// So the sums below over the HxW elements of every (n, c) are all that a first look at the tensors gives,
+enum Sum { kG, kV, kVG, kGX, kVX, kSums };  // the last two of x - mean
+// and the elementwise rest is, for every (n, c), a sum of v, g, x - mean and 1 with these weights.
+enum Coefficient { kMean, kOutV, kOutXInG, kOut1, kInV, kInX, kIn1, kCoefficients };
+
+template <class T>
+class DoubleBackward {
+  using L = Lanes<T>;
+  using Vec = typename L::Vec;
+  using Scalar = typename L::Scalar;
+
+ public:
+  explicit DoubleBackward(const GroupNormDoubleBackward& args)
+      : args_(args),
+        // The two layouts are one where a channel has one element, and vectors run along the channels then.
+        channels_last_(args.channels_last || args.inner == 1),
+        v_(args.grad_grad_input.const_data_ptr<T>()),
+        g_(args.grad_output.const_data_ptr<T>()),
+        x_(args.input.const_data_ptr<T>()),
+        weight_(data<const Scalar>(args.weight)),
+        grad_grad_weight_(data<const Scalar>(args.grad_grad_weight)),
+        grad_grad_bias_(data<const Scalar>(args.grad_grad_bias)),
+        grad_grad_output_(data<T>(args.grad_grad_output)),
+        grad_input_(data<T>(args.grad_input)) {
+    units_ = channels_last_ ? args.batch : args.batch * args.num_groups;
+    pieces_ = channels_last_ ? (args.inner + kRows - 1) / kRows : args.channels / args.num_groups;
+    sums_ = at::empty({args.batch, channels_last_ ? pieces_ : 1, kSums, args.channels}, args.mean.options());
+    coefficients_ = at::empty({args.batch, kCoefficients, args.channels}, args.mean.options());
+    if (args.grad_weight.defined()) {
+      grad_weights_ = at::empty({args.batch, args.channels}, args.mean.options());
+    }
+  }
+
+  void run() const {
+    if (units_ >= at::get_num_threads()) {
+      // The second look at a unit finds it in the cache, if it fits there.
+      parallel_for(units_, [&](int64_t unit) {
+        start(unit);
+        for (int64_t piece = 0; piece < pieces_; ++piece) {
+          sum(unit, piece);
+        }
+        finish(unit);
+        for (int64_t piece = 0; piece < pieces_; ++piece) {
+          apply(unit, piece);
+        }
+      });
+    } else {
+      parallel_for(units_, [&](int64_t unit) { start(unit); });
+      parallel_for(units_ * pieces_, [&](int64_t i) { sum(i / pieces_, i % pieces_); });
+      parallel_for(units_, [&](int64_t unit) { finish(unit); });
+      parallel_for(units_ * pieces_, [&](int64_t i) { apply(i / pieces_, i % pieces_); });
+    }
+    if (args_.grad_weight.defined()) {
+      sum_over_batch();
+    }
+  }
+
+ private:
+  // A unit is what one thread can do alone, all or one of a batch entry's groups, and a piece of it what is
+  // added up by itself: some rows, or a channel. Threads do not change the order of any sum.
+  static constexpr int64_t kRows = 64;
+  static constexpr int64_t kBlock = 512;   // of a channel's elements, which then join a total in double
+  static constexpr int64_t kGrain = 8192;  // elements that are worth a thread
+
+  template <class U>
+  static U* data(const at::Tensor& tensor) {
+    if constexpr (std::is_const_v<U>) {
+      return tensor.defined() ? tensor.const_data_ptr<std::remove_const_t<U>>() : nullptr;
+    } else {
+      return tensor.defined() ? tensor.mutable_data_ptr<U>() : nullptr;
+    }
+  }
+  static double value(const Scalar* data, int64_t i, double otherwise) {
+    return data ? data[i] : otherwise;
+  }
+
+  template <class Visit>
+  void parallel_for(int64_t tasks, const Visit& visit) const {
+    const int64_t elements = args_.input.numel() / tasks;
+    const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements));
+    at::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        visit(task);
+      }
+    });
+  }
+
+  Scalar* sums(int64_t n, int64_t piece) const {
+    const int64_t stride = kSums * args_.channels;
+    return sums_.mutable_data_ptr<Scalar>() + (channels_last_ ? n * pieces_ + piece : n) * stride;
+  }
+  Scalar* coefficients(int64_t n, Coefficient coefficient) const {
+    return coefficients_.mutable_data_ptr<Scalar>() + (n * kCoefficients + coefficient) * args_.channels;
+  }
+
+  // Calls visit(n, group) for the groups of a unit.
+  template <class Visit>
+  void for_each_group(int64_t unit, const Visit& visit) const {
+    if (!channels_last_) {
+      return visit(unit / args_.num_groups, unit % args_.num_groups);
+    }
+    for (int64_t group = 0; group < args_.num_groups; ++group) {
+      visit(unit, group);
+    }
+  }
+
+  void start(int64_t unit) const {
+    for_each_group(unit, [&](int64_t n, int64_t group) {
+      const int64_t size = args_.channels / args_.num_groups;
+      const Scalar mean = args_.mean.const_data_ptr<Scalar>()[n * args_.num_groups + group];
+      std::fill_n(coefficients(n, kMean) + group * size, size, mean);
+    });
+  }
+
+  void sum(int64_t unit, int64_t piece) const {
+    if (channels_last_) {
+      sum_rows(unit, piece);
+    } else {
+      sum_channel(unit / args_.num_groups, unit % args_.num_groups * pieces_ + piece);
+    }
+  }
+
+  static void accumulate(
+      std::array<Vec, kSums>& sums, const Vec& v, const Vec& g, const Vec& x, const Vec& mean) {
+    const Vec centered = x - mean;
+    sums[kG] = sums[kG] + g;
+    sums[kV] = sums[kV] + v;
+    sums[kVG] = at::vec::fmadd(v, g, sums[kVG]);
+    sums[kGX] = at::vec::fmadd(g, centered, sums[kGX]);
+    sums[kVX] = at::vec::fmadd(v, centered, sums[kVX]);
+  }
+
+  void sum_channel(int64_t n, int64_t channel) const {
+    const int64_t offset = (n * args_.channels + channel) * args_.inner;
+    const Vec mean(coefficients(n, kMean)[channel]);
+    std::array<double, kSums> totals{};
+    for (int64_t begin = 0; begin < args_.inner; begin += kBlock) {
+      const int64_t end = std::min(args_.inner, begin + kBlock);
+      std::array<Vec, kSums> block;
+      block.fill(Vec(0));
+      for (int64_t i = begin; i < end; i += L::width) {
+        const int64_t count = std::min(L::width, end - i);
+        const auto v = L::load(v_ + offset + i, count);
+        const auto g = L::load(g_ + offset + i, count);
+        const auto x = L::load(x_ + offset + i, count);
+        for (int64_t k = 0; k < L::parts; ++k) {
+          accumulate(block, v[k], g[k], x[k], mean);
+        }
+      }
+      for (int s = 0; s < kSums; ++s) {
+        totals[s] += at::vec::vec_reduce_all<Scalar>([](Vec a, Vec b) { return a + b; }, block[s]);
+      }
+    }
+    for (int s = 0; s < kSums; ++s) {
+      sums(n, 0)[s * args_.channels + channel] = static_cast<Scalar>(totals[s]);
+    }
+  }
+
+  // Calls visit(index of the first element, its channel, number of channels) for each vector of the piece.
+  template <class Visit>
+  void for_each_vector_of_rows(int64_t n, int64_t piece, const Visit& visit) const {
+    const int64_t end = std::min(args_.inner, (piece + 1) * kRows);
+    for (int64_t row = piece * kRows; row < end; ++row) {
+      for (int64_t channel = 0; channel < args_.channels; channel += L::width) {
+        visit(
+            (n * args_.inner + row) * args_.channels + channel, channel,
+            std::min(L::width, args_.channels - channel));
+      }
+    }
+  }
+
+  void sum_rows(int64_t n, int64_t piece) const {
+    const int64_t stride = args_.channels;
+    Scalar* const sums = this->sums(n, piece);
+    const Scalar* const means = coefficients(n, kMean);
+    std::fill_n(sums, kSums * stride, Scalar(0));
+    for_each_vector_of_rows(n, piece, [&](int64_t i, int64_t channel, int64_t count) {
+      const auto v = L::load(v_ + i, count);
+      const auto g = L::load(g_ + i, count);
+      const auto x = L::load(x_ + i, count);
+      const Along<Vec> mean{means + channel, count};
+      for (int64_t k = 0; k < L::parts; ++k) {
+        std::array<Vec, kSums> totals;
+        for (int s = 0; s < kSums; ++s) {
+          totals[s] = Along<Vec>{sums + s * stride + channel, count}[k];
+        }
+        accumulate(totals, v[k], g[k], x[k], mean[k]);
+        const int64_t left = std::clamp<int64_t>(count - k * Vec::size(), 0, Vec::size());
+        for (int s = 0; s < kSums; ++s) {
+          totals[s].store(sums + s * stride + channel + k * Vec::size(), left);
+        }
+      }
+    });
+  }
+
+  void finish(int64_t unit) const {
+    for_each_group(unit, [&](int64_t n, int64_t group) { finish_group(n, group); });
+  }
+
+  void finish_group(int64_t n, int64_t group) const {
+    const int64_t channels = args_.channels, size = channels / args_.num_groups;
+    const int64_t begin = group * size, end = begin + size;
+    const double rstd = args_.rstd.const_data_ptr<Scalar>()[n * args_.num_groups + group];
+    const double per_element = 1.0 / (static_cast<double>(size) * static_cast<double>(args_.inner));
+    Scalar* const totals = sums(n, 0);
+    const auto total = [&](Sum sum, int64_t c) -> double { return totals[sum * channels + c]; };
+    double a = 0, ab = 0, va = 0, v = 0, vb = 0, pg = 0, pgb = 0;
+    for (int64_t c = begin; c < end; ++c) {
+      if (channels_last_) {
+        for (int s = 0; s < kSums; ++s) {
+          double sum = 0;
+          for (int64_t piece = 0; piece < pieces_; ++piece) {
+            sum += sums(n, piece)[s * channels + c];
+          }
+          totals[s * channels + c] = static_cast<Scalar>(sum);
+        }
+      }
+      const double weight = value(weight_, c, 1), p = value(grad_grad_weight_, c, 0);
+      a += weight * total(kG, c);
+      ab += weight * total(kGX, c);
+      va += weight * total(kVG, c);
+      v += total(kV, c);
+      vb += total(kVX, c);
+      pg += p * total(kG, c);
+      pgb += p * total(kGX, c);
+    }
+    for (double* sum : {&a, &va, &v, &pg}) {
+      *sum *= per_element;
+    }
+    for (double* sum : {&ab, &vb, &pgb}) {
+      *sum *= per_element * rstd;
+    }
+    const auto set = [&](Coefficient coefficient, int64_t c, double value) {
+      coefficients(n, coefficient)[c] = static_cast<Scalar>(value);
+    };
+    for (int64_t c = begin; c < end; ++c) {
+      const double weight = value(weight_, c, 1) * rstd;
+      set(kOutV, c, weight);
+      set(kOutXInG, c, rstd * (value(grad_grad_weight_, c, 0) - weight * vb));
+      set(kOut1, c, value(grad_grad_bias_, c, 0) - weight * v);
+      set(kInV, c, -rstd * rstd * ab);
+      set(kInX, c, rstd * rstd * (rstd * (3 * ab * vb + a * v - va) - pgb));
+      set(kIn1, c, rstd * (rstd * (vb * a + ab * v) - pg));
+      if (grad_weights_.defined()) {
+        grad_weights_.mutable_data_ptr<Scalar>()[n * channels + c] =
+            static_cast<Scalar>(rstd * (total(kVG, c) - v * total(kG, c) - rstd * vb * total(kGX, c)));
+      }
+    }
+  }
+
+  void apply(int64_t unit, int64_t piece) const {
+    if (grad_grad_output_ && grad_input_) {
+      apply<true, true>(unit, piece);
+    } else if (grad_grad_output_) {
+      apply<true, false>(unit, piece);
+    } else if (grad_input_) {
+      apply<false, true>(unit, piece);
+    }
+  }
+
+  template <bool Out, bool In>
+  void apply(int64_t unit, int64_t piece) const {
+    if (channels_last_) {
+      const int64_t n = unit;
+      const Scalar* const first = coefficients(n, kMean);
+      for_each_vector_of_rows(n, piece, [&](int64_t i, int64_t channel, int64_t count) {
+        apply_to_vector<Out, In>(i, count, [&](Coefficient coefficient) {
+          return Along<Vec>{first + coefficient * args_.channels + channel, count};
+        });
+      });
+      return;
+    }
+    const int64_t n = unit / args_.num_groups;
+    const int64_t channel = unit % args_.num_groups * pieces_ + piece;
+    const int64_t offset = (n * args_.channels + channel) * args_.inner;
+    std::array<typename L::Values, kCoefficients> all;
+    for (int c = 0; c < kCoefficients; ++c) {
+      all[c].fill(Vec(coefficients(n, Coefficient(c))[channel]));
+    }
+    for (int64_t i = 0; i < args_.inner; i += L::width) {
+      apply_to_vector<Out, In>(
+          offset + i, std::min(L::width, args_.inner - i),
+          [&](Coefficient coefficient) -> const auto& { return all[coefficient]; });
+    }
+  }
+
+  template <bool Out, bool In, class Coefficients>
+  void apply_to_vector(int64_t i, int64_t count, const Coefficients& coefficient) const {
+    using at::vec::fmadd;
+    const auto v = L::load(v_ + i, count);
+    const auto x = L::load(x_ + i, count);
+    typename L::Values g, out, in;
+    if constexpr (In) {
+      g = L::load(g_ + i, count);
+    }
+    for (int64_t k = 0; k < L::parts; ++k) {
+      const Vec centered = x[k] - coefficient(kMean)[k];
+      if constexpr (Out) {
+        const Vec rest = fmadd(centered, coefficient(kOutXInG)[k], coefficient(kOut1)[k]);
+        out[k] = fmadd(v[k], coefficient(kOutV)[k], rest);
+      }
+      if constexpr (In) {
+        const Vec rest = fmadd(centered, coefficient(kInX)[k], coefficient(kIn1)[k]);
+        in[k] = fmadd(g[k], coefficient(kOutXInG)[k], fmadd(v[k], coefficient(kInV)[k], rest));
+      }
+    }
+    if constexpr (Out) {
+      L::store(out, grad_grad_output_ + i, count);
+    }
+    if constexpr (In) {
+      L::store(in, grad_input_ + i, count);
+    }
+  }
+
+  void sum_over_batch() const {
+    const Scalar* const parts = grad_weights_.const_data_ptr<Scalar>();
+    Scalar* const grad_weight = args_.grad_weight.mutable_data_ptr<Scalar>();
+    std::vector<double> totals(args_.channels);
+    for (int64_t i = 0; i < args_.batch * args_.channels; i += args_.channels) {
+      for (int64_t c = 0; c < args_.channels; ++c) {
+        totals[c] += parts[i + c];
+      }
+    }
+    std::copy(totals.begin(), totals.end(), grad_weight);
+  }
+
+  const GroupNormDoubleBackward& args_;
+  const bool channels_last_;
+  const T *const v_, *const g_, *const x_;
+  const Scalar *const weight_, *const grad_grad_weight_, *const grad_grad_bias_;
+  T *const grad_grad_output_, *const grad_input_;
+  int64_t units_, pieces_;
+  at::Tensor sums_, coefficients_, grad_weights_;
+};
+
+void double_backward(const GroupNormDoubleBackward& args) {
+  AT_DISPATCH_FLOATING_TYPES_AND2(
+      at::kHalf, at::kBFloat16, args.input.scalar_type(), "group_norm_double_backward",
+      [&] { DoubleBackward<scalar_t>(args).run(); });
+}
+
+}  // namespace
+
+const GroupNormKernels group_norm_kernels{double_backward};
+
+}  // namespace gradnorm_kernels::CPU_CAPABILITY
