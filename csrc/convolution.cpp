@@ -1,5 +1,7 @@
 // Convolutions of any dimension, transposed ones too: ATen's forward and backward, and a double backward of
 // three convolutions at most. PyTorch's own takes one for every group.
+#include "cpu/convolution.h"
+
 #include <ATen/autocast_mode.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -36,6 +38,50 @@ bool owned(bool value) {
 
 OptionalTensor if_defined(const Tensor& tensor) {
   return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
+}
+
+// The gradient of a depthwise convolution's weight by our own CPU kernel, where that covers the arguments and
+// is faster: oneDNN's takes 5 to 30 times the time of the forward where the kernel has more than 9 taps, and
+// has no float64. ATen says what is wrong with arguments that are not covered.
+OptionalTensor depthwise_grad_weight(
+    const Tensor& grad_output, const Tensor& input, const Tensor& weight, SymIntArrayRef stride,
+    SymIntArrayRef padding, SymIntArrayRef dilation, bool transposed, const SymInt& groups) {
+  const auto dtype = input.scalar_type();
+  const int64_t dims = input.dim() - 2;
+  const bool is_depthwise = (dims == 1 || dims == 2) && !transposed && weight.dim() == input.dim() &&
+                            grad_output.dim() == input.dim() && groups == input.size(1) &&
+                            weight.size(0) == input.size(1) && weight.size(1) == 1 &&
+                            grad_output.size(0) == input.size(0) && grad_output.size(1) == input.size(1);
+  if (!is_depthwise || input.numel() == 0 ||
+      !(dtype == at::kDouble || (dtype == at::kFloat && weight[0].numel() > 9))) {
+    return std::nullopt;
+  }
+  for (const SymIntArrayRef& setting : {stride, padding, dilation}) {
+    if (setting.size() != 1 && setting.size() != static_cast<size_t>(dims)) {
+      return std::nullopt;
+    }
+  }
+  // One dimension is a row of two.
+  const auto with_height = [&](const Tensor& t) { return dims == 1 ? t.unsqueeze(2) : t; };
+  const auto of_both = [&](SymIntArrayRef setting, int64_t of_row) -> std::array<int64_t, 2> {
+    return {dims == 1 ? of_row : setting.front().expect_int(), setting.back().expect_int()};
+  };
+  const ConvolutionGeometry geometry{of_both(stride, 1), of_both(padding, 0), of_both(dilation, 1)};
+  const Tensor image = with_height(input), gradient = with_height(grad_output), kernel = with_height(weight);
+  for (const int64_t i : {0, 1}) {
+    const int64_t reach = geometry.dilation[i] * (kernel.size(2 + i) - 1);
+    const int64_t last = image.size(2 + i) + 2 * geometry.padding[i] - reach - 1;
+    if (geometry.stride[i] < 1 || geometry.padding[i] < 0 || geometry.dilation[i] < 1 || reach < 0 ||
+        last < 0 || gradient.size(2 + i) != last / geometry.stride[i] + 1) {
+      return std::nullopt;
+    }
+  }
+  const auto format = image.is_contiguous() ? at::MemoryFormat::Contiguous : image.suggest_memory_format();
+  return GRADNORM_KERNELS(convolution_kernels)
+      .depthwise_grad_weight(
+          gradient.contiguous(format), image.contiguous(format), format == at::MemoryFormat::ChannelsLast,
+          kernel.sizes().slice(2), geometry)
+      .view(weight.sizes());
 }
 
 // Settings are what every op takes after its tensors: see Ops below.
@@ -81,6 +127,39 @@ struct ConvolutionOps {
       check(grad_output, input, weight);
       return at::convolution_backward_symint(
           grad_output, input, weight, bias_sizes, settings..., output_mask);
+    }
+  };
+
+  // ATen's, save for the weights of some depthwise convolutions.
+  struct Cpu {
+    static Tensor forward(
+        const Tensor& input, const Tensor& weight, const OptionalTensor& bias, Settings... settings) {
+      return Composite::forward(input, weight, bias, settings...);
+    }
+    static TensorTriple backward(
+        const Tensor& grad_output, const Tensor& input, const Tensor& weight,
+        at::OptionalSymIntArrayRef bias_sizes, Settings... settings, Mask output_mask) {
+      check(grad_output, input, weight);
+      OptionalTensor grad_weight;
+      if (output_mask[1]) {
+        const auto [stride, padding, dilation, transposed, output_padding, groups] = std::tie(settings...);
+        grad_weight =
+            depthwise_grad_weight(grad_output, input, weight, stride, padding, dilation, transposed, groups);
+      }
+      if (!grad_weight) {
+        return at::convolution_backward_symint(
+            grad_output, input, weight, bias_sizes, settings..., output_mask);
+      }
+      TensorTriple grads;
+      if (output_mask[0]) {
+        grads = at::convolution_backward_symint(
+            grad_output, input, weight, std::nullopt, settings..., {true, false, false});
+      }
+      std::get<1>(grads) = *grad_weight;
+      if (output_mask[2]) {
+        std::get<2>(grads) = grad_output.transpose(0, 1).flatten(1).sum(1);
+      }
+      return grads;
     }
   };
 
@@ -322,6 +401,10 @@ void implement(torch::Library& m, Kernels) {
 
 TORCH_LIBRARY_IMPL(gradnorm_kernels, Autograd, m) {
   implement(m, Ops::Autograd());
+}
+
+TORCH_LIBRARY_IMPL(gradnorm_kernels, CPU, m) {
+  implement(m, Ops::Cpu());
 }
 
 TORCH_LIBRARY_IMPL(gradnorm_kernels, FuncTorchBatched, m) {
