@@ -1,12 +1,131 @@
 """Drop-ins for ``torch.nn.functional`` with fused forward, backward and double backward."""
 
 from collections.abc import Callable, Sequence
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["batch_norm", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "gelu", "group_norm", "instance_norm", "layer_norm", "layer_norm_2d", "softmax"]
+__all__ = [
+    "batch_norm",
+    "conv1d",
+    "conv2d",
+    "conv3d",
+    "conv_transpose1d",
+    "conv_transpose2d",
+    "conv_transpose3d",
+    "gelu",
+    "group_norm",
+    "instance_norm",
+    "layer_norm",
+    "layer_norm_2d",
+    "softmax",
+]
+
+
+def gelu(input: Tensor, approximate: str = "none") -> Tensor:
+    r"""Gaussian error linear unit, as :func:`torch.nn.functional.gelu`.
+
+    ``approximate="none"``: :math:`x\,\Phi(x)`; ``"tanh"``:
+    :math:`\tfrac12 x (1 + \tanh(\sqrt{2/\pi}(x + 0.044715 x^3)))` (Hendrycks and Gimpel 2016,
+    arXiv:1606.08415).
+
+    The double backward reads three tensors and writes two in one kernel. The third order and
+    ``torch.func`` transforms are exact, through plain ATen ops; in a region compiled by ``torch.compile``
+    this is ``torch.nn.functional.gelu``, which the compiler fuses with its neighbours. Nested tensors and
+    tensor subclasses such as DTensor take PyTorch's own kernels.
+
+    Args:
+        input: any shape and strides; float16, bfloat16, float32 or float64. Arithmetic is done in
+            float32 (float64 for float64).
+        approximate: ``"none"`` or ``"tanh"``.
+
+    Returns:
+        A tensor of ``input``'s shape, dtype and memory layout.
+
+    Raises:
+        TypeError: if ``input``'s dtype is not one of the four.
+        ValueError: if ``approximate`` is neither ``"none"`` nor ``"tanh"``.
+    """
+    if torch.compiler.is_compiling():
+        return torch.nn.functional.gelu(input, approximate=approximate)
+    return torch.ops.gradnorm_kernels.gelu(input, approximate=approximate)
+
+
+# What the CUDA kernels of layer_norm_2d can hold in registers.
+_MOST_CHANNELS = 4096
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    r"""Layer normalisation over the last dimensions, as :func:`torch.nn.functional.layer_norm`:
+    :math:`(x - \mathrm{E}[x]) / \sqrt{\mathrm{Var}[x] + \epsilon} \cdot w + b` (Ba et al. 2016,
+    arXiv:1607.06450).
+
+    Forward and first backward are PyTorch's own kernels. The double backward reads three tensors and writes
+    two in one kernel, and adds the sum of small partial gradients of ``weight``. The third order and
+    ``torch.func`` transforms are exact, through plain ATen ops; in a region compiled by ``torch.compile``
+    this is ``torch.nn.functional.layer_norm``. Nested tensors take PyTorch's own kernels.
+
+    Args:
+        input: any strides; float16, bfloat16, float32 or float64. Arithmetic is done in float32 (float64
+            for float64).
+        normalized_shape: the sizes of the last dimensions, which are normalised together.
+        weight: of shape ``normalized_shape`` and ``input``'s dtype; on the CPU it may be float32 for a
+            float16 or bfloat16 ``input``.
+        bias: as ``weight``.
+        eps: added to the variance.
+
+    Returns:
+        A contiguous tensor of ``input``'s shape and dtype.
+
+    Raises:
+        TypeError: if the dtype of ``input``, ``weight`` or ``bias`` is not one of the four.
+        ValueError: if ``input``'s shape does not end in ``normalized_shape``, or ``weight``'s or
+            ``bias``'s is another.
+        RuntimeError: if devices differ, or dtypes that PyTorch does not mix.
+    """
+    if torch.compiler.is_compiling():
+        return torch.nn.functional.layer_norm(input, normalized_shape, weight, bias, eps)  # type: ignore[arg-type]
+    return torch.ops.gradnorm_kernels.layer_norm(input, normalized_shape, weight, bias, eps)
+
+
+def layer_norm_2d(
+    input: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-6
+) -> Tensor:
+    r"""Layer normalisation over the channels of an image: :func:`layer_norm` of ``input`` permuted to
+    channels last, and its output permuted back (ConvNeXt's, Liu et al. 2022, arXiv:2201.03545; timm's
+    ``LayerNorm2d``).
+
+    Where ``input`` is channels_last that is what it does, without a copy. Otherwise forward, backward and
+    double backward are kernels that read and write NCHW as it lies.
+
+    Args:
+        input: of shape (N, C, H, W); any strides; float16, bfloat16, float32 or float64. Arithmetic is
+            done in float32 (float64 for float64).
+        weight: of shape (C,). In float32 or ``input``'s dtype.
+        bias: as ``weight``.
+        eps: added to the variance.
+
+    Returns:
+        A tensor of ``input``'s shape and dtype; channels_last if ``input`` is, or has more than 4096
+        channels, and contiguous otherwise.
+
+    Raises:
+        TypeError: if the dtype of ``input``, ``weight`` or ``bias`` is not one of the four.
+        ValueError: if ``input`` does not have four dimensions, or ``weight``'s or ``bias``'s shape is not
+            (C,).
+        RuntimeError: if devices differ.
+    """
+    rows = input.ndim == 4 and (input.stride(1) == 1 or input.shape[1] > _MOST_CHANNELS)
+    if rows or torch.compiler.is_compiling():
+        nhwc = input.permute(0, 2, 3, 1)
+        return layer_norm(nhwc, nhwc.shape[-1:], weight, bias, eps).permute(0, 3, 1, 2)
+    return torch.ops.gradnorm_kernels.layer_norm_2d(input, weight, bias, eps)[0]
 
 
 def batch_norm(
@@ -60,37 +179,139 @@ def batch_norm(
         input, weight, bias, running_mean, running_var, training, momentum, eps
     )
 
-# What the CUDA kernels of layer_norm_2d can hold in registers.
-_MOST_CHANNELS = 4096
+
+def group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    r"""Group normalisation (Wu and He 2018, arXiv:1803.08494), as :func:`torch.nn.functional.group_norm`.
+
+    Normalises ``channels / num_groups`` consecutive channels of each batch entry together, then scales and
+    shifts each channel by ``weight`` and ``bias``.
+
+    Forward and first backward are PyTorch's fused kernels, the latter also where it will be differentiated
+    again. The double backward reads three tensors and writes two in one kernel, and larger groups' tensors
+    twice. The third order and ``torch.func`` transforms are exact, through plain ATen ops; in a region
+    compiled by ``torch.compile`` this is ``torch.nn.functional.group_norm``. Tensor subclasses such as
+    DTensor take PyTorch's own kernels.
+
+    Args:
+        input: shape (N, C, \*), any strides; float16, bfloat16, float32 or float64. Arithmetic is done in
+            float32 (float64 for float64).
+        num_groups: a divisor of C.
+        weight: shape (C,), of ``input``'s dtype, or float32 where ``input`` is float16 or bfloat16.
+        bias: like ``weight``.
+        eps: added to the variance.
+
+    Returns:
+        A tensor of ``input``'s shape and dtype, and of its memory layout where PyTorch's kernels keep it.
+
+    Raises:
+        TypeError: if a dtype is none of these.
+        ValueError: if ``input`` has fewer than two dimensions or a single value for each group and no more,
+            ``num_groups`` does not divide C, or ``weight`` or ``bias`` is not of shape (C,).
+    """
+    if torch.compiler.is_compiling():
+        return torch.nn.functional.group_norm(input, num_groups, weight, bias, eps)
+    return torch.ops.gradnorm_kernels.group_norm(input, num_groups, weight, bias, eps)
 
 
-def gelu(input: Tensor, approximate: str = "none") -> Tensor:
-    r"""Gaussian error linear unit, as :func:`torch.nn.functional.gelu`.
+def instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    r"""Instance normalisation (Ulyanov et al. 2016, arXiv:1607.08022), as
+    :func:`torch.nn.functional.instance_norm`.
 
-    ``approximate="none"``: :math:`x\,\Phi(x)`; ``"tanh"``:
-    :math:`\tfrac12 x (1 + \tanh(\sqrt{2/\pi}(x + 0.044715 x^3)))` (Hendrycks and Gimpel 2016,
-    arXiv:1606.08415).
+    This is :func:`group_norm` with a group for each channel. With running statistics, to update or to
+    normalise by, it is ``torch.nn.functional.instance_norm`` itself.
 
-    The double backward reads three tensors and writes two in one kernel. The third order and
-    ``torch.func`` transforms are exact, through plain ATen ops; in a region compiled by ``torch.compile``
-    this is ``torch.nn.functional.gelu``, which the compiler fuses with its neighbours. Nested tensors and
-    tensor subclasses such as DTensor take PyTorch's own kernels.
+    Args:
+        input: shape (N, C, \*), any strides; float16, bfloat16, float32 or float64. Arithmetic is done in
+            float32 (float64 for float64).
+        running_mean: shape (C,).
+        running_var: shape (C,).
+        weight: shape (C,), of ``input``'s dtype, or float32 where ``input`` is float16 or bfloat16.
+        bias: like ``weight``.
+        use_input_stats: whether to normalise by the statistics of ``input``.
+        momentum: the weight of ``input`` in the update of the running statistics.
+        eps: added to the variance.
+
+    Returns:
+        A tensor of ``input``'s shape and dtype, and of :func:`group_norm`'s memory layout, where PyTorch's
+        is always contiguous.
+
+    Raises:
+        TypeError: if a dtype is none of these.
+        ValueError: if a channel has only one element, or a shape is none of these.
+    """
+    # PyTorch says what is wrong with an instance of a single element, or with no channels to group.
+    of_its_own = use_input_stats and running_mean is None and running_var is None
+    if not of_its_own or input.ndim < 3 or input.shape[1] == 0 or input.shape[2:].numel() == 1:
+        return torch.nn.functional.instance_norm(
+            input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
+        )
+    return group_norm(input, input.shape[1], weight, bias, eps)
+
+
+def softmax(
+    input: Tensor,
+    dim: int | None = None,
+    _stacklevel: int = 3,
+    dtype: torch.dtype | None = None,
+    *,
+    bias: Tensor | None = None,
+) -> Tensor:
+    r"""Softmax along ``dim``, as :func:`torch.nn.functional.softmax`, of ``input + bias``.
+
+    :math:`y_i = e^{x_i} / \sum_j e^{x_j}`. A bias along the last dimension is added while ``input`` is read,
+    and its gradient is one reduction of ``input``'s. An attention's mask is a bias of 0 and ``-inf``; as in
+    PyTorch, a row of nothing but ``-inf`` gives NaN.
+
+    Only the output is saved. The double backward reads three tensors and writes two in one kernel: the
+    gradient for the first backward's ``grad_output``, and the one for ``input``, with no pass through the
+    softmax's backward between. The third order and ``torch.func`` transforms are exact, through plain ATen
+    ops; in a region compiled by ``torch.compile`` this is ``torch.nn.functional.softmax``, which the compiler
+    fuses with its neighbours. Nested tensors and tensor subclasses such as DTensor take PyTorch's own
+    kernels.
 
     Args:
         input: any shape and strides; float16, bfloat16, float32 or float64. Arithmetic is done in
             float32 (float64 for float64).
-        approximate: ``"none"`` or ``"tanh"``.
+        dim: the dimension whose elements sum to 1. ``None`` is PyTorch's deprecated choice by the number of
+            dimensions.
+        dtype: of the result, and of the arithmetic if that is wider; by default ``input``'s, or what it
+            promotes to with ``bias``'s. A region of ``torch.autocast`` for CUDA makes it float32.
+        bias: added to ``input``, to whose shape it must broadcast: relative position biases of (1, heads,
+            N, N) for scores of (batch, heads, N, N), or of (windows, heads, N, N), with a mask in the sum,
+            for scores of (batch, windows, heads, N, N). float16, bfloat16, float32 or float64.
 
     Returns:
-        A tensor of ``input``'s shape, dtype and memory layout.
+        A contiguous tensor of ``input``'s shape.
 
     Raises:
-        TypeError: if ``input``'s dtype is not one of the four.
-        ValueError: if ``approximate`` is neither ``"none"`` nor ``"tanh"``.
+        TypeError: if ``input``'s dtype, after conversion to ``dtype``, or ``bias``'s is not one of the four.
+        ValueError: if ``bias`` does not broadcast to ``input``'s shape.
+        IndexError: if ``input`` has no dimension ``dim``.
     """
+    if dim is None:
+        dim = torch.nn.functional._get_softmax_dim("softmax", input.dim(), _stacklevel)
     if torch.compiler.is_compiling():
-        return torch.nn.functional.gelu(input, approximate=approximate)
-    return torch.ops.gradnorm_kernels.gelu(input, approximate=approximate)
+        return torch.nn.functional.softmax(input if bias is None else input + bias, dim, dtype=dtype)
+    if bias is None:
+        return torch.ops.gradnorm_kernels.softmax(input, dim, dtype)
+    if input.dim() > 0 and dim in (-1, input.dim() - 1):
+        return torch.ops.gradnorm_kernels.softmax_with_bias(input, bias, dtype)
+    return torch.ops.gradnorm_kernels.softmax(input + bias, dim, dtype)
 
 
 def conv1d(
@@ -262,200 +483,3 @@ def _convolution(
         groups,
     )
     return output if is_batch else output.squeeze(0)
-def layer_norm(
-    input: Tensor,
-    normalized_shape: Sequence[int],
-def group_norm(
-    input: Tensor,
-    num_groups: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Tensor:
-    r"""Layer normalisation over the last dimensions, as :func:`torch.nn.functional.layer_norm`:
-    :math:`(x - \mathrm{E}[x]) / \sqrt{\mathrm{Var}[x] + \epsilon} \cdot w + b` (Ba et al. 2016,
-    arXiv:1607.06450).
-
-    Forward and first backward are PyTorch's own kernels. The double backward reads three tensors and writes
-    two in one kernel, and adds the sum of small partial gradients of ``weight``. The third order and
-    ``torch.func`` transforms are exact, through plain ATen ops; in a region compiled by ``torch.compile``
-    this is ``torch.nn.functional.layer_norm``. Nested tensors take PyTorch's own kernels.
-
-    Args:
-        input: any strides; float16, bfloat16, float32 or float64. Arithmetic is done in float32 (float64
-            for float64).
-        normalized_shape: the sizes of the last dimensions, which are normalised together.
-        weight: of shape ``normalized_shape`` and ``input``'s dtype; on the CPU it may be float32 for a
-            float16 or bfloat16 ``input``.
-        bias: as ``weight``.
-        eps: added to the variance.
-
-    Returns:
-        A contiguous tensor of ``input``'s shape and dtype.
-
-    Raises:
-        TypeError: if the dtype of ``input``, ``weight`` or ``bias`` is not one of the four.
-        ValueError: if ``input``'s shape does not end in ``normalized_shape``, or ``weight``'s or
-            ``bias``'s is another.
-        RuntimeError: if devices differ, or dtypes that PyTorch does not mix.
-    """
-    if torch.compiler.is_compiling():
-        return torch.nn.functional.layer_norm(input, normalized_shape, weight, bias, eps)  # type: ignore[arg-type]
-    return torch.ops.gradnorm_kernels.layer_norm(input, normalized_shape, weight, bias, eps)
-
-
-def layer_norm_2d(
-    input: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-6
-) -> Tensor:
-    r"""Layer normalisation over the channels of an image: :func:`layer_norm` of ``input`` permuted to
-    channels last, and its output permuted back (ConvNeXt's, Liu et al. 2022, arXiv:2201.03545; timm's
-    ``LayerNorm2d``).
-
-    Where ``input`` is channels_last that is what it does, without a copy. Otherwise forward, backward and
-    double backward are kernels that read and write NCHW as it lies.
-
-    Args:
-        input: of shape (N, C, H, W); any strides; float16, bfloat16, float32 or float64. Arithmetic is
-            done in float32 (float64 for float64).
-        weight: of shape (C,). In float32 or ``input``'s dtype.
-        bias: as ``weight``.
-        eps: added to the variance.
-
-    Returns:
-        A tensor of ``input``'s shape and dtype; channels_last if ``input`` is, or has more than 4096
-        channels, and contiguous otherwise.
-
-    Raises:
-        TypeError: if the dtype of ``input``, ``weight`` or ``bias`` is not one of the four.
-        ValueError: if ``input`` does not have four dimensions, or ``weight``'s or ``bias``'s shape is not
-            (C,).
-        RuntimeError: if devices differ.
-    """
-    rows = input.ndim == 4 and (input.stride(1) == 1 or input.shape[1] > _MOST_CHANNELS)
-    if rows or torch.compiler.is_compiling():
-        nhwc = input.permute(0, 2, 3, 1)
-        return layer_norm(nhwc, nhwc.shape[-1:], weight, bias, eps).permute(0, 3, 1, 2)
-    return torch.ops.gradnorm_kernels.layer_norm_2d(input, weight, bias, eps)[0]
-def softmax(
-    input: Tensor,
-    dim: int | None = None,
-    _stacklevel: int = 3,
-    dtype: torch.dtype | None = None,
-    *,
-    bias: Tensor | None = None,
-) -> Tensor:
-    r"""Softmax along ``dim``, as :func:`torch.nn.functional.softmax`, of ``input + bias``.
-
-    :math:`y_i = e^{x_i} / \sum_j e^{x_j}`. A bias along the last dimension is added while ``input`` is read,
-    and its gradient is one reduction of ``input``'s. An attention's mask is a bias of 0 and ``-inf``; as in
-    PyTorch, a row of nothing but ``-inf`` gives NaN.
-
-    Only the output is saved. The double backward reads three tensors and writes two in one kernel: the
-    gradient for the first backward's ``grad_output``, and the one for ``input``, with no pass through the
-    softmax's backward between. The third order and ``torch.func`` transforms are exact, through plain ATen
-    ops; in a region compiled by ``torch.compile`` this is ``torch.nn.functional.softmax``, which the compiler
-    fuses with its neighbours. Nested tensors and tensor subclasses such as DTensor take PyTorch's own
-    kernels.
-
-    Args:
-        input: any shape and strides; float16, bfloat16, float32 or float64. Arithmetic is done in
-            float32 (float64 for float64).
-        dim: the dimension whose elements sum to 1. ``None`` is PyTorch's deprecated choice by the number of
-            dimensions.
-        dtype: of the result, and of the arithmetic if that is wider; by default ``input``'s, or what it
-            promotes to with ``bias``'s. A region of ``torch.autocast`` for CUDA makes it float32.
-        bias: added to ``input``, to whose shape it must broadcast: relative position biases of (1, heads,
-            N, N) for scores of (batch, heads, N, N), or of (windows, heads, N, N), with a mask in the sum,
-            for scores of (batch, windows, heads, N, N). float16, bfloat16, float32 or float64.
-
-    Returns:
-        A contiguous tensor of ``input``'s shape.
-
-    Raises:
-        TypeError: if ``input``'s dtype, after conversion to ``dtype``, or ``bias``'s is not one of the four.
-        ValueError: if ``bias`` does not broadcast to ``input``'s shape.
-        IndexError: if ``input`` has no dimension ``dim``.
-    """
-    if dim is None:
-        dim = torch.nn.functional._get_softmax_dim("softmax", input.dim(), _stacklevel)
-    if torch.compiler.is_compiling():
-        return torch.nn.functional.softmax(input if bias is None else input + bias, dim, dtype=dtype)
-    if bias is None:
-        return torch.ops.gradnorm_kernels.softmax(input, dim, dtype)
-    if input.dim() > 0 and dim in (-1, input.dim() - 1):
-        return torch.ops.gradnorm_kernels.softmax_with_bias(input, bias, dtype)
-    return torch.ops.gradnorm_kernels.softmax(input + bias, dim, dtype)
-    r"""Group normalisation (Wu and He 2018, arXiv:1803.08494), as :func:`torch.nn.functional.group_norm`.
-
-    Normalises ``channels / num_groups`` consecutive channels of each batch entry together, then scales and
-    shifts each channel by ``weight`` and ``bias``.
-
-    Forward and first backward are PyTorch's fused kernels, the latter also where it will be differentiated
-    again. The double backward reads three tensors and writes two in one kernel, and larger groups' tensors
-    twice. The third order and ``torch.func`` transforms are exact, through plain ATen ops; in a region
-    compiled by ``torch.compile`` this is ``torch.nn.functional.group_norm``. Tensor subclasses such as
-    DTensor take PyTorch's own kernels.
-
-    Args:
-        input: shape (N, C, \*), any strides; float16, bfloat16, float32 or float64. Arithmetic is done in
-            float32 (float64 for float64).
-        num_groups: a divisor of C.
-        weight: shape (C,), of ``input``'s dtype, or float32 where ``input`` is float16 or bfloat16.
-        bias: like ``weight``.
-        eps: added to the variance.
-
-    Returns:
-        A tensor of ``input``'s shape and dtype, and of its memory layout where PyTorch's kernels keep it.
-
-    Raises:
-        TypeError: if a dtype is none of these.
-        ValueError: if ``input`` has fewer than two dimensions or a single value for each group and no more,
-            ``num_groups`` does not divide C, or ``weight`` or ``bias`` is not of shape (C,).
-    """
-    if torch.compiler.is_compiling():
-        return torch.nn.functional.group_norm(input, num_groups, weight, bias, eps)
-    return torch.ops.gradnorm_kernels.group_norm(input, num_groups, weight, bias, eps)
-
-
-def instance_norm(
-    input: Tensor,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    use_input_stats: bool = True,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    r"""Instance normalisation (Ulyanov et al. 2016, arXiv:1607.08022), as
-    :func:`torch.nn.functional.instance_norm`.
-
-    This is :func:`group_norm` with a group for each channel. With running statistics, to update or to
-    normalise by, it is ``torch.nn.functional.instance_norm`` itself.
-
-    Args:
-        input: shape (N, C, \*), any strides; float16, bfloat16, float32 or float64. Arithmetic is done in
-            float32 (float64 for float64).
-        running_mean: shape (C,).
-        running_var: shape (C,).
-        weight: shape (C,), of ``input``'s dtype, or float32 where ``input`` is float16 or bfloat16.
-        bias: like ``weight``.
-        use_input_stats: whether to normalise by the statistics of ``input``.
-        momentum: the weight of ``input`` in the update of the running statistics.
-        eps: added to the variance.
-
-    Returns:
-        A tensor of ``input``'s shape and dtype, and of :func:`group_norm`'s memory layout, where PyTorch's
-        is always contiguous.
-
-    Raises:
-        TypeError: if a dtype is none of these.
-        ValueError: if a channel has only one element, or a shape is none of these.
-    """
-    # PyTorch says what is wrong with an instance of a single element, or with no channels to group.
-    of_its_own = use_input_stats and running_mean is None and running_var is None
-    if not of_its_own or input.ndim < 3 or input.shape[1] == 0 or input.shape[2:].numel() == 1:
-        return torch.nn.functional.instance_norm(
-            input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
-        )
-    return group_norm(input, input.shape[1], weight, bias, eps)
