@@ -11,7 +11,18 @@ import torch
 
 # The ops that each module here implements, under their own names.
 _OPS = {
-    "activation": ("gelu", "gelu_backward", "gelu_double_backward"),
+    "activation": tuple(
+        name + suffix
+        for names, suffixes in (
+            (("elu", "gelu", "hardswish", "mish", "silu", "softplus"), ("", "_backward", "_double_backward")),
+            # Of linear pieces, with no second derivative.
+            (("hardsigmoid", "leaky_relu", "relu", "relu6"), ("", "_backward")),
+            # Made of their output. The forward is ATen's.
+            (("sigmoid", "tanh"), ("_backward", "_double_backward")),
+        )
+        for name in names
+        for suffix in suffixes
+    ),
 }
 
 
