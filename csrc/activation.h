@@ -1,8 +1,12 @@
-// Every activation, defined once: f, f' and f'' written against an arithmetic type V.
+// Every activation, defined once against an arithmetic type V:
+//     f(x),    df(g, x) = g f'(x)    and    d2f(v, g, x) = v f''(x) g.
 // The CPU kernels instantiate them with at::vec::Vectorized<float|double>; the composite path, which
-// autograd and torch.func can differentiate further, instantiates f'' with at::Tensor.
+// autograd and torch.func can differentiate further, instantiates df and d2f with at::Tensor.
+//
+// At a kink, the derivatives are what PyTorch's own are there.
 #pragma once
 
+#include <type_traits>
 #include <variant>
 
 #include "elementary.h"
@@ -10,7 +14,8 @@
 namespace gradnorm_kernels {
 
 // Products are associated so that a factor that underflows to 0 for huge |x| meets one power of x at a
-// time: every finite x gives a finite result, where x * x * 0 would give inf * 0 = NaN.
+// time: every finite x gives a finite result, where x * x * 0 would give inf * 0 = NaN. For the same reason
+// v and g are not multiplied with each other: both may be large where f'' is 0.
 
 // f(x) = x Phi(x)
 struct GeluErf {
@@ -19,14 +24,14 @@ struct GeluErf {
     return x * standard_normal(x).distribution;
   }
   template <class V>
-  V df(const V& x) const {
+  V df(const V& g, const V& x) const {
     const auto n = standard_normal(x);
-    return n.distribution + x * n.density;
+    return g * (n.distribution + x * n.density);
   }
   template <class V>
-  V d2f(const V& x) const {
+  V d2f(const V& v, const V& g, const V& x) const {
     const V density = standard_normal(x).density;
-    return density * 2.0_c - x * (x * density);
+    return v * (density * 2.0_c - x * (x * density)) * g;
   }
 };
 
@@ -35,20 +40,20 @@ struct GeluErf {
 struct GeluTanh {
   template <class V>
   V f(const V& x) const {
-    return x * logistic(v(x)).value;
+    return x * logistic(inner(x)).value;
   }
   template <class V>
-  V df(const V& x) const {
-    const auto s = logistic(v(x));
-    return s.value + x * times_dv(x, s.slope);
+  V df(const V& g, const V& x) const {
+    const auto s = logistic(inner(x));
+    return g * (s.value + x * times_inner_slope(x, s.slope));
   }
   template <class V>
-  V d2f(const V& x) const {
-    const auto s = logistic(v(x));
-    const V slope = times_dv(x, s.slope);                              // s(v)'
+  V d2f(const V& v, const V& g, const V& x) const {
+    const auto s = logistic(inner(x));
+    const V slope = times_inner_slope(x, s.slope);                     // s(v)'
     const V curvature = x * s.slope * Constant{6.0 * kScale * kCubic}  // s(v)'' = s'(v) v''
-                        + s.skew * times_dv(x, slope);                 //          + s''(v) v'^2
-    return slope * 2.0_c + x * curvature;
+                        + s.skew * times_inner_slope(x, slope);        //          + s''(v) v'^2
+    return v * (slope * 2.0_c + x * curvature) * g;
   }
 
  private:
@@ -56,16 +61,208 @@ struct GeluTanh {
   static constexpr double kCubic = 0.044715;
 
   template <class V>
-  static V v(const V& x) {
+  static V inner(const V& x) {
     return x * (x * x * Constant{kCubic} + 1.0_c) * Constant{kScale};
   }
   // t v'(x), v' = kScale (1 + 3 kCubic x^2)
   template <class V>
-  static V times_dv(const V& x, const V& t) {
+  static V times_inner_slope(const V& x, const V& t) {
     return (x * (x * t) * Constant{3.0 * kCubic} + t) * Constant{kScale};
   }
 };
 
-using Activation = std::variant<GeluErf, GeluTanh>;
+using Gelu = std::variant<GeluErf, GeluTanh>;
+
+// f(x) = x s(x)
+struct Silu {
+  template <class V>
+  V f(const V& x) const {
+    return x * logistic(x).value;
+  }
+  template <class V>
+  V df(const V& g, const V& x) const {
+    const auto s = logistic(x);
+    return g * (s.value + x * s.slope);
+  }
+  template <class V>
+  V d2f(const V& v, const V& g, const V& x) const {
+    const auto s = logistic(x);
+    return v * (s.slope * 2.0_c + x * s.slope * s.skew) * g;
+  }
+};
+
+// f(x) = x tanh(softplus(x))
+struct Mish {
+  template <class V>
+  V f(const V& x) const {
+    return x * mish_gate(x).value;
+  }
+  template <class V>
+  V df(const V& g, const V& x) const {
+    const auto gate = mish_gate(x);
+    return g * (gate.value + x * gate.slope);
+  }
+  template <class V>
+  V d2f(const V& v, const V& g, const V& x) const {
+    const auto gate = mish_gate(x);
+    return v * (gate.slope * 2.0_c + x * gate.curvature) * g;
+  }
+};
+
+// f(x) = log(1 + exp(beta x)) / beta, and x where beta x exceeds the threshold.
+struct Softplus {
+  double beta;
+  double threshold;
+
+  template <class V>
+  V f(const V& x) const {
+    const V z = x * Constant{beta};
+    const V smooth =
+        at::vec::clamp_min(z, operand<V>(0.0_c)) + log1p_fraction(exp_nonpositive(z.abs().neg()));
+    return select(z > Constant{threshold}, x, smooth / Constant{beta});
+  }
+  template <class V>
+  V df(const V& g, const V& x) const {
+    const V z = x * Constant{beta};
+    return select(z > Constant{threshold}, g, g * logistic(z).value);
+  }
+  template <class V>
+  V d2f(const V& v, const V& g, const V& x) const {
+    const V z = x * Constant{beta};
+    return v * select(z >= Constant{threshold}, 0.0_c, logistic(z).slope * Constant{beta}) * g;
+  }
+};
+
+// f(x) = scale x for x > 0, else scale alpha (exp(input_scale x) - 1). Not for a negative input_scale.
+struct Elu {
+  double alpha;
+  double scale;
+  double input_scale;
+
+  template <class V>
+  V f(const V& x) const {
+    const V negative = (x * Constant{input_scale}).expm1() * Constant{alpha * scale};
+    return select(x > 0.0_c, x * Constant{scale}, negative);
+  }
+  template <class V>
+  V df(const V& g, const V& x) const {
+    return select(x > 0.0_c, g * Constant{scale}, g * (decay(x) * Constant{alpha * scale * input_scale}));
+  }
+  template <class V>
+  V d2f(const V& v, const V& g, const V& x) const {
+    const V curvature = decay(x) * Constant{alpha * scale * input_scale * input_scale};
+    return v * select(x >= 0.0_c, 0.0_c, curvature) * g;
+  }
+
+ private:
+  template <class V>
+  V decay(const V& x) const {
+    return exp_nonpositive(x * Constant{input_scale});
+  }
+};
+
+// The derivatives of these two are made of y = f(x), which PyTorch saves too. f itself is ATen's.
+
+struct Tanh {
+  template <class V>
+  V df(const V& g, const V& y) const {
+    return g * (y * y * Constant{-1.0} + 1.0_c);
+  }
+  template <class V>
+  V d2f(const V& v, const V& g, const V& y) const {
+    return v * (y * Constant{-2.0}) * g;
+  }
+};
+
+struct Sigmoid {
+  template <class V>
+  V df(const V& g, const V& y) const {
+    return g * (y * (y * Constant{-1.0} + 1.0_c));
+  }
+  template <class V>
+  V d2f(const V& v, const V& g, const V& y) const {
+    return v * (y * Constant{-2.0} + 1.0_c) * g;
+  }
+};
+
+// Those of linear pieces have no f'': the double backward is the backward, and x gets no gradient from it.
+
+struct Relu {
+  template <class V>
+  V f(const V& x) const {
+    return select(x <= 0.0_c, 0.0_c, x);
+  }
+  template <class V>
+  V df(const V& g, const V& x) const {
+    return select(x <= 0.0_c, 0.0_c, g);
+  }
+};
+
+struct Relu6 {
+  template <class V>
+  V f(const V& x) const {
+    return select(x <= 0.0_c, 0.0_c, select(x >= 6.0_c, 6.0_c, x));
+  }
+  template <class V>
+  V df(const V& g, const V& x) const {
+    return select(x <= 0.0_c, 0.0_c, select(x >= 6.0_c, 0.0_c, g));
+  }
+};
+
+struct LeakyRelu {
+  double negative_slope;
+
+  template <class V>
+  V f(const V& x) const {
+    return select(x > 0.0_c, x, x * Constant{negative_slope});
+  }
+  template <class V>
+  V df(const V& g, const V& x) const {
+    return select(x > 0.0_c, g, g * Constant{negative_slope});
+  }
+};
+
+// f(x) = (x + 3) / 6 between -3 and 3, where it is 0 and 1.
+struct Hardsigmoid {
+  template <class V>
+  V f(const V& x) const {
+    return select(x <= Constant{-3.0}, 0.0_c, select(x >= 3.0_c, 1.0_c, (x + 3.0_c) / 6.0_c));
+  }
+  template <class V>
+  V df(const V& g, const V& x) const {
+    return select(x > Constant{-3.0}, select(x < 3.0_c, g / 6.0_c, 0.0_c), 0.0_c);
+  }
+};
+
+// f(x) = x h(x), with h the hard sigmoid.
+struct Hardswish {
+  template <class V>
+  V f(const V& x) const {
+    return x * Hardsigmoid().f(x);
+  }
+  template <class V>
+  V df(const V& g, const V& x) const {
+    return select(x <= Constant{-3.0}, 0.0_c, select(x >= 3.0_c, g, g * (x / 3.0_c + 0.5_c)));
+  }
+  template <class V>
+  V d2f(const V& v, const V& g, const V& x) const {
+    return select(x > Constant{-3.0}, select(x < 3.0_c, v / 3.0_c * g, 0.0_c), 0.0_c);
+  }
+};
+
+using Activation = std::variant<
+    GeluErf, GeluTanh, Silu, Mish, Softplus, Elu, Tanh, Sigmoid, Relu, Relu6, LeakyRelu, Hardsigmoid,
+    Hardswish>;
+
+// False of those whose derivatives are made of the output.
+template <class Act>
+constexpr bool has_f = requires(const Act& act, const at::Tensor& x) { act.f(x); };
+template <>
+inline constexpr bool has_f<Gelu> = true;
+// False of those of linear pieces.
+template <class Act>
+constexpr bool has_d2f = requires(const Act& act, const at::Tensor& x) { act.d2f(x, x, x); };
+template <>
+inline constexpr bool has_d2f<Gelu> = true;
 
 }  // namespace gradnorm_kernels

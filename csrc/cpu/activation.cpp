@@ -5,10 +5,14 @@
 namespace gradnorm_kernels::CPU_CAPABILITY {
 namespace {
 
+// An activation that lacks the function of a pass is not asked for it.
+
 void forward(at::TensorIteratorBase& iter, const Activation& activation) {
   std::visit(
       [&](const auto& act) {
-        elementwise<1, 1>(iter, [&](const auto& in) { return std::array{act.f(in[0])}; });
+        if constexpr (has_f<decltype(act)>) {
+          elementwise<1, 1>(iter, [&](const auto& in) { return std::array{act.f(in[0])}; });
+        }
       },
       activation);
 }
@@ -17,8 +21,8 @@ void backward(at::TensorIteratorBase& iter, const Activation& activation) {
   std::visit(
       [&](const auto& act) {
         elementwise<1, 2>(iter, [&](const auto& in) {
-          const auto& [grad_output, input] = in;
-          return std::array{grad_output * act.df(input)};
+          const auto& [grad_output, operand] = in;
+          return std::array{act.df(grad_output, operand)};
         });
       },
       activation);
@@ -27,11 +31,12 @@ void backward(at::TensorIteratorBase& iter, const Activation& activation) {
 void double_backward(at::TensorIteratorBase& iter, const Activation& activation) {
   std::visit(
       [&](const auto& act) {
-        elementwise<2, 3>(iter, [&](const auto& in) {
-          const auto& [grad_grad_input, grad_output, input] = in;
-          // f'' before the other gradient: where it is 0, two large gradients cannot make inf * 0.
-          return std::array{grad_grad_input * act.df(input), grad_grad_input * act.d2f(input) * grad_output};
-        });
+        if constexpr (has_d2f<decltype(act)>) {
+          elementwise<2, 3>(iter, [&](const auto& in) {
+            const auto& [v, g, operand] = in;
+            return std::array{act.df(v, operand), act.d2f(v, g, operand)};
+          });
+        }
       },
       activation);
 }

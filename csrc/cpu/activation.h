@@ -7,7 +7,8 @@
 
 namespace gradnorm_kernels {
 
-// Operands in the iterator's order: outputs first.
+// Operands in the iterator's order: outputs first. What is called input here is the activation's output where
+// its derivatives are made of that.
 struct ActivationKernels {
   // (output; input)
   void (*forward)(at::TensorIteratorBase&, const Activation&);

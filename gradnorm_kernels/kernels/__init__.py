@@ -15,6 +15,18 @@ _OPS = {
     "batch_norm": ("batch_norm_backward", "batch_norm_double_backward"),
     "layer_norm": ("layer_norm_2d", "layer_norm_2d_backward", "layer_norm_double_backward"),
     "softmax": ("softmax_double_backward", "softmax_with_bias"),
+    "activation": tuple(
+        name + suffix
+        for names, suffixes in (
+            (("elu", "gelu", "hardswish", "mish", "silu", "softplus"), ("", "_backward", "_double_backward")),
+            # Of linear pieces, with no second derivative.
+            (("hardsigmoid", "leaky_relu", "relu", "relu6"), ("", "_backward")),
+            # Made of their output. The forward is ATen's.
+            (("sigmoid", "tanh"), ("_backward", "_double_backward")),
+        )
+        for name in names
+        for suffix in suffixes
+    ),
 }
 
 

@@ -2,7 +2,7 @@
 
 One kernel per pass serves every activation: an activation is its f, f' and f'', three small
 functions that the kernel receives as compile-time constants. To add one, write the three
-functions, give them a row in `ACTIVATIONS`, and make its ops with `_make_ops`.
+functions and give them a row in `ACTIVATIONS`.
 """
 
 # mypy: allow-untyped-defs
@@ -14,7 +14,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -58,10 +58,9 @@ def activation_bwd_kernel(
 ):
     """grad_input = grad_output * f'(input). Moves 3n elements: reads 2, writes 1."""
     offsets, mask = _tile(n, block_size)
-    x = tl.load(input_ptr + offsets, mask=mask)
-    grad_output = tl.load(grad_output_ptr + offsets, mask=mask)
-    grad_input = widen(grad_output) * df(widen(x), parameters)
-    tl.store(grad_input_ptr + offsets, grad_input, mask=mask)
+    x = widen(tl.load(input_ptr + offsets, mask=mask))
+    grad_output = widen(tl.load(grad_output_ptr + offsets, mask=mask))
+    tl.store(grad_input_ptr + offsets, df(grad_output, x, parameters), mask=mask)
 
 
 @triton.jit
@@ -84,16 +83,44 @@ def activation_bwd_bwd_kernel(
     compiler merges equal subexpressions.
     """
     offsets, mask = _tile(n, block_size)
-    x = tl.load(input_ptr + offsets, mask=mask)
-    grad_grad_input = tl.load(grad_grad_input_ptr + offsets, mask=mask)
-    grad_output = tl.load(grad_output_ptr + offsets, mask=mask)
-    x = widen(x)
-    grad_grad_input = widen(grad_grad_input)
-    grad_grad_output = grad_grad_input * df(x, parameters)
-    # f'' before the other gradient: where it is 0, two large gradients cannot overflow to inf * 0.
-    grad_input = grad_grad_input * ddf(x, parameters) * widen(grad_output)
-    tl.store(grad_grad_output_ptr + offsets, grad_grad_output, mask=mask)
-    tl.store(grad_input_ptr + offsets, grad_input, mask=mask)
+    x = widen(tl.load(input_ptr + offsets, mask=mask))
+    v = widen(tl.load(grad_grad_input_ptr + offsets, mask=mask))
+    g = widen(tl.load(grad_output_ptr + offsets, mask=mask))
+    tl.store(grad_grad_output_ptr + offsets, df(v, x, parameters), mask=mask)
+    tl.store(grad_input_ptr + offsets, ddf(v, g, x, parameters), mask=mask)
+
+
+# The activations: f(x), df(g, x) = g f'(x) and ddf(v, g, x) = v f''(x) g, with the parameters last.
+# v and g are not multiplied with each other: both may be large where f'' is 0.
+
+
+@triton.jit
+def _expm1(x):
+    """exp(x) - 1, by its series near 0, where the difference would cancel."""
+    series = x * 0.0 + 1.0
+    for k in tl.static_range(15 if x.dtype == tl.float64 else 8, 1, -1):
+        series = 1.0 + series * x * (1.0 / k)
+    return tl.where(tl.abs(x) < 0.5, series * x, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def _log1p_fraction(x):
+    """log(1 + x) for 0 <= x <= 1, by the series of 2 artanh(x / (2 + x))."""
+    ratio = x / (2.0 + x)
+    square = ratio * ratio
+    series = square * 0.0
+    for k in tl.static_range(17 if x.dtype == tl.float64 else 8, 0, -1):
+        series = series * square + 2.0 / (2 * k - 1)
+    return series * ratio
+
+
+@triton.jit
+def _logistic(x):
+    """s(x) and s'(x) = s (1 - s), the smaller of s and 1 - s free of cancellation."""
+    e = tl.exp(-tl.abs(x))
+    smaller = e / (1.0 + e)
+    larger = 1.0 - smaller
+    return tl.where(x >= 0, larger, smaller), smaller * larger
 
 
 # GELU, erf: f = x Phi(x), f' = Phi + x phi, f'' = 2 phi - x (x phi).
@@ -113,20 +140,20 @@ def _normal_pdf(x):
 
 
 @triton.jit
-def gelu_erf(x, parameters: tl.constexpr):
+def gelu_erf_f(x, parameters: tl.constexpr):
     return x * _normal_cdf(x)
 
 
 @triton.jit
-def gelu_erf_df(x, parameters: tl.constexpr):
-    return _normal_cdf(x) + x * _normal_pdf(x)
+def gelu_erf_df(g, x, parameters: tl.constexpr):
+    return g * (_normal_cdf(x) + x * _normal_pdf(x))
 
 
 @triton.jit
-def gelu_erf_ddf(x, parameters: tl.constexpr):
+def gelu_erf_ddf(v, g, x, parameters: tl.constexpr):
     phi = _normal_pdf(x)
     # Not (2 - x^2) phi: x^2 may be inf where phi is 0.
-    return 2.0 * phi - x * (x * phi)
+    return v * (2.0 * phi - x * (x * phi)) * g
 
 
 # GELU, tanh: f = x s with s = sigmoid(z), z = 2 sqrt(2/pi) (x + 0.044715 x^3) = A x + B x^3.
@@ -141,64 +168,273 @@ _B3 = tl.constexpr(6 * math.sqrt(2 / math.pi) * 0.044715)
 
 @triton.jit
 def _gelu_tanh_gate(x):
-    """s = sigmoid(z) and q = s (1 - s), the smaller of s and 1 - s free of cancellation."""
-    z = x * (_A + _B * x * x)
-    e = tl.exp(-tl.abs(z))
-    smaller = e / (1.0 + e)
-    larger = 1.0 - smaller
-    return tl.where(z >= 0, larger, smaller), smaller * larger
+    return _logistic(x * (_A + _B * x * x))
 
 
 @triton.jit
-def gelu_tanh(x, parameters: tl.constexpr):
+def gelu_tanh_f(x, parameters: tl.constexpr):
     s, _ = _gelu_tanh_gate(x)
     return x * s
 
 
 @triton.jit
-def gelu_tanh_df(x, parameters: tl.constexpr):
+def gelu_tanh_df(g, x, parameters: tl.constexpr):
     s, q = _gelu_tanh_gate(x)
     qx = q * x
-    return s + (_A * qx + _B3 * (qx * x * x))
+    return g * (s + (_A * qx + _B3 * (qx * x * x)))
 
 
 @triton.jit
-def gelu_tanh_ddf(x, parameters: tl.constexpr):
+def gelu_tanh_ddf(v, g, x, parameters: tl.constexpr):
     s, q = _gelu_tanh_gate(x)
     qxx = q * x * x
     qdz = _A * q + _B3 * qxx
     qdzdz = _A * qdz + _B3 * (qdz * x * x)
-    return 2.0 * (qdz + _B3 * qxx) + qdzdz * x * (1.0 - 2.0 * s)
+    return v * (2.0 * (qdz + _B3 * qxx) + qdzdz * x * (1.0 - 2.0 * s)) * g
+
+
+# SiLU: f = x s, f' = s + x s', f'' = 2 s' + x s' (1 - 2 s).
+
+
+@triton.jit
+def silu_f(x, parameters: tl.constexpr):
+    s, _ = _logistic(x)
+    return x * s
+
+
+@triton.jit
+def silu_df(g, x, parameters: tl.constexpr):
+    s, q = _logistic(x)
+    return g * (s + x * q)
+
+
+@triton.jit
+def silu_ddf(v, g, x, parameters: tl.constexpr):
+    s, q = _logistic(x)
+    return v * (2.0 * q + x * q * (1.0 - 2.0 * s)) * g
+
+
+# Mish: f = x t with t = tanh(log(1 + e)), e = exp(x). With D = 2 + 2 e + e^2,
+#     t = e (2 + e) / D = 1 - 2 / D,   t' = 4 e (1 + e) / D^2,   t'' = 4 e (2 + 2 e - 3 e^2 - 2 e^3) / D^3.
+# For x > 0 the fractions are reduced by powers of e, to be written in d = exp(-|x|) on either side.
+
+
+@triton.jit
+def _mish_gate(x):
+    """t, t' and t''."""
+    positive = x > 0
+    d = tl.exp(-tl.abs(x))
+    scale = 1.0 / tl.where(positive, 1.0 + d * (2.0 + 2.0 * d), 2.0 + d * (2.0 + d))
+    value = tl.where(positive, 1.0 - 2.0 * d * d * scale, d * (d + 2.0) * scale)
+    factor = 4.0 * tl.where(positive, d * d, d) * scale
+    cubic = tl.where(
+        positive, -2.0 + d * (-3.0 + d * (2.0 + 2.0 * d)), 2.0 + d * (2.0 + d * (-3.0 - 2.0 * d))
+    )
+    return value, factor * (1.0 + d) * scale, factor * scale * scale * cubic
+
+
+@triton.jit
+def mish_f(x, parameters: tl.constexpr):
+    value, _, _ = _mish_gate(x)
+    return x * value
+
+
+@triton.jit
+def mish_df(g, x, parameters: tl.constexpr):
+    value, slope, _ = _mish_gate(x)
+    return g * (value + x * slope)
+
+
+@triton.jit
+def mish_ddf(v, g, x, parameters: tl.constexpr):
+    _, slope, curvature = _mish_gate(x)
+    return v * (2.0 * slope + x * curvature) * g
+
+
+# Softplus, parameters (beta, threshold): with z = beta x, f = log(1 + exp(z)) / beta, f' = s(z),
+# f'' = beta s'(z); above the threshold f = x.
+
+
+@triton.jit
+def softplus_f(x, parameters: tl.constexpr):
+    z = x * parameters[0]
+    smooth = tl.where(z > 0, z, 0.0) + _log1p_fraction(tl.exp(-tl.abs(z)))
+    return tl.where(z > parameters[1], x, smooth / parameters[0])
+
+
+@triton.jit
+def softplus_df(g, x, parameters: tl.constexpr):
+    z = x * parameters[0]
+    s, _ = _logistic(z)
+    return tl.where(z > parameters[1], g, g * s)
+
+
+@triton.jit
+def softplus_ddf(v, g, x, parameters: tl.constexpr):
+    z = x * parameters[0]
+    _, q = _logistic(z)
+    return v * tl.where(z >= parameters[1], 0.0, q * parameters[0]) * g
+
+
+# ELU, parameters (alpha, scale, input_scale): f = scale x for x > 0, else
+# scale alpha (exp(input_scale x) - 1).
+
+
+@triton.jit
+def _nonpositive(x):
+    return tl.where(x > 0, 0.0, x)  # and NaN stays NaN
+
+
+@triton.jit
+def elu_f(x, parameters: tl.constexpr):
+    negative = _expm1(_nonpositive(x) * parameters[2])
+    return tl.where(x > 0, x * parameters[1], negative * (parameters[0] * parameters[1]))
+
+
+@triton.jit
+def elu_df(g, x, parameters: tl.constexpr):
+    slope = tl.exp(_nonpositive(x) * parameters[2]) * (parameters[0] * parameters[1] * parameters[2])
+    return tl.where(x > 0, g * parameters[1], g * slope)
+
+
+@triton.jit
+def elu_ddf(v, g, x, parameters: tl.constexpr):
+    slope = tl.exp(_nonpositive(x) * parameters[2]) * (parameters[0] * parameters[1] * parameters[2])
+    return v * tl.where(x >= 0, 0.0, slope * parameters[2]) * g
+
+
+# tanh and the sigmoid: their derivatives are functions of y = f(x), which is what the op saves. f itself
+# is ATen's kernel.
+
+
+@triton.jit
+def tanh_df(g, y, parameters: tl.constexpr):
+    return g * (1.0 - y * y)
+
+
+@triton.jit
+def tanh_ddf(v, g, y, parameters: tl.constexpr):
+    return v * (-2.0 * y) * g
+
+
+@triton.jit
+def sigmoid_df(g, y, parameters: tl.constexpr):
+    return g * (y * (1.0 - y))
+
+
+@triton.jit
+def sigmoid_ddf(v, g, y, parameters: tl.constexpr):
+    return v * (1.0 - 2.0 * y) * g
+
+
+# Of linear pieces: no f''.
+
+
+@triton.jit
+def relu_f(x, parameters: tl.constexpr):
+    return tl.where(x <= 0, 0.0, x)
+
+
+@triton.jit
+def relu_df(g, x, parameters: tl.constexpr):
+    return tl.where(x <= 0, 0.0, g)
+
+
+@triton.jit
+def relu6_f(x, parameters: tl.constexpr):
+    return tl.where(x <= 0, 0.0, tl.where(x >= 6, 6.0, x))
+
+
+@triton.jit
+def relu6_df(g, x, parameters: tl.constexpr):
+    return tl.where((x <= 0) | (x >= 6), 0.0, g)
+
+
+@triton.jit
+def leaky_relu_f(x, parameters: tl.constexpr):
+    return tl.where(x > 0, x, x * parameters[0])
+
+
+@triton.jit
+def leaky_relu_df(g, x, parameters: tl.constexpr):
+    return tl.where(x > 0, g, g * parameters[0])
+
+
+@triton.jit
+def hardsigmoid_f(x, parameters: tl.constexpr):
+    return tl.where(x <= -3, 0.0, tl.where(x >= 3, 1.0, (x + 3.0) / 6.0))
+
+
+@triton.jit
+def hardsigmoid_df(g, x, parameters: tl.constexpr):
+    return tl.where((x > -3) & (x < 3), g / 6.0, 0.0)
+
+
+# Hardswish: f = x h, with h the hard sigmoid.
+
+
+@triton.jit
+def hardswish_f(x, parameters: tl.constexpr):
+    return x * hardsigmoid_f(x, parameters)
+
+
+@triton.jit
+def hardswish_df(g, x, parameters: tl.constexpr):
+    return tl.where(x <= -3, 0.0, tl.where(x >= 3, g, g * (x / 3.0 + 0.5)))
+
+
+@triton.jit
+def hardswish_ddf(v, g, x, parameters: tl.constexpr):
+    return tl.where((x > -3) & (x < 3), v / 3.0 * g, 0.0)
 
 
 @dataclass(frozen=True, eq=False)  # eq=False: hashed by identity, in the hot path
 class Activation:
-    """f, f' and f'' as functions of (x, parameters): compile-time floats, such as ELU's alpha."""
+    """f, f' and f'', and the parameters that follow their tensors: compile-time floats, such as
+    ELU's alpha. There is no op for a pass whose functions are missing."""
 
     f: Any
     df: Any
-    ddf: Any
+    ddf: Any = None
     parameters: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
 class Pass:
-    """A kernel, the numbers of arrays it reads and writes, and the functions it is built from."""
+    """A kernel, what its ops are called after the activation, the numbers of arrays it reads and
+    writes, and the functions it is built from."""
 
     kernel: Any
+    suffix: str
     reads: int
     writes: int
     functions: tuple[str, ...]
 
 
-FORWARD = Pass(activation_fwd_kernel, 1, 1, ("f",))
-BACKWARD = Pass(activation_bwd_kernel, 2, 1, ("df",))
-DOUBLE_BACKWARD = Pass(activation_bwd_bwd_kernel, 3, 2, ("df", "ddf"))
-PASSES = (FORWARD, BACKWARD, DOUBLE_BACKWARD)
+FORWARD = Pass(activation_fwd_kernel, "", 1, 1, ("f",))
+BACKWARD = Pass(activation_bwd_kernel, "_backward", 2, 1, ("df",))
+DOUBLE_BACKWARD = Pass(activation_bwd_bwd_kernel, "_double_backward", 3, 2, ("df", "ddf"))
+
+
+def passes(activation: Activation) -> list[Pass]:
+    every = (FORWARD, BACKWARD, DOUBLE_BACKWARD)
+    return [p for p in every if None not in (getattr(activation, name) for name in p.functions)]
+
 
 ACTIVATIONS = {
-    "gelu_none": Activation(gelu_erf, gelu_erf_df, gelu_erf_ddf),
-    "gelu_tanh": Activation(gelu_tanh, gelu_tanh_df, gelu_tanh_ddf),
+    "gelu_none": Activation(gelu_erf_f, gelu_erf_df, gelu_erf_ddf),
+    "gelu_tanh": Activation(gelu_tanh_f, gelu_tanh_df, gelu_tanh_ddf),
+    "silu": Activation(silu_f, silu_df, silu_ddf),
+    "mish": Activation(mish_f, mish_df, mish_ddf),
+    "softplus": Activation(softplus_f, softplus_df, softplus_ddf, (1.0, 20.0)),
+    "elu": Activation(elu_f, elu_df, elu_ddf, (1.0, 1.0, 1.0)),
+    "tanh": Activation(None, tanh_df, tanh_ddf),
+    "sigmoid": Activation(None, sigmoid_df, sigmoid_ddf),
+    "relu": Activation(relu_f, relu_df),
+    "relu6": Activation(relu6_f, relu6_df),
+    "leaky_relu": Activation(leaky_relu_f, leaky_relu_df, None, (0.01,)),
+    "hardsigmoid": Activation(hardsigmoid_f, hardsigmoid_df),
+    "hardswish": Activation(hardswish_f, hardswish_df, hardswish_ddf),
 }
 
 # Elements a program owns. With 4 warps a thread owns 8 elements (4 of float64), which is one or two
@@ -234,10 +470,11 @@ def _in_one_layout(
     """
     overload = getattr(torch.ops.gradnorm_kernels, op).default
     device = inputs[-1].device
-    for argument, tensor in zip(overload._schema.arguments, inputs, strict=False):
+    names = [argument.name for argument in overload._schema.arguments[: len(inputs)]]
+    for name, tensor in zip(names, inputs, strict=True):
         if tensor.device != device:
             raise RuntimeError(
-                f"{op}: expected {argument.name} to be on the device of input ({device}), got {tensor.device}"
+                f"{op}: expected {name} to be on the device of {names[-1]} ({device}), got {tensor.device}"
             )
     on_meta = (torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in inputs)
     meta = overload(*on_meta, *settings, **options)
@@ -284,15 +521,6 @@ def _make_op(pass_: Pass, op: str, select: Callable[..., Activation]) -> Callabl
     return run
 
 
-def _make_ops(name: str, select: Callable[..., Activation]) -> tuple[Callable[..., Any], ...]:
-    """An activation's three ops; select makes an Activation of what follows their tensors."""
-    return (
-        _make_op(FORWARD, name, select),
-        _make_op(BACKWARD, f"{name}_backward", select),
-        _make_op(DOUBLE_BACKWARD, f"{name}_double_backward", select),
-    )
-
-
 def _select_gelu(*, approximate: str = "none") -> Activation:
     activation = ACTIVATIONS.get(f"gelu_{approximate}")
     if activation is None:
@@ -300,13 +528,30 @@ def _select_gelu(*, approximate: str = "none") -> Activation:
     return activation
 
 
-gelu, gelu_backward, gelu_double_backward = _make_ops("gelu", _select_gelu)
+def _select(name: str) -> Callable[..., Activation]:
+    """What gives the Activation of an op's parameters, of which those at their defaults may be left out."""
+    schema = getattr(torch.ops.gradnorm_kernels, name).default._schema
+    defaults = {argument.name: argument.default_value for argument in schema.arguments[1:]}
+
+    @functools.cache
+    def select(**parameters: float) -> Activation:
+        return replace(ACTIVATIONS[name], parameters=tuple((defaults | parameters).values()))
+
+    return select
+
+
+# The ops, under their own names.
+for _name, _activation in ACTIVATIONS.items():
+    _op, _selector = ("gelu", _select_gelu) if _name.startswith("gelu_") else (_name, _select(_name))
+    for _pass in passes(_activation):
+        globals()[_op + _pass.suffix] = _make_op(_pass, _op + _pass.suffix, _selector)
 
 
 def specializations() -> Iterator[Specialization]:
     """Every kernel x activation x dtype, for aligned tensors of a multiple of 16 elements."""
-    for pass_, (activation, functions), dtype in itertools.product(PASSES, ACTIVATIONS.items(), _BLOCK):
-        constants = _constants(pass_, functions, dtype)
+    every = ((name, pass_) for name, activation in ACTIVATIONS.items() for pass_ in passes(activation))
+    for (activation, pass_), dtype in itertools.product(every, _BLOCK):
+        constants = _constants(pass_, ACTIVATIONS[activation], dtype)
         pointer = pointer_type(dtype)
         arguments = tuple(name for name in pass_.kernel.arg_names if name not in constants)
         yield Specialization(
