@@ -498,6 +498,8 @@ struct Native {
   }
 };
 
+// An optional argument of a Function that is absent has no place among its inputs.
+
 // The number of last dimensions that are normalised; 0 for the channels of NCHW.
 using Ndim = int64_t;
 constexpr Ndim kNchw = 0;
@@ -506,13 +508,14 @@ struct Backward : torch::autograd::Function<Backward> {
   // Its outputs are those gradients that output_mask asks for: a Function cannot return undefined tensors.
   static variable_list forward(
       AutogradContext* ctx, const Tensor& grad_output, const Tensor& input, const Tensor& mean,
-      const Tensor& rstd, const Tensor& weight, const Tensor& bias, Ndim ndim, const Mask& output_mask) {
-    ctx->save_for_backward({grad_output, input, mean, rstd, weight});
+      const Tensor& rstd, const OptionalTensor& weight, const OptionalTensor& bias, Ndim ndim,
+      const Mask& output_mask) {
+    ctx->save_for_backward({grad_output, input, mean, rstd, value(weight)});
     ctx->saved_data["output_mask"] = c10::List<bool>({output_mask[0], output_mask[1], output_mask[2]});
     ctx->set_materialize_grads(false);
     at::AutoDispatchBelowADInplaceOrView guard;
     const auto [grad_input, grad_weight, grad_bias] =
-        value_of(grad_output, input, mean, rstd, weight, bias, ndim, output_mask);
+        value_of(grad_output, input, mean, rstd, value(weight), value(bias), ndim, output_mask);
     variable_list outputs;
     for (const auto& gradient : {grad_input, grad_weight, grad_bias}) {
       if (gradient.defined()) {
@@ -583,8 +586,10 @@ struct Backward : torch::autograd::Function<Backward> {
       at::AutoDispatchBelowADInplaceOrView guard;
       return value_of(grad_output, input, mean, rstd, weight, bias, ndim, output_mask);
     }
-    const auto gradients =
-        spread(apply(grad_output, input, mean, rstd, weight, bias, ndim, output_mask), output_mask);
+    const auto gradients = spread(
+        apply(
+            grad_output, input, mean, rstd, OptionalTensor(weight), OptionalTensor(bias), ndim, output_mask),
+        output_mask);
     return {gradients[0], gradients[1], gradients[2]};
   }
 };
@@ -592,15 +597,15 @@ struct Backward : torch::autograd::Function<Backward> {
 // (output, mean, rstd)
 struct Forward : torch::autograd::Function<Forward> {
   static variable_list forward(
-      AutogradContext* ctx, const Tensor& input, const Tensor& weight, const Tensor& bias, double eps,
-      Ndim ndim) {
+      AutogradContext* ctx, const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+      double eps, Ndim ndim) {
     ctx->set_materialize_grads(false);
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [output, mean, rstd] =
         ndim == kNchw ? call_2d(input, weight, bias, eps)
                       : at::native_layer_norm_symint(
                             input, input.sym_sizes().slice(input.dim() - ndim), weight, bias, eps);
-    ctx->save_for_backward({input, weight, bias, mean, rstd});
+    ctx->save_for_backward({input, value(weight), value(bias), mean, rstd});
     ctx->saved_data["ndim"] = ndim;
     ctx->mark_non_differentiable({mean, rstd});
     return {output, mean, rstd};
@@ -615,7 +620,7 @@ struct Forward : torch::autograd::Function<Forward> {
     const Tensor &input = saved[0], &weight = saved[1], &bias = saved[2], &mean = saved[3], &rstd = saved[4];
     const Mask mask{
         ctx->needs_input_grad(0), weight.defined() && ctx->needs_input_grad(1),
-        bias.defined() && ctx->needs_input_grad(2)};
+        bias.defined() && ctx->needs_input_grad(weight.defined() ? 2 : 1)};
     auto [grad_input, grad_weight, grad_bias] =
         needs_composite({grad_output, input, weight})
             ? Composite::backward(grad_output, input, mean, rstd, weight, bias, mask)
@@ -639,7 +644,9 @@ struct Autograd {
     }
     check_rows(input, normalized_shape, weight, bias);
     // All passes want it contiguous: it is copied, if at all, once.
-    return Forward::apply(input.contiguous(), w, b, eps, static_cast<Ndim>(normalized_shape.size()))[0];
+    return Forward::apply(
+        input.contiguous(), OptionalTensor(w), OptionalTensor(b), eps,
+        static_cast<Ndim>(normalized_shape.size()))[0];
   }
 
   static Triple forward_2d(
@@ -653,7 +660,7 @@ struct Autograd {
       return call_2d(input, weight, bias, eps);
     }
     check_channels("", input, weight, bias);
-    const auto outputs = Forward::apply(input.contiguous(), w, b, eps, kNchw);
+    const auto outputs = Forward::apply(input.contiguous(), OptionalTensor(w), OptionalTensor(b), eps, kNchw);
     return {outputs[0], outputs[1], outputs[2]};
   }
 
