@@ -411,21 +411,21 @@ struct Cpu {
       scale[c] *= invstd[c];
     }
     Tensor grad_input = at::empty_like(g);
-    const bool with_sums = output_mask[1] || output_mask[2];
-    Tensor sums = with_sums ? at::empty({2, channels}, g.options().dtype(at::kDouble)) : Tensor();
+    Tensor grad_weight, grad_bias;
+    if (output_mask[1] || output_mask[2]) {
+      grad_weight = at::empty({channels}, g.options().dtype(at::kDouble));
+      grad_bias = at::empty_like(grad_weight);
+    }
     GRADNORM_KERNELS(batch_norm_kernels)
         .scale(
             g.scalar_type(), layout, g.const_data_ptr(), x.const_data_ptr(), scale.data(), mean.data(),
-            grad_input.mutable_data_ptr(), with_sums ? sums.mutable_data_ptr<double>() : nullptr);
+            grad_input.mutable_data_ptr(), data(grad_bias), data(grad_weight));
     const auto dtype = parameter_dtype(weight, g);
-    Tensor grad_weight, grad_bias;
     if (output_mask[1]) {
-      times(sums[1], invstd);
-      grad_weight = sums[1].to(dtype);
+      times(grad_weight, invstd);
     }
-    if (output_mask[2]) {
-      grad_bias = sums[0].to(dtype);
-    }
+    grad_weight = output_mask[1] ? grad_weight.to(dtype) : Tensor();
+    grad_bias = output_mask[2] ? grad_bias.to(dtype) : Tensor();
     return {output_mask[0] ? grad_input : Tensor(), grad_weight, grad_bias};
   }
 
@@ -451,7 +451,7 @@ struct Cpu {
     const auto invstd = channel_invstd(s, channels);
     auto scale = channel_values(weight, channels, 1);
     Tensor grad_grad_output = at::empty_like(g), grad_input;
-    Tensor sums = at::empty({2, channels}, g.options().dtype(at::kDouble));
+    const Tensor grad_weight = at::empty({channels}, g.options().dtype(at::kDouble));
     const auto& kernels = GRADNORM_KERNELS(batch_norm_kernels);
     if (input.has_value()) {
       const Tensor x = in_layout(*input, channels_last);
@@ -462,30 +462,33 @@ struct Cpu {
       kernels.double_backward(
           g.scalar_type(), layout, {scale.data(), mean.data(), invstd.data(), u.data(), t.data()}, training,
           v.const_data_ptr(), g.const_data_ptr(), x.const_data_ptr(), grad_grad_output.mutable_data_ptr(),
-          grad_input.mutable_data_ptr(), sums.mutable_data_ptr<double>() + channels);
+          grad_input.mutable_data_ptr(), data(grad_weight));
     } else {
       for (int64_t c = 0; c < channels; ++c) {
         scale[c] *= invstd[c];
       }
       const std::vector<double> zero(channels, 0);
+      std::vector<double> unused(channels);
       kernels.scale(
           g.scalar_type(), layout, v.const_data_ptr(), g.const_data_ptr(), scale.data(), zero.data(),
-          grad_grad_output.mutable_data_ptr(), sums.mutable_data_ptr<double>());
-      times(sums[1], invstd);
+          grad_grad_output.mutable_data_ptr(), unused.data(), data(grad_weight));
+      times(grad_weight, invstd);
       if (grad_grad_bias.has_value()) {
         grad_grad_output.add_(Composite::expand(*grad_grad_bias, grad_grad_output));
       }
     }
     return {
         grad_grad_output, grad_input,
-        grad_grad_input.has_value() ? sums[1].to(parameter_dtype(weight, g)) : Tensor()};
+        grad_grad_input.has_value() ? grad_weight.to(parameter_dtype(weight, g)) : Tensor()};
   }
 
  private:
-  static void times(const Tensor& row, const std::vector<double>& factors) {
-    auto* data = row.mutable_data_ptr<double>();
+  static double* data(const Tensor& tensor) {
+    return tensor.defined() ? tensor.mutable_data_ptr<double>() : nullptr;
+  }
+  static void times(const Tensor& per_channel, const std::vector<double>& factors) {
     for (size_t c = 0; c < factors.size(); ++c) {
-      data[c] *= factors[c];
+      data(per_channel)[c] *= factors[c];
     }
   }
 };

@@ -8,9 +8,9 @@ namespace {
 template <class T>
 void scale_impl(
     const ChannelLayout& layout, const T* input, const T* factor, const double* scale, const double* shift,
-    T* output, double* sums) {
+    T* output, double* sum, double* product_sum) {
   for_channel_blocks(layout, [&](int64_t begin, int64_t end) {
-    if (sums == nullptr) {
+    if (sum == nullptr) {
       ChannelPass<T, 1, 1, 1, 0> pass(layout, begin, end);
       for (int64_t c = begin; c < end; ++c) {
         pass.set(c - begin, {scale[c]});
@@ -24,25 +24,25 @@ void scale_impl(
     for (int64_t c = begin; c < end; ++c) {
       pass.set(c - begin, {scale[c], shift[c]});
     }
-    pass.run({input, factor}, {output}, [](const auto& in, const auto& coefficients, auto& out, auto& sum) {
+    pass.run({input, factor}, {output}, [](const auto& in, const auto& coefficients, auto& out, auto& sums) {
       out[0] = in[0] * coefficients[0];
-      sum[0] = sum[0] + in[0];
-      sum[1] = at::vec::fmadd(in[0], in[1] - coefficients[1], sum[1]);
+      sums[0] = sums[0] + in[0];
+      sums[1] = at::vec::fmadd(in[0], in[1] - coefficients[1], sums[1]);
     });
     for (int64_t c = begin; c < end; ++c) {
-      sums[c] = pass.sum(c - begin, 0);
-      sums[layout.channels + c] = pass.sum(c - begin, 1);
+      sum[c] = pass.sum(c - begin, 0);
+      product_sum[c] = pass.sum(c - begin, 1);
     }
   });
 }
 
 void scale(
     c10::ScalarType dtype, const ChannelLayout& layout, const void* input, const void* factor,
-    const double* scale, const double* shift, void* output, double* sums) {
+    const double* scale, const double* shift, void* output, double* sum, double* product_sum) {
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "batch_norm", [&] {
     scale_impl<scalar_t>(
         layout, static_cast<const scalar_t*>(input), static_cast<const scalar_t*>(factor), scale, shift,
-        static_cast<scalar_t*>(output), sums);
+        static_cast<scalar_t*>(output), sum, product_sum);
   });
 }
 

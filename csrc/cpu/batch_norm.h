@@ -24,11 +24,11 @@ struct ChannelParameters {
 };
 
 struct BatchNormKernels {
-  // output = input * scale. Unless sums is null, also the sums over each channel of input, and then of
+  // output = input * scale. Unless sum is null, also the sums over each channel of input and of
   // input * (factor - shift).
   void (*scale)(
       c10::ScalarType, const ChannelLayout&, const void* input, const void* factor, const double* scale,
-      const double* shift, void* output, double* sums);
+      const double* shift, void* output, double* sum, double* product_sum);
   // grad_weight is that of weight 1 too where there is none.
   void (*double_backward)(
       c10::ScalarType, const ChannelLayout&, const ChannelParameters&, bool training,

@@ -253,9 +253,10 @@ def batch_norm_scale_kernel(
             sum += x
             product_sum += x * (_load(factor_ptr, offsets, mask) - mean)
     if factor_ptr is not None:
-        sums_ptr += tl.program_id(1).to(tl.int64) * 2 * channels
+        sums_ptr += tl.program_id(1).to(tl.int64) * channels
         _store_sum(sums_ptr, sum, channel, exists, interleaved)
-        _store_sum(sums_ptr + channels, product_sum * r, channel, exists, interleaved)
+        sums_ptr += tl.num_programs(1).to(tl.int64) * channels
+        _store_sum(sums_ptr, product_sum * r, channel, exists, interleaved)
 
 
 # Elements of a tile. With 4 warps a thread owns 8 of them, which is one or two 16-byte accesses per array.
@@ -319,13 +320,12 @@ def _scale(
     var: Tensor,
     eps: float,
     interleaved: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """The scaled input, and the two sums over each channel if there is a factor: shape (2, channels)."""
+) -> tuple[Tensor, Tensor]:
+    """The scaled input and, if there is a factor, what the programs found of the two sums: shape
+    (2, programs, channels)."""
     layout = _Layout.of(input, interleaved)
     output = torch.empty_like(input)
-    sums = None
-    if factor is not None:
-        sums = input.new_empty((layout.grid[1], 2, input.shape[1]), dtype=_opmath(input.dtype))
+    sums = input.new_empty((2, layout.grid[1], input.shape[1]), dtype=_opmath(input.dtype))
     weight, mean, var_ = _contiguous(weight, mean, var)
     with torch.cuda.device_of(input):  # does nothing for a CPU tensor (Triton's interpreter)
         batch_norm_scale_kernel[layout.grid](
@@ -335,13 +335,13 @@ def _scale(
             mean,
             var_,
             output,
-            sums,
+            None if factor is None else sums,
             *layout.sizes,
             eps=eps,
             **layout.constants,
             **_OPTIONS,
         )
-    return output, None if sums is None else sums.sum(0)
+    return output, sums
 
 
 def batch_norm_backward(
@@ -373,23 +373,23 @@ def batch_norm_backward(
         )
     assert running_var is not None  # checked at the Autograd key
     dtype = _opmath(grad_output.dtype) if weight is None else weight.dtype
+    with_input, with_weight, with_bias = output_mask
     if grad_output.numel() == 0:
-        zeros = grad_output.new_zeros(grad_output.shape[1], dtype=dtype)
-        grads: tuple[Tensor, Tensor, Tensor] = (torch.empty_like(grad_output), zeros, zeros.clone())
+        grad_input = torch.empty_like(grad_output)
+        sums = grad_output.new_zeros(2, 1, grad_output.shape[1])
     else:
         interleaved = _is_interleaved(grad_output if input is None else input)
         g = _in_layout(grad_output, interleaved)
-        # What only grad_bias needs multiplies a sum that is not wanted.
-        factor = g if input is None else _in_layout(input, interleaved)
-        with_sums = output_mask[1] or output_mask[2]
-        grad_input, sums = _scale(
-            g, factor if with_sums else None, weight, running_mean, running_var, eps, interleaved
-        )
-        if sums is None:
-            return grad_input, None, None
-        grads = (grad_input, sums[1].to(dtype), sums[0].to(dtype))
-    first, second, third = (grad if wanted else None for grad, wanted in zip(grads, output_mask, strict=True))
-    return first, second, third
+        factor = None
+        if with_weight or with_bias:
+            # What only grad_bias needs multiplies a sum that is not wanted.
+            factor = g if input is None else _in_layout(input, interleaved)
+        grad_input, sums = _scale(g, factor, weight, running_mean, running_var, eps, interleaved)
+    return (
+        grad_input if with_input else None,
+        sums[1].sum(0).to(dtype) if with_weight else None,
+        sums[0].sum(0).to(dtype) if with_bias else None,
+    )
 
 
 def batch_norm_double_backward(
@@ -419,12 +419,11 @@ def batch_norm_double_backward(
     v = torch.zeros_like(g) if grad_grad_input is None else _in_layout(grad_grad_input, interleaved)
     if input is None:
         assert running_var is not None  # checked at the Autograd key
-        grad_grad_output, products = _scale(v, g, weight, None, running_var, eps, interleaved)
-        assert products is not None
+        grad_grad_output, sums = _scale(v, g, weight, None, running_var, eps, interleaved)
         if grad_grad_bias is not None:
             shape = (-1, *[1] * (grad_grad_output.ndim - 2))
             grad_grad_output.add_(grad_grad_bias.reshape(shape))
-        return grad_grad_output, None, products[1].to(dtype)
+        return grad_grad_output, None, sums[1].sum(0).to(dtype)
 
     x = _in_layout(input, interleaved)
     layout = _Layout.of(x, interleaved)
@@ -433,15 +432,15 @@ def batch_norm_double_backward(
     grad_grad_output, grad_input = torch.empty_like(g), torch.empty_like(x)
     opmath = _opmath(x.dtype)
     with torch.cuda.device_of(x):
-        sums: Tensor | None = None
         if training:
             partial_sums = x.new_empty((layout.grid[1], 5, channels), dtype=opmath)
             batch_norm_sums_kernel[layout.grid](
                 v, g, x, mean, partial_sums, *layout.sizes, **layout.constants, **_OPTIONS
             )
-            sums = partial_sums.sum(0)
+            per_channel = partial_sums.sum(0)
             grad_weight = x.new_empty(channels, dtype=dtype)
         else:
+            per_channel = None
             grad_weight = x.new_empty((layout.grid[1], channels), dtype=opmath)
         batch_norm_bwd_bwd_kernel[layout.grid](
             v,
@@ -452,7 +451,7 @@ def batch_norm_double_backward(
             weight,
             mean,
             spread,
-            sums,
+            per_channel,
             grad_grad_output,
             grad_input,
             grad_weight,
@@ -470,7 +469,7 @@ def batch_norm_double_backward(
 def specializations() -> Iterator[Specialization]:
     """The kernels of a gradient-norm step of ResNet-50 at batch 64, in training and in evaluation mode."""
     large, small = (64, 256, 56, 56), (64, 2048, 7, 7)
-    sums = (batch_norm_sums_kernel, {})
+    sums: tuple[Any, dict[str, Any]] = (batch_norm_sums_kernel, {})
     double_backward = (batch_norm_bwd_bwd_kernel, {"eps": 1e-5, "training": True})
     scale = (batch_norm_scale_kernel, {"eps": 1e-5})
     # Their gradients are not differentiated, or not in this call.
