@@ -12,6 +12,7 @@ import torch
 # The ops that each module here implements, under their own names.
 _OPS = {
     "activation": ("gelu", "gelu_backward", "gelu_double_backward"),
+    "group_norm": ("group_norm_double_backward",),
 }
 
 
