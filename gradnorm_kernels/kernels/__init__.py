@@ -27,6 +27,7 @@ _OPS = {
         for name in names
         for suffix in suffixes
     ),
+    "group_norm": ("group_norm_double_backward",),
 }
 
 
