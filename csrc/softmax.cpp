@@ -141,18 +141,6 @@ struct Cpu {
     GRADNORM_KERNELS(softmax_kernels).forward(output, x, b.contiguous().expand(x.sizes()));
     return output;
   }
-  static Tensor backward(
-      const Tensor& grad_output, const Tensor& output, int64_t dim, ScalarType input_dtype) {
-    check(grad_output, output);
-    if (input_dtype != output.scalar_type()) {
-      return at::_softmax_backward_data(grad_output, output, dim, input_dtype);
-    }
-    const Tensor grad_input = empty_output(output);
-    GRADNORM_KERNELS(softmax_kernels)
-        .backward(
-            grad_input, grad_output.contiguous(), output.contiguous(), at::maybe_wrap_dim(dim, output.dim()));
-    return grad_input;
-  }
   static TensorPair double_backward(
       const Tensor& grad_grad_input, const Tensor& grad_output, const Tensor& output, int64_t dim,
       bool to_input) {
@@ -429,7 +417,9 @@ TORCH_LIBRARY_FRAGMENT(gradnorm_kernels, m) {
 }
 
 TORCH_LIBRARY_IMPL(gradnorm_kernels, CPU, m) {
-  implement<Cpu>(m);
+  m.impl("softmax", &Cpu::forward);
+  m.impl("softmax_with_bias", &Cpu::with_bias);
+  m.impl("softmax_double_backward", &Cpu::double_backward);
 }
 
 TORCH_LIBRARY_IMPL(gradnorm_kernels, Meta, m) {

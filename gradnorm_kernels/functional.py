@@ -304,7 +304,9 @@ def softmax(
         IndexError: if ``input`` has no dimension ``dim``.
     """
     if dim is None:
-        dim = torch.nn.functional._get_softmax_dim("softmax", input.dim(), _stacklevel)
+        dim = torch.nn.functional._get_softmax_dim(  # type: ignore[attr-defined]
+            "softmax", input.dim(), _stacklevel
+        )
     if torch.compiler.is_compiling():
         return torch.nn.functional.softmax(input if bias is None else input + bias, dim, dtype=dtype)
     if bias is None:

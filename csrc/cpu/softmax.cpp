@@ -211,26 +211,9 @@ void forward_rows(const Tensor& output, const Tensor& input, const Tensor& bias)
       sum = sum + exponential;
       exponential.store_arithmetic(scratch + i);
     });
-    sum = row.total(sum);
-    row.each(
-        [&](int64_t i, int64_t lanes) { (W::load_arithmetic(scratch + i) / sum).store(data[0] + i, lanes); });
-  });
-}
-
-template <class T>
-void backward_rows(const Tensor& grad_input, const Tensor& grad_output, const Tensor& output, int64_t dim) {
-  using W = Wide<T>;
-  const std::array operands{grad_input, grad_output, output};
-  for_each_row<T>(operands, 1, dim, [](const auto& data, const auto& row) {
-    T* h_row = data[0];
-    const T *g_row = data[1], *y_row = data[2];
-    W mean = W::all(0);
+    const W scale = W::all(1) / row.total(sum);
     row.each([&](int64_t i, int64_t lanes) {
-      mean = mean + W::load(g_row + i, lanes) * W::load(y_row + i, lanes);
-    });
-    mean = row.total(mean);
-    row.each([&](int64_t i, int64_t lanes) {
-      (W::load(y_row + i, lanes) * (W::load(g_row + i, lanes) - mean)).store(h_row + i, lanes);
+      (W::load_arithmetic(scratch + i) * scale).store(data[0] + i, lanes);
     });
   });
 }
@@ -283,10 +266,6 @@ void forward(const Tensor& output, const Tensor& input, const Tensor& bias) {
   });
 }
 
-void backward(const Tensor& grad_input, const Tensor& grad_output, const Tensor& output, int64_t dim) {
-  DISPATCH(output, [&] { backward_rows<scalar_t>(grad_input, grad_output, output, dim); });
-}
-
 void double_backward(
     const Tensor& grad_grad_output, const Tensor& grad, const Tensor& grad_grad_input,
     const Tensor& grad_output, const Tensor& output, int64_t dim, bool to_input) {
@@ -299,6 +278,6 @@ void double_backward(
 
 }  // namespace
 
-const SoftmaxKernels softmax_kernels{forward, backward, double_backward};
+const SoftmaxKernels softmax_kernels{forward, double_backward};
 
 }  // namespace gradnorm_kernels::CPU_CAPABILITY

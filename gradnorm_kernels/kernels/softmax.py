@@ -368,6 +368,6 @@ def specializations() -> Iterator[Specialization]:
         ("swin", SWIN_SCORES, SWIN_BIAS, torch.bfloat16),
         ("looped", (64, 16384), (16384,), torch.float32),
     ):
-        plan = _with_bias_plan(shape, bias_shape, dtype.itemsize)
-        assert plan is not None
-        yield _specialization(name, softmax_fwd_kernel, plan, dtype)
+        forward_plan = _with_bias_plan(shape, bias_shape, dtype.itemsize)
+        assert forward_plan is not None
+        yield _specialization(name, softmax_fwd_kernel, forward_plan, dtype)
