@@ -40,48 +40,71 @@ OptionalTensor if_defined(const Tensor& tensor) {
   return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
 }
 
-// The gradient of a depthwise convolution's weight by our own CPU kernel, where that covers the arguments and
-// is faster: oneDNN's takes 5 to 30 times the time of the forward where the kernel has more than 9 taps, and
-// has no float64. ATen says what is wrong with arguments that are not covered.
-OptionalTensor depthwise_grad_weight(
-    const Tensor& grad_output, const Tensor& input, const Tensor& weight, SymIntArrayRef stride,
-    SymIntArrayRef padding, SymIntArrayRef dilation, bool transposed, const SymInt& groups) {
-  const auto dtype = input.scalar_type();
+// Whether oneDNN's gradient of a depthwise convolution's weight is slow: where the kernel has more than 9
+// taps it takes 5 to 30 times the time of the forward, and it has no float64. Shapes are checked by the op.
+bool is_slow_depthwise(
+    const Tensor& input, const Tensor& weight, SymIntArrayRef stride, SymIntArrayRef padding,
+    SymIntArrayRef dilation, bool transposed, const SymInt& groups) {
   const int64_t dims = input.dim() - 2;
-  const bool is_depthwise = (dims == 1 || dims == 2) && !transposed && weight.dim() == input.dim() &&
-                            grad_output.dim() == input.dim() && groups == input.size(1) &&
-                            weight.size(0) == input.size(1) && weight.size(1) == 1 &&
-                            grad_output.size(0) == input.size(0) && grad_output.size(1) == input.size(1);
-  if (!is_depthwise || input.numel() == 0 ||
-      !(dtype == at::kDouble || (dtype == at::kFloat && weight[0].numel() > 9))) {
-    return std::nullopt;
+  if (!input.is_cpu() || transposed || (dims != 1 && dims != 2) || weight.dim() != input.dim() ||
+      groups != input.size(1) || weight.size(0) != input.size(1) || weight.size(1) != 1 ||
+      input.numel() == 0) {
+    return false;
   }
   for (const SymIntArrayRef& setting : {stride, padding, dilation}) {
-    if (setting.size() != 1 && setting.size() != static_cast<size_t>(dims)) {
-      return std::nullopt;
+    if (setting.size() != static_cast<size_t>(dims)) {
+      return false;
     }
   }
+  const auto dtype = input.scalar_type();
+  return dtype == at::kDouble || (dtype == at::kFloat && weight[0].numel() > 9);
+}
+
+Tensor call_depthwise_grad_weight(
+    const Tensor& grad_output, const Tensor& input, const Tensor& weight, SymIntArrayRef stride,
+    SymIntArrayRef padding, SymIntArrayRef dilation) {
+  static const auto op =
+      find_op<decltype(call_depthwise_grad_weight)>("gradnorm_kernels::_depthwise_grad_weight");
+  return op.call(grad_output, input, weight, stride, padding, dilation);
+}
+
+Tensor depthwise_grad_weight(
+    const Tensor& grad_output, const Tensor& input, const Tensor& weight, at::IntArrayRef stride,
+    at::IntArrayRef padding, at::IntArrayRef dilation) {
   // One dimension is a row of two.
-  const auto with_height = [&](const Tensor& t) { return dims == 1 ? t.unsqueeze(2) : t; };
-  const auto of_both = [&](SymIntArrayRef setting, int64_t of_row) -> std::array<int64_t, 2> {
-    return {dims == 1 ? of_row : setting.front().expect_int(), setting.back().expect_int()};
+  const bool is_row = input.dim() == 3;
+  const auto with_height = [&](const Tensor& t) { return is_row ? t.unsqueeze(2) : t; };
+  const auto of_both = [&](at::IntArrayRef setting, int64_t of_row) -> std::array<int64_t, 2> {
+    return {is_row ? of_row : setting.front(), setting.back()};
   };
   const ConvolutionGeometry geometry{of_both(stride, 1), of_both(padding, 0), of_both(dilation, 1)};
   const Tensor image = with_height(input), gradient = with_height(grad_output), kernel = with_height(weight);
+  std::vector<int64_t> shape{image.size(0), image.size(1)};
   for (const int64_t i : {0, 1}) {
-    const int64_t reach = geometry.dilation[i] * (kernel.size(2 + i) - 1);
-    const int64_t last = image.size(2 + i) + 2 * geometry.padding[i] - reach - 1;
-    if (geometry.stride[i] < 1 || geometry.padding[i] < 0 || geometry.dilation[i] < 1 || reach < 0 ||
-        last < 0 || gradient.size(2 + i) != last / geometry.stride[i] + 1) {
-      return std::nullopt;
-    }
+    const auto [step, margin, spread] =
+        std::tie(geometry.stride[i], geometry.padding[i], geometry.dilation[i]);
+    const int64_t taps = kernel.size(2 + i), last = image.size(2 + i) + 2 * margin - spread * (taps - 1) - 1;
+    TORCH_CHECK_VALUE(
+        step > 0 && margin >= 0 && spread > 0 && taps > 0 && last >= 0,
+        "convolution_backward: expected the kernel to fit in the padded input, got weight ", weight.sizes(),
+        " and input ", input.sizes(), " with stride ", stride, ", padding ", padding, ", dilation ",
+        dilation);
+    shape.push_back(last / step + 1);
   }
+  TORCH_CHECK_VALUE(
+      gradient.sizes() == shape, "convolution_backward: expected grad_output to have the output's shape (",
+      at::IntArrayRef(shape), "), got ", gradient.sizes());
   const auto format = image.is_contiguous() ? at::MemoryFormat::Contiguous : image.suggest_memory_format();
   return GRADNORM_KERNELS(convolution_kernels)
       .depthwise_grad_weight(
           gradient.contiguous(format), image.contiguous(format), format == at::MemoryFormat::ChannelsLast,
           kernel.sizes().slice(2), geometry)
       .view(weight.sizes());
+}
+
+Tensor depthwise_grad_weight_meta(
+    const Tensor&, const Tensor&, const Tensor& weight, SymIntArrayRef, SymIntArrayRef, SymIntArrayRef) {
+  return at::empty_symint(weight.sym_sizes(), weight.options());
 }
 
 // Settings are what every op takes after its tensors: see Ops below.
@@ -130,38 +153,27 @@ struct ConvolutionOps {
     }
   };
 
-  // ATen's, save for the weights of some depthwise convolutions.
-  struct Cpu {
-    static Tensor forward(
-        const Tensor& input, const Tensor& weight, const OptionalTensor& bias, Settings... settings) {
-      return Composite::forward(input, weight, bias, settings...);
+  // ATen's op, so that dispatch modes such as FLOP counters know it, but for some gradients of the weight.
+  static TensorTriple backward(
+      const Tensor& grad_output, const Tensor& input, const Tensor& weight,
+      at::OptionalSymIntArrayRef bias_sizes, Settings... settings, Mask output_mask) {
+    check(grad_output, input, weight);
+    const auto [stride, padding, dilation, transposed, output_padding, groups] = std::tie(settings...);
+    if (!output_mask[1] || !is_slow_depthwise(input, weight, stride, padding, dilation, transposed, groups)) {
+      return at::convolution_backward_symint(
+          grad_output, input, weight, bias_sizes, settings..., output_mask);
     }
-    static TensorTriple backward(
-        const Tensor& grad_output, const Tensor& input, const Tensor& weight,
-        at::OptionalSymIntArrayRef bias_sizes, Settings... settings, Mask output_mask) {
-      check(grad_output, input, weight);
-      OptionalTensor grad_weight;
-      if (output_mask[1]) {
-        const auto [stride, padding, dilation, transposed, output_padding, groups] = std::tie(settings...);
-        grad_weight =
-            depthwise_grad_weight(grad_output, input, weight, stride, padding, dilation, transposed, groups);
-      }
-      if (!grad_weight) {
-        return at::convolution_backward_symint(
-            grad_output, input, weight, bias_sizes, settings..., output_mask);
-      }
-      TensorTriple grads;
-      if (output_mask[0]) {
-        grads = at::convolution_backward_symint(
-            grad_output, input, weight, std::nullopt, settings..., {true, false, false});
-      }
-      std::get<1>(grads) = *grad_weight;
-      if (output_mask[2]) {
-        std::get<2>(grads) = grad_output.transpose(0, 1).flatten(1).sum(1);
-      }
-      return grads;
+    TensorTriple grads;
+    if (output_mask[0]) {
+      grads = at::convolution_backward_symint(
+          grad_output, input, weight, std::nullopt, settings..., {true, false, false});
     }
-  };
+    std::get<1>(grads) = call_depthwise_grad_weight(grad_output, input, weight, stride, padding, dilation);
+    if (output_mask[2]) {
+      std::get<2>(grads) = grad_output.transpose(0, 1).flatten(1).sum(1);
+    }
+    return grads;
+  }
 
   // With O = conv(X, W) + b, the backward of a gradient G of O is X' = conv^T(G, W), W' = corr(X, G) and
   // b' = sum G: bilinear in G and (X, W). So the gradients V of X', U of W' and u of b' give
@@ -212,7 +224,7 @@ struct ConvolutionOps {
       check(input, weight, bias);
       if (!torch::autograd::compute_requires_grad(input, weight, bias)) {
         at::AutoDispatchBelowADInplaceOrView guard;
-        return call_forward(input, weight, bias, settings...);
+        return at::convolution_symint(input, weight, bias, settings...);
       }
       return Forward::apply(input, weight, bias, Saved(owned(settings)...));
     }
@@ -223,7 +235,8 @@ struct ConvolutionOps {
         return Composite::backward(grad_output, input, weight, bias_sizes, settings..., output_mask);
       }
       check(grad_output, input, weight);
-      return record(&call_backward, grad_output, input, weight, bias_sizes, settings..., output_mask);
+      return record(
+          &ConvolutionOps::backward, grad_output, input, weight, bias_sizes, settings..., output_mask);
     }
   };
 
@@ -259,7 +272,8 @@ struct ConvolutionOps {
       ctx->saved_data["has_bias"] = bias.has_value();
       ctx->set_materialize_grads(false);
       at::AutoDispatchBelowADInplaceOrView guard;
-      return std::apply([&](const auto&... s) { return call_forward(input, weight, bias, s...); }, settings);
+      return std::apply(
+          [&](const auto&... s) { return at::convolution_symint(input, weight, bias, s...); }, settings);
     }
 
     static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
@@ -391,28 +405,32 @@ TORCH_LIBRARY_FRAGMENT(gradnorm_kernels, m) {
          settings +
          ", bool[3] output_mask) -> (Tensor grad_grad_output, Tensor grad_input, Tensor grad_weight)")
             .c_str());
-}
-
-template <class Kernels>
-void implement(torch::Library& m, Kernels) {
-  m.impl("convolution", &Kernels::forward);
-  m.impl("convolution_backward", &Kernels::backward);
+  m.def(
+      "_depthwise_grad_weight(Tensor grad_output, Tensor input, Tensor weight, SymInt[] stride, "
+      "SymInt[] padding, SymInt[] dilation) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(gradnorm_kernels, Autograd, m) {
-  implement(m, Ops::Autograd());
-}
-
-TORCH_LIBRARY_IMPL(gradnorm_kernels, CPU, m) {
-  implement(m, Ops::Cpu());
+  m.impl("convolution", &Ops::Autograd::forward);
+  m.impl("convolution_backward", &Ops::Autograd::backward);
 }
 
 TORCH_LIBRARY_IMPL(gradnorm_kernels, FuncTorchBatched, m) {
-  implement(m, Ops::Composite());
+  m.impl("convolution", &Ops::Composite::forward);
+  m.impl("convolution_backward", &Ops::Composite::backward);
 }
 
 TORCH_LIBRARY_IMPL(gradnorm_kernels, CompositeExplicitAutograd, m) {
-  implement(m, Ops::Composite());
+  m.impl("convolution", &Ops::Composite::forward);
+  m.impl("convolution_backward", &Ops::backward);
+}
+
+TORCH_LIBRARY_IMPL(gradnorm_kernels, CPU, m) {
+  m.impl("_depthwise_grad_weight", &depthwise_grad_weight);
+}
+
+TORCH_LIBRARY_IMPL(gradnorm_kernels, Meta, m) {
+  m.impl("_depthwise_grad_weight", &depthwise_grad_weight_meta);
 }
 
 // Two calls of the other ops, wherever it is called.
