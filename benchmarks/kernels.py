@@ -426,7 +426,11 @@ def measure(
     case: Case, shape: Shape, dtype: str, device: str, variants: list[str], rounds: int
 ) -> list[dict[str, Any]]:
     torch.manual_seed(0)
-    problem = Problem.draw(case, shape, DTYPES[dtype], device)
+    label = " ".join(filter(None, (case.op, case.setting, dtype)))
+    try:
+        problem = Problem.draw(case, shape, DTYPES[dtype], device)
+    except (IndexError, RuntimeError) as error:
+        raise SystemExit(f"{label}: --shape {shape}: {error}") from error
     make = {
         "stock": lambda: problem.passes(STOCK),
         "fused": lambda: problem.passes(gk.functional),
@@ -445,8 +449,7 @@ def measure(
     for which, found in error.items():
         for ours, stocks in zip(found.get("fused", found["stock"]), found["stock"], strict=True):
             if ours > 2 * stocks + torch.finfo(DTYPES[dtype]).tiny:
-                label = " ".join(filter(None, (case.op, case.setting, which, dtype)))
-                raise SystemExit(f"{label}: fused is off by {ours}, stock by {stocks}")
+                raise SystemExit(f"{label} {which}: fused is off by {ours}, stock by {stocks}")
 
     rows = []
     first = problem.leaves[case.inputs[0]]

@@ -31,8 +31,8 @@ from gradnorm_kernels.training.objective import GradientNormLoss, Objective
 from .measure import alternate, describe_machine, option_parser, parse, summary, wall_time, write_json
 
 MODELS = ["swin_tiny_patch4_window7_224", "resnet50", "convnext_atto", "vit_tiny_patch16_224"]
-# The largest relative difference of a gradient from stock's that rounding explains.
-TOLERANCE = {"float32": 1e-3, "tf32": 1e-1, "bfloat16": 3e-1}
+# How far off stock's rounding can take a gradient, relative to it. What bfloat16 hides, float32 shows.
+TOLERANCE = {"float32": 1e-3, "tf32": 5e-2, "bfloat16": 3e-1}
 Step = Callable[[nn.Module, Tensor, Tensor], None]
 
 
@@ -65,18 +65,24 @@ VARIANTS = {"stock": stock, "fuse": fuse, "switch": switch}
 def make_model(name: str, args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
     """The model that the variants copy, and what a row says of it."""
     spec = input_spec(name, 3, args.img_size)
-    model = create_model(name, spec, 1000).eval()
+    model = create_model(name, spec, 1000)
     relus = attentions = 0
     for module in list(model.modules()):
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.train(args.bn == "train")
-        if hasattr(module, "fused_attn"):
-            module.fused_attn = False
-            attentions += 1
         for child_name, child in module.named_children():
             if isinstance(child, nn.ReLU):
                 setattr(module, child_name, get_act_layer(args.act)())
                 relus += 1
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False
+            attentions += 1
+    for module in model.eval().modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.train(args.bn == "train")
+    # timm begins with 0 or 1e-6 where a branch ends, which would hide that branch from the comparison.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.1 * torch.randn_like(parameter)
     return model.to(args.device), {
         "model": name,
         "relu_replaced_by": args.act if relus else None,
@@ -170,7 +176,7 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
-def main(arguments: list[str] | None = None) -> None:
+def options() -> argparse.ArgumentParser:
     parser = option_parser(__doc__, rounds=5)
     parser.add_argument(
         "--model", nargs="+", default=MODELS, metavar="NAME", help="timm's; default: " + " ".join(MODELS)
@@ -183,9 +189,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--variants", choices=VARIANTS, nargs="+", default=list(VARIANTS), help="default: all; stock always"
     )
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = options()
     args = parse(parser, arguments)
     if args.batch < 1:
         parser.error(f"--batch: expected at least 1, got {args.batch}")
+    try:
+        get_act_layer(args.act)
+    except (AssertionError, KeyError):
+        parser.error(f"--act: timm knows none called {args.act}")
     if args.dtype == "tf32" and args.device == "cpu":
         parser.error("--dtype tf32: needs a GPU")
     if args.device == "cuda":

@@ -1,0 +1,249 @@
+"""The benchmarks, on tensors and models too small to time: what they write, and what stops them."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import gradnorm_kernels as gk
+
+ROOT = Path(__file__).parents[1]
+# `pytest` alone, unlike `python -m pytest`, does not look here. Last, so that an installed package wins.
+sys.path.append(str(ROOT))
+pytest.importorskip("timm", reason="benchmarks.steps needs: pip install 'gradnorm_kernels[train]'")
+
+from benchmarks import kernels, measure, steps  # noqa: E402
+
+QUICK = ["--device=cpu", "--rounds=2"]
+SMALL_KERNEL = [*QUICK, "--shape", "4", "9", "32"]
+SMALL_STEP = [*QUICK, "--batch=4", "--img-size=64"]
+COMMITTED = json.loads((ROOT / "benchmarks" / "results" / "gelu-cpu.json").read_text())
+
+
+def label(case):
+    return " ".join((case.op, case.setting)).strip()
+
+
+def tiny_shape(case):
+    # Channels that 32 groups divide, and no dimension that is 1 or like another.
+    return (3, 32, 5, 7) if len(case.cpu[0]) == 4 else (5, 7, 6)
+
+
+def forgetful_gelu(input, approximate="none"):
+    """Right, but for a second derivative of zero."""
+    point = input.detach().requires_grad_()
+    value = F.gelu(point, approximate=approximate)
+    (slope,) = torch.autograd.grad(value.sum(), point)
+    return value.detach() + (input - point.detach()) * slope
+
+
+@pytest.mark.parametrize("case", kernels.CASES, ids=label)
+def test_every_case(case):
+    """The three passes of what the package has by now, and of stock where it has none."""
+    functional = gk.functional if hasattr(gk.functional, case.op) else kernels.STOCK
+    torch.manual_seed(0)
+    problem = kernels.Problem.draw(case, tiny_shape(case), torch.float32, "cpu")
+    exact = {which: run() for which, run in problem.double().passes(kernels.STOCK).items()}
+    for which, run in problem.passes(functional).items():
+        assert max(kernels.errors(run, exact[which])) < 1e-3
+        assert case.traffic.bytes(which, problem.leaves, problem.grad_output)
+
+
+@pytest.mark.parametrize("case", kernels.CASES, ids=label)
+def test_default_shapes(case):
+    """They suit the case, and its passes are those that are timed."""
+    for shape in case.cpu + case.cuda:
+        leaves = case.make_leaves(shape, torch.float32, "meta")
+        assert case.call(kernels.STOCK, **leaves).numel()
+    assert {term.removeprefix("grad_") for term in case.traffic.backward.split("->")[1].split()} == set(
+        case.inputs
+    )
+
+
+def test_bytes_to_move():
+    case, train = (
+        next(c for c in kernels.CASES if label(c) == name) for name in ("gelu none", "batch_norm train")
+    )
+    x = case.make_leaves((64, 197, 768), torch.float32, "meta")
+    for row in COMMITTED["rows"]:
+        if row["dtype"] == "float32":
+            assert case.traffic.bytes(row["pass"], x, x["input"]) == row["bytes_to_move"]
+
+    leaves = train.make_leaves((8, 256, 56, 56), torch.float32, "meta")
+    elements = leaves["input"].numel()
+    assert train.traffic.bytes("double_backward", leaves, leaves["input"]) == 4 * (8 * elements + 2 * 256)
+
+
+def test_kernels_json(tmp_path, capsys):
+    file = tmp_path / "new" / "out.json"
+    kernels.main([*SMALL_KERNEL, "--op", "gelu", "--json", str(file)])
+    written = json.loads(file.read_text())
+    assert written.keys() == COMMITTED.keys() and written["machine"].keys() == COMMITTED["machine"].keys()
+    assert written["rounds"] == 2
+    # Two settings, three passes, two dtypes, two variants.
+    assert len(written["rows"]) == 24
+    assert all(row.keys() == COMMITTED["rows"][0].keys() for row in written["rows"])
+    assert all(row["time_over_stock"] == 1 for row in written["rows"] if row["variant"] == "stock")
+    assert all(
+        row["milliseconds_min"] <= row["milliseconds"] <= row["milliseconds_max"] for row in written["rows"]
+    )
+    out = capsys.readouterr().out
+    assert "gelu tanh (4, 9, 32)" in out and f"wrote {file}" in out
+
+
+def times_1_001(input, approximate="none"):
+    return F.gelu(input, approximate=approximate) * 1.001
+
+
+def not_a_number(input, approximate="none"):
+    return F.gelu(input, approximate=approximate) * float("nan")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "where"),
+    [(times_1_001, "forward"), (not_a_number, "forward"), (forgetful_gelu, "double_backward")],
+)
+def test_wrong_fused_op_stops_the_run(monkeypatch, tmp_path, wrong, where):
+    monkeypatch.setattr(gk.functional, "gelu", wrong)
+    file = tmp_path / "out.json"
+    with pytest.raises(SystemExit, match=f"^gelu none float32 {where}: fused is off by "):
+        kernels.main([*SMALL_KERNEL, "--op", "gelu", "--json", str(file)])
+    assert not file.exists()
+
+
+@pytest.mark.slow
+def test_compiled_variant(tmp_path):
+    file = tmp_path / "out.json"
+    arguments = ["--op", "relu", "layer_norm", "--dtype", "float32", "--variants", "stock", "compiled"]
+    kernels.main([*SMALL_KERNEL, *arguments, "--json", str(file)])
+    rows = json.loads(file.read_text())["rows"]
+    assert len(rows) == 12
+    assert max(row["max_error"] for row in rows) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--op", "no_such_op"], "--op"),
+        (["--variants", "fused"], "--variants: stock is what"),
+        (["--rounds", "0"], "--rounds: expected at least 1, got 0"),
+    ],
+)
+def test_unsuitable_kernel_arguments(arguments, message, capsys):
+    with pytest.raises(SystemExit) as exit:
+        kernels.main(arguments)
+    assert exit.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_op_that_the_package_lacks(monkeypatch, capsys):
+    monkeypatch.delattr(gk.functional, "gelu")
+    with pytest.raises(SystemExit):
+        kernels.main([*SMALL_KERNEL, "--op", "gelu"])
+    assert "--op: gradnorm_kernels.functional has no gelu" in capsys.readouterr().err
+
+
+def test_shape_that_does_not_suit():
+    with pytest.raises(SystemExit, match=r"conv2d depthwise 7x7 float32: --shape \(4,\)"):
+        kernels.main([*QUICK, "--op", "conv2d", "--variants", "stock", "--shape", "4"])
+
+
+def test_gpu_that_is_not_there(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        steps.main(["--device", "cuda"])
+    assert "--device cuda: torch.cuda.is_available() is False" in capsys.readouterr().err
+
+
+def test_variants_take_turns():
+    order = []
+    runs = {name: lambda name=name: order.append(name) for name in "ab"}
+    seconds = measure.alternate(runs, lambda run: run() or len(order), rounds=2, warm_up=1)
+    assert order == list("ababab")
+    assert seconds == {"a": [3, 5], "b": [4, 6]}
+
+
+def test_steps_json(tmp_path, capsys):
+    file = tmp_path / "out.json"
+    steps.main([*SMALL_STEP, "--model", "resnet18", "vit_tiny_patch16_224", "--json", str(file)])
+    written = json.loads(file.read_text())
+    assert written.keys() == COMMITTED.keys() and written["machine"].keys() == COMMITTED["machine"].keys()
+    assert [row["variant"] for row in written["rows"]] == ["stock", "fuse", "switch"] * 2
+    shared = {
+        "model", "relu_replaced_by", "batch_norm", "unfused_attentions", "dtype", "shape", "variant",
+        "milliseconds", "milliseconds_min", "milliseconds_max", "time_over_stock",
+    }  # fmt: skip
+    for row in written["rows"]:
+        assert row.keys() - {"gradient_difference"} == shared
+        assert row["shape"] == [4, 3, 64, 64]
+        assert row["variant"] == "stock" or row["gradient_difference"] < 1e-4
+    resnet, vit = written["rows"][0], written["rows"][3]
+    assert (resnet["relu_replaced_by"], resnet["unfused_attentions"]) == ("gelu", 0)
+    assert (vit["relu_replaced_by"], vit["unfused_attentions"]) == (None, 12)
+    assert "resnet18" in capsys.readouterr().out
+    assert not gk.is_fused_double_backward_enabled()
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_batch_norm_mode(mode):
+    model, facts = steps.make_model("resnet18", steps.options().parse_args(["--bn", mode, "--device", "cpu"]))
+    assert facts["batch_norm"] == mode
+    for module in model.modules():
+        assert module.training == (mode == "train" and isinstance(module, torch.nn.BatchNorm2d))
+        assert not isinstance(module, torch.nn.ReLU)
+
+
+def test_disagreeing_variant_stops_the_run(monkeypatch):
+    monkeypatch.setattr(gk.functional, "gelu", forgetful_gelu)
+    with pytest.raises(SystemExit, match=r"vit_tiny_patch16_224 fuse: gradients are .* off stock's"):
+        steps.main([*SMALL_STEP, "--model", "vit_tiny_patch16_224", "--variants", "fuse"])
+
+
+@pytest.mark.parametrize("failing", ["stock", "fuse"])
+def test_out_of_memory_is_a_row(monkeypatch, tmp_path, capsys, failing):
+    def exhausted(model, images, targets):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setitem(steps.VARIANTS, failing, lambda model, step: (model, exhausted))
+    file = tmp_path / "out.json"
+    steps.main([*SMALL_STEP, "--model", "vit_tiny_patch16_224", "--json", str(file)])
+    rows = {row["variant"]: row for row in json.loads(file.read_text())["rows"]}
+    assert rows.keys() == {"stock", "fuse", "switch"}
+    assert rows[failing]["error"] == "out of memory" and "milliseconds" not in rows[failing]
+    assert rows["switch"]["milliseconds"] > 0
+    assert (rows["switch"]["time_over_stock"] is None) == (failing == "stock")
+    assert "out of memory" in capsys.readouterr().out
+
+
+def test_relative_difference():
+    stock = [torch.tensor([1.0, -2.0]), torch.tensor([1e-9])]
+    assert steps.relative_difference(stock, stock) == 0
+    assert steps.relative_difference([stock[0] + 1, stock[1]], stock) == 0.5
+    # Zero but for rounding.
+    assert steps.relative_difference([stock[0], -stock[1]], stock) == pytest.approx(1e-6)
+    assert steps.relative_difference([stock[0], stock[1] * float("nan")], stock) == float("inf")
+    assert steps.relative_difference(stock[:1], stock) == float("inf")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch", "0"], "--batch: expected at least 1, got 0"),
+        (["--dtype", "tf32"], "--dtype tf32: needs a GPU"),
+        (["--act", "nothing"], "--act: timm knows none called nothing"),
+        (["--variants", "other"], "--variants"),
+    ],
+)
+def test_unsuitable_step_arguments(arguments, message, capsys):
+    with pytest.raises(SystemExit) as exit:
+        steps.main([*QUICK, *arguments])
+    assert exit.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_unknown_model():
+    with pytest.raises(SystemExit, match="timm knows no model called nothing"):
+        steps.main([*QUICK, "--model", "nothing"])
