@@ -2,30 +2,8 @@ r"""The mathematics of every op, in plain differentiable PyTorch: the yardstick 
 
 For an elementwise :math:`y = f(x)` with incoming gradient :math:`g`, the backward is
 :math:`h = g f'(x)`. Differentiating :math:`h` against an incoming :math:`v` gives the double backward:
-:math:`v f'(x)` for :math:`g` and :math:`v g f''(x)` for :math:`x`.
-
-Layer normalisation, for each row :math:`x` of :math:`D` elements, has
-:math:`\hat x = r (x - \overline x)`, :math:`r = (\overline{(x - \overline x)^2} + \epsilon)^{-1/2}` and
-:math:`y = w \hat x + b`, where a bar is the mean over the row. With the projection
-
-.. math:: P(a) = a - \overline a - \hat x\, \overline{a \hat x}
-
-one has :math:`d\hat x = r P(dx)` and :math:`dr = -r^2\, \overline{\hat x\, dx}`, exactly, for any
-:math:`\epsilon`. Since :math:`\overline{a P(b)} = \overline{P(a) b}`, the backward is
-
-- for :math:`x`: :math:`r P(w g)`;
-- for :math:`w`: :math:`\sum g \hat x`, and for :math:`b`: :math:`\sum g`, over the rows.
-
-Differentiating these against incoming :math:`v`, :math:`u` and :math:`t` gives the double backward:
-
-- for :math:`g`: :math:`w\, r P(v) + u \hat x + t`;
-- for :math:`w`: :math:`\sum g\, r P(v)`;
-- for :math:`x`: :math:`-r^2 \left(\hat x\, \overline{v P(w g)} + P(v)\, \overline{w g \hat x}
-  + P(w g)\, \overline{v \hat x}\right) + r P(u g)`.
-
-The kernels take five means of a row first, of :math:`v`, :math:`v \hat x`, :math:`w g`, :math:`w g \hat x`
-and :math:`v w g`, and two more with :math:`u`, of :math:`u g` and :math:`u g \hat x`. Each result is then a
-combination of :math:`x`, :math:`v` and :math:`g` with coefficients that are constant over the row.
+:math:`v f'(x)` for :math:`g` and :math:`v g f''(x)` for :math:`x`. Only :math:`f` is written here: autograd's
+derivatives of these formulas lose nothing to cancellation.
 
 Nothing here casts: float64 in, float64 arithmetic.
 """
@@ -45,18 +23,29 @@ __all__ = [
     "convolution",
     "convolution_backward",
     "convolution_double_backward",
+    "elu",
     "gelu",
     "gelu_backward",
     "gelu_double_backward",
     "group_norm",
     "group_norm_backward",
     "group_norm_double_backward",
+    "hardsigmoid",
+    "hardswish",
     "layer_norm",
     "layer_norm_backward",
     "layer_norm_double_backward",
+    "leaky_relu",
+    "mish",
+    "relu",
+    "relu6",
+    "sigmoid",
+    "silu",
     "softmax",
     "softmax_backward",
     "softmax_double_backward",
+    "softplus",
+    "tanh",
 ]
 
 
@@ -64,44 +53,80 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
     r"""``"none"``: :math:`x \Phi(x)`. ``"tanh"``: :math:`x\,\sigma(v)` with
     :math:`v = 2\sqrt{2/\pi}\,(x + 0.044715 x^3)`, which equals :math:`\tfrac12 x (1 + \tanh(v/2))`.
     """
-    return input * _gelu_gate(input, approximate)[0]
-
-
-def gelu_backward(grad_output: Tensor, input: Tensor, approximate: str = "none") -> Tensor:
-    r""":math:`g f'(x)`. ``"none"``: :math:`f' = \Phi + x\varphi`. ``"tanh"``:
-    :math:`f' = \sigma + x \sigma(1-\sigma) v'`.
-    """
-    gate, gate_slope, _ = _gelu_gate(input, approximate)
-    return grad_output * (gate + input * gate_slope)
-
-
-def gelu_double_backward(
-    grad_grad_input: Tensor, grad_output: Tensor, input: Tensor, approximate: str = "none"
-) -> tuple[Tensor, Tensor]:
-    r""":math:`(v f'(x),\ v g f''(x))`. ``"none"``: :math:`f'' = (2 - x^2)\varphi`. ``"tanh"``:
-    :math:`f'' = 2 \sigma(1-\sigma) v' + x \sigma(1-\sigma)(v'' + (1 - 2\sigma) v'^2)`.
-    """
-    _, gate_slope, gate_curvature = _gelu_gate(input, approximate)
-    return (
-        gelu_backward(grad_grad_input, input, approximate),
-        grad_grad_input * grad_output * (2 * gate_slope + input * gate_curvature),
-    )
-
-
-def _gelu_gate(x: Tensor, approximate: str) -> tuple[Tensor, Tensor, Tensor]:
-    r"""The gate :math:`s` of :math:`f = x s`, with its first and second derivatives."""
     if approximate == "none":
-        density = torch.exp(-x * x / 2) / math.sqrt(2 * math.pi)
-        return torch.special.erfc(-x / math.sqrt(2)) / 2, density, -x * density
-    scale, cubic = 2 * math.sqrt(2 / math.pi), 0.044715
-    gate = torch.sigmoid(scale * (x + cubic * x**3))
-    slope_of_v = scale * (1 + 3 * cubic * x**2)
-    logistic_slope = gate * torch.sigmoid(-scale * (x + cubic * x**3))
-    return (
-        gate,
-        logistic_slope * slope_of_v,
-        logistic_slope * (scale * 6 * cubic * x + (1 - 2 * gate) * slope_of_v**2),
-    )
+        return input * torch.special.erfc(-input / math.sqrt(2)) / 2
+    return input * sigmoid(2 * math.sqrt(2 / math.pi) * (input + 0.044715 * input**3))
+
+
+def silu(input: Tensor) -> Tensor:
+    r""":math:`x\,\sigma(x)`."""
+    return input * sigmoid(input)
+
+
+def mish(input: Tensor) -> Tensor:
+    r""":math:`x \tanh(\log(1 + e^x)) = x (1 - 2 / (2 + 2 e^x + e^{2x}))`."""
+    positive = input > 0
+    d = _decay(input)
+    numerator = torch.where(positive, 1 + 2 * d, d * (d + 2))
+    return input * numerator / (numerator + torch.where(positive, 2 * d**2, 2))
+
+
+def softplus(input: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
+    r""":math:`\log(1 + e^{\beta x}) / \beta`, and :math:`x` for :math:`\beta x` above the threshold."""
+    z = beta * input
+    linear = z > threshold
+    return torch.where(linear, input, z.masked_fill(linear, 0).exp().log1p() / beta)
+
+
+def elu(input: Tensor, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0) -> Tensor:
+    r""":math:`s x` for :math:`x > 0`, else :math:`s \alpha (e^{c x} - 1)`, with :math:`s` the scale and
+    :math:`c` the input scale.
+    """
+    positive = input > 0
+    negative = torch.expm1(input_scale * input.masked_fill(positive, 0))
+    return scale * torch.where(positive, input, alpha * negative)
+
+
+def tanh(input: Tensor) -> Tensor:
+    r""":math:`\tanh(x) = 2 \sigma(2x) - 1`."""
+    return torch.tanh(input)
+
+
+def sigmoid(input: Tensor) -> Tensor:
+    r""":math:`\sigma(x) = 1 / (1 + e^{-x})`."""
+    d = _decay(input)
+    return torch.where(input > 0, 1, d) / (1 + d)
+
+
+def relu(input: Tensor) -> Tensor:
+    r""":math:`\max(x, 0)`."""
+    return leaky_relu(input, 0.0)
+
+
+def relu6(input: Tensor) -> Tensor:
+    r""":math:`\min(\max(x, 0), 6)`."""
+    return torch.where(input < 6, relu(input), 6)
+
+
+def leaky_relu(input: Tensor, negative_slope: float = 0.01) -> Tensor:
+    r""":math:`x` for :math:`x > 0`, else :math:`a x` with the negative slope :math:`a`."""
+    return torch.where(input > 0, input, negative_slope * input)
+
+
+def hardsigmoid(input: Tensor) -> Tensor:
+    r""":math:`(x + 3) / 6` between -3 and 3, where it is 0 and 1."""
+    # Not of relu6(x + 3): rounding of the sum would move the kinks.
+    return torch.where(input <= -3, 0, torch.where(input >= 3, 1, (input + 3) / 6))
+
+
+def hardswish(input: Tensor) -> Tensor:
+    r""":math:`x` times the hard sigmoid."""
+    return input * hardsigmoid(input)
+
+
+def _decay(x: Tensor) -> Tensor:
+    r""":math:`e^{-|x|}`, as :math:`e^x` or :math:`e^{-x}`: derivatives through :math:`|x|` are wrong at 0."""
+    return torch.where(x > 0, -x, x).exp()
 
 
 def layer_norm(
