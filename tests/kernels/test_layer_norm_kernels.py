@@ -102,7 +102,7 @@ def test_only_what_the_mask_asks_for(shape: tuple[int, ...], dim: int, device: s
     v, g, x = (normal(*shape, dtype=torch.float32, device=device) for _ in range(3))
     w, u = (normal(shape[dim], dtype=torch.float32, device=device) for _ in range(2))
     mean, rstd = statistics(x, dim)
-    operands = [("layer_norm_double_backward", (v, u, None, g, x, mean, rstd, w))]
+    operands: list[Any] = [("layer_norm_double_backward", (v, u, None, g, x, mean, rstd, w))]
     if dim == 1:
         operands.append(("layer_norm_2d_backward", (g, x, mean, rstd, w)))
     for op, args in operands:
@@ -127,7 +127,7 @@ def test_absent_parameters_strides_and_mixed_dtypes(device: str) -> None:
         *run("layer_norm_2d_backward", g, x, mean, rstd, None, [True] * 3),
         *run("layer_norm_double_backward", v, None, None, g, x, mean, rstd, None, [True, True, False]),
     ]
-    for a, b in zip(bare, with_parameters, strict=False):
+    for a, b in zip(bare[:-1], with_parameters, strict=False):
         torch.testing.assert_close(a, b, check_dtype=False, atol=2e-3, rtol=2e-3)
     assert with_parameters[4].dtype == torch.float32  # as the weight is
 
@@ -188,7 +188,7 @@ def test_launch_compiles_what_is_listed(monkeypatch: pytest.MonkeyPatch) -> None
     mask = [True] * 3
     layer_norm.layer_norm_double_backward(vit, None, None, vit, vit, *statistics(vit, -1), vit[0, 0], mask)
     x = torch.zeros(2, 256, 28, 28)
-    layer_norm.layer_norm_2d(x, x[0, :, 0, 0], x[0, :, 0, 0], EPS)
+    layer_norm.layer_norm_2d(x, x[0, :, 0, 0], x[0, :, 0, 0])
     x = torch.zeros(2, 512, 14, 14)
     layer_norm.layer_norm_2d_backward(x, x, *statistics(x, 1), x[0, :, 0, 0], mask)
     layer_norm.layer_norm_double_backward(x, None, None, x, x, *statistics(x, 1), x[0, :, 0, 0], mask)
