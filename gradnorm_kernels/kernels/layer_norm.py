@@ -352,14 +352,15 @@ def _constants(
     block_columns = _power_of_2_from(rows.columns)
     if rows.column_stride == 1:
         block_columns = min(block_columns, most // 2 if parameters else most)
-        wanted = 1024 // block_columns
+        wanted = 1
+    elif double_backward:
+        # Neighbours in memory are rows: 16 of float32 fill two sectors. Many channels are rather read twice,
+        # the second time from cache, than in fewer rows.
+        block_columns = block_columns if block_columns <= 128 else 64
+        wanted = most // 512
     else:
-        # Neighbours in memory are rows: 32 of float32 fill 128 bytes. The double backward rather reads many
-        # channels twice, the second time from cache, than fewer rows.
-        if double_backward and block_columns > 128:
-            block_columns = 64
-        most_elements = {layer_norm_fwd_kernel: most, layer_norm_bwd_kernel: most // 2}.get(kernel, most // 4)
-        wanted = min(most // 256, most_elements // block_columns)
+        wanted = min(most // 256, (most if kernel is layer_norm_fwd_kernel else most // 2) // block_columns)
+    wanted = max(wanted, 1024 // block_columns)
     block_rows = max(1, min(wanted, _power_of_2_from(rows.rows)))
     constants = {"block_rows": block_rows, "block_columns": block_columns}
     if double_backward:
@@ -526,11 +527,15 @@ def layer_norm_double_backward(
     grad_grad_output = _empty_like(input, output_mask[0])
     grad_input = _empty_like(input, output_mask[1])
     if rows is None:
-        return grad_grad_output, grad_input, torch.zeros_like(weight) if output_mask[2] else None
+        return (
+            grad_grad_output,
+            grad_input,
+            torch.zeros_like(weight) if weight is not None and output_mask[2] else None,
+        )
     parameters = grad_grad_weight is not None or grad_grad_bias is not None
     constants, options = _constants(layer_norm_bwd_bwd_kernel, rows, input.dtype, parameters)
     programs = _programs(rows, constants["block_rows"], options["num_warps"], input.device)
-    partial = mean.new_empty((1, programs, rows.columns)) if output_mask[2] else None
+    partial = mean.new_empty((1, programs, rows.columns)) if weight is not None and output_mask[2] else None
     if grad_grad_weight is None and grad_grad_bias is not None:
         grad_grad_weight = torch.zeros_like(grad_grad_bias)
     if grad_grad_bias is None and grad_grad_weight is not None:
@@ -550,8 +555,9 @@ def layer_norm_double_backward(
     )
     with torch.cuda.device_of(input):
         layer_norm_bwd_bwd_kernel[(programs,)](*tensors, *rows, **constants, **options)
-        grad_weight = None if partial is None else _sum(partial, weight.dtype).view_as(weight)
-    return grad_grad_output, grad_input, grad_weight
+        if weight is None or partial is None:
+            return grad_grad_output, grad_input, None
+        return grad_grad_output, grad_input, _sum(partial, weight.dtype).view_as(weight)
 
 
 def specializations() -> Iterator[Specialization]:
