@@ -79,7 +79,7 @@ CASES = [
     Case("no bias", (5, 33), bias=False),
     Case("no weight", (5, 33), weight=False),
     Case("no parameters", (5, 33), weight=False, bias=False),
-    Case("channels", (2, 5, 3, 3), ndim=None),
+    Case("channels", (2, 12, 3, 3), ndim=None),
     Case("channels, tiles", (3, 70, 9, 13), ndim=None),  # 117 positions: a tile of 64 and a rest
     Case("channels, chunks", (20, 6, 8, 8), ndim=None),  # more than 16 tiles
     Case("channels, no bias", (2, 9, 4, 4), ndim=None, bias=False),
@@ -129,8 +129,8 @@ def assert_no_worse_than_stock(case, dtype, ours, stock, exact):
         error = (a.double() - e).abs().max().item()
         stock_error = (s.double() - e).abs().max().item()
         # Sums are rounded in another order than stock's; in float64 the reference rounds as well. With one
-        # column, rstd is 300 and multiplies what is exactly 0 for stock.
-        scale = 300 if case.normalized_shape == (1,) else 10
+        # column, rstd is over 300 and multiplies what is exactly 0 for stock.
+        scale = 1000 if case.normalized_shape == (1,) else 10
         floor = scale * torch.finfo(dtype).eps * (1 if dtype != torch.float64 else e.abs().max().item() + 1)
         if dtype in (torch.float16, torch.bfloat16):
             floor = 0 if scale == 10 else floor
@@ -152,7 +152,10 @@ def test_error_is_at_most_twice_stocks(case, dtype, incoming):
     exact = all_orders(
         case.reference, in_double(tensors), in_double(parameters), **in_64, v_defined=v_defined
     )
-    stock = all_orders(case.stock, tensors, parameters, **given, v_defined=v_defined)
+    # Stock raises where grad_grad_bias comes in and there is no weight.
+    raises = "t" in incoming and case.bias and not case.weight
+    by = case.reference if raises else case.stock
+    stock = all_orders(by, tensors, parameters, **given, v_defined=v_defined)
     ours = all_orders(case.fused, tensors, parameters, **given, v_defined=v_defined)
     assert_no_worse_than_stock(case, dtype, ours, stock, exact)
     with gk.set_fused_double_backward(True):
@@ -160,19 +163,20 @@ def test_error_is_at_most_twice_stocks(case, dtype, incoming):
     assert_no_worse_than_stock(case, dtype, switched, stock, exact)
     # Forward and first backward are PyTorch's own.
     for a, s in list(zip(switched, stock, strict=True))[: 2 + case.weight + case.bias]:
-        assert torch.equal(a, s)
+        assert raises or torch.equal(a, s)
 
 
-@each_case
+@pytest.mark.parametrize("name", ["chunks", "no bias", "channels", "channels, no bias"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_input_with_float_parameters(case, dtype):
+def test_half_input_with_float_parameters(name, dtype):
+    case = NAMED[name]
     tensors, parameters, (u, t) = case.draw(dtype, parameters=torch.float32)
     exact = all_orders(case.reference, in_double(tensors), in_double(parameters), u.double(), t.double())
     stock = all_orders(case.stock, tensors, parameters, u, t)
     assert_no_worse_than_stock(case, dtype, all_orders(case.fused, tensors, parameters, u, t), stock, exact)
     with gk.set_fused_double_backward(True):
         for a, s in zip(all_orders(case.stock, tensors, parameters, u, t), stock, strict=True):
-            torch.testing.assert_close(a, s, equal_nan=True)
+            assert torch.equal(a, s)
 
 
 @each_small_case
@@ -542,18 +546,13 @@ def test_strided_input_is_copied_once(case):
 
 
 def opcheck_samples(case):
-    for dtype in (torch.float32, torch.bfloat16):
-        yield case.draw(dtype)
-    tensors, parameters, given = case.draw()
-    yield [LAYOUTS["transposed"](t) for t in tensors], parameters, given
-    yield (
-        [t.requires_grad_() for t in tensors],
-        [p if p is None else p.requires_grad_() for p in parameters],
-        given,
-    )
+    yield case.draw(torch.bfloat16)
+    tensors, parameters, others = case.draw()
+    tensors = [LAYOUTS["transposed"](t).requires_grad_() for t in tensors]
+    yield tensors, [p if p is None else p.requires_grad_() for p in parameters], others
 
 
-@each_small_case
+@pytest.mark.parametrize("case", [NAMED["no bias"], NAMED["channels"]], ids=str)
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 def test_opcheck(case):
     for (v, g, x), (w, b), (u, t) in opcheck_samples(case):
@@ -611,12 +610,14 @@ def test_torch_func(case):
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
 def test_nested_tensors(switch):
     parts = [torch.randn(2, 3), torch.randn(4, 3)]
-    w = torch.randn(3)
+    w, b = torch.randn(2, 3)
     with gk.set_fused_double_backward(switch):
-        nested = torch.nested.nested_tensor(parts)
-        output = gk.functional.layer_norm(nested, (3,), w)
+        nested = torch.nested.nested_tensor(parts, requires_grad=True)
+        output = gk.functional.layer_norm(nested, (3,), w, b)
         for part, result in zip(parts, output.unbind(), strict=True):
-            torch.testing.assert_close(result, F.layer_norm(part, (3,), w))
+            torch.testing.assert_close(result, F.layer_norm(part, (3,), w, b))
+        output.to_padded_tensor(0.0).sin().sum().backward()
+        assert nested.grad.is_nested
 
 
 class AtenOnly(torch.Tensor):
@@ -813,7 +814,8 @@ def test_schemas():
         "gradnorm_kernels::layer_norm_2d(Tensor input, Tensor? weight=None, Tensor? bias=None, "
         "float eps=9.9999999999999995e-07) -> (Tensor output, Tensor mean, Tensor rstd)",
         "gradnorm_kernels::layer_norm_2d_backward(Tensor grad_output, Tensor input, Tensor mean, "
-        "Tensor rstd, Tensor? weight, bool[3] output_mask) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
+        "Tensor rstd, Tensor? weight, bool[3] output_mask) "
+        "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)",
         "gradnorm_kernels::layer_norm_double_backward(Tensor grad_grad_input, Tensor? grad_grad_weight, "
         "Tensor? grad_grad_bias, Tensor grad_output, Tensor input, Tensor mean, Tensor rstd, Tensor? weight, "
         "bool[3] output_mask) -> (Tensor grad_grad_output, Tensor grad_input, Tensor grad_weight)",

@@ -44,8 +44,8 @@ def _rows_of_tile(tile, rows, columns, row_stride, block_rows: tl.constexpr):
     a tensor may have more than 2^31 elements, and the others relative to it.
     """
     tiles = tl.cdiv(rows, block_rows)
-    group = (tile // tiles).to(tl.int64)
-    first = (tile % tiles).to(tl.int64) * block_rows
+    group = tl.cast(tile // tiles, tl.int64)
+    first = tl.cast(tile % tiles, tl.int64) * block_rows
     row = tl.arange(0, block_rows)[:, None]
     return (
         group * rows + first + row,
@@ -68,7 +68,7 @@ def layer_norm_fwd_kernel(
     columns,
     row_stride,
     column_stride,
-    eps,
+    eps: tl.constexpr,
     block_rows: tl.constexpr,
     block_columns: tl.constexpr,
 ):
@@ -182,7 +182,7 @@ def _sums(x_hat, v, g, w, u, has_u: tl.constexpr):
 @triton.jit
 def _results(sums, columns, rstd, x_hat, v, g, w, u, t, has_u: tl.constexpr):
     """grad_grad_output, grad_input, and a contribution to grad_weight."""
-    per_column = 1.0 / columns
+    per_column = 1.0 / tl.cast(columns, rstd.dtype)
     v_mean = sums[0] * per_column
     v_xhat = sums[1] * per_column
     gw_mean = sums[2] * per_column
@@ -285,10 +285,10 @@ def layer_norm_bwd_bwd_kernel(
                 if grad_input_ptr is not None:
                     tl.store(grad_input_ptr + start + offsets, grad_input, mask=mask)
                 if grad_weight_ptr is not None:
-                    # In memory, where no other program adds to it.
+                    # In memory that no other program adds to, and that holds nothing yet at first.
                     sum_ptr = grad_weight_ptr + partial + first_column
                     sum_mask = first_column + tl.arange(0, block_columns) < columns
-                    before = tl.load(sum_ptr, mask=sum_mask & (tile != first_tile), other=0.0)
+                    before = tl.where(tile == first_tile, 0.0, tl.load(sum_ptr, mask=sum_mask, other=0.0))
                     tl.store(sum_ptr, before + tl.sum(weight_term, axis=0), mask=sum_mask)
     if whole and grad_weight_ptr is not None:
         mask = tl.arange(0, block_columns) < columns
@@ -305,7 +305,7 @@ def sum_kernel(partial_ptr, sum_ptr, parts, columns, block_parts: tl.constexpr, 
     total = tl.zeros([block_parts, block_columns], partial_ptr.dtype.element_ty)
     for first in range(0, parts, block_parts):
         mask = (first + part < parts)[:, None] & (column < columns)[None, :]
-        total += tl.load(partial_ptr + first.to(tl.int64) * columns + offsets, mask=mask, other=0.0)
+        total += tl.load(partial_ptr + tl.cast(first, tl.int64) * columns + offsets, mask=mask, other=0.0)
     tl.store(sum_ptr + outer * columns + column, tl.sum(total, axis=0), mask=column < columns)
 
 
@@ -352,14 +352,15 @@ def _constants(
     block_columns = _power_of_2_from(rows.columns)
     if rows.column_stride == 1:
         block_columns = min(block_columns, most // 2 if parameters else most)
-        wanted = 1024 // block_columns
+        wanted = 1
+    elif double_backward:
+        # Neighbours in memory are rows: 16 of float32 fill two sectors. Many channels are rather read twice,
+        # the second time from cache, than in fewer rows.
+        block_columns = block_columns if block_columns <= 128 else 64
+        wanted = most // 512
     else:
-        # Neighbours in memory are rows: 32 of float32 fill 128 bytes. The double backward rather reads many
-        # channels twice, the second time from cache, than fewer rows.
-        if double_backward and block_columns > 128:
-            block_columns = 64
-        most_elements = {layer_norm_fwd_kernel: most, layer_norm_bwd_kernel: most // 2}.get(kernel, most // 4)
-        wanted = min(most // 256, most_elements // block_columns)
+        wanted = min(most // 256, (most if kernel is layer_norm_fwd_kernel else most // 2) // block_columns)
+    wanted = max(wanted, 1024 // block_columns)
     block_rows = max(1, min(wanted, _power_of_2_from(rows.rows)))
     constants = {"block_rows": block_rows, "block_columns": block_columns}
     if double_backward:
@@ -454,7 +455,7 @@ def layer_norm_2d(
     grid = (rows.groups * -(-rows.rows // constants["block_rows"]),)
     tensors = (input.contiguous(), _contiguous(weight), _contiguous(bias), output, mean, rstd)
     with torch.cuda.device_of(input):  # does nothing for a CPU tensor (Triton's interpreter)
-        layer_norm_fwd_kernel[grid](*tensors, *rows, eps, **constants, **options)
+        layer_norm_fwd_kernel[grid](*tensors, *rows, eps=eps, **constants, **options)
     return output, mean, rstd
 
 
@@ -526,11 +527,15 @@ def layer_norm_double_backward(
     grad_grad_output = _empty_like(input, output_mask[0])
     grad_input = _empty_like(input, output_mask[1])
     if rows is None:
-        return grad_grad_output, grad_input, torch.zeros_like(weight) if output_mask[2] else None
+        return (
+            grad_grad_output,
+            grad_input,
+            torch.zeros_like(weight) if weight is not None and output_mask[2] else None,
+        )
     parameters = grad_grad_weight is not None or grad_grad_bias is not None
     constants, options = _constants(layer_norm_bwd_bwd_kernel, rows, input.dtype, parameters)
     programs = _programs(rows, constants["block_rows"], options["num_warps"], input.device)
-    partial = mean.new_empty((1, programs, rows.columns)) if output_mask[2] else None
+    partial = mean.new_empty((1, programs, rows.columns)) if weight is not None and output_mask[2] else None
     if grad_grad_weight is None and grad_grad_bias is not None:
         grad_grad_weight = torch.zeros_like(grad_grad_bias)
     if grad_grad_bias is None and grad_grad_weight is not None:
@@ -550,8 +555,9 @@ def layer_norm_double_backward(
     )
     with torch.cuda.device_of(input):
         layer_norm_bwd_bwd_kernel[(programs,)](*tensors, *rows, **constants, **options)
-        grad_weight = None if partial is None else _sum(partial, weight.dtype).view_as(weight)
-    return grad_grad_output, grad_input, grad_weight
+        if weight is None or partial is None:
+            return grad_grad_output, grad_input, None
+        return grad_grad_output, grad_input, _sum(partial, weight.dtype).view_as(weight)
 
 
 def specializations() -> Iterator[Specialization]:
@@ -589,14 +595,14 @@ def _specialization(
     # As Triton has them: an integer of 1 is a constant, and a multiple of 16 known to be one.
     integers = rows._asdict()
     constants |= {name: value for name, value in integers.items() if value == 1}
+    if kernel is layer_norm_fwd_kernel:
+        constants["eps"] = 1e-6
     sums = [name for name in ("grad_weight_ptr", "grad_bias_ptr") if name in kernel.arg_names]
     in_arithmetic = {"mean_ptr", "rstd_ptr"} | (set() if kernel is layer_norm_fwd_kernel else set(sums))
     arguments = [name for name in kernel.arg_names if name not in constants]
     types = {
         name: "i32"
         if name in integers
-        else "fp32"
-        if name == "eps"
         else pointer_type(_arithmetic(dtype) if name in in_arithmetic else dtype)
         for name in arguments
     }
