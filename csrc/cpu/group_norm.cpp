@@ -82,38 +82,57 @@ class DoubleBackward {
         v_(args.grad_grad_input.const_data_ptr<T>()),
         g_(args.grad_output.const_data_ptr<T>()),
         x_(args.input.const_data_ptr<T>()),
+        mean_(args.mean.const_data_ptr<Scalar>()),
+        rstd_(args.rstd.const_data_ptr<Scalar>()),
         weight_(data<const Scalar>(args.weight)),
         grad_grad_weight_(data<const Scalar>(args.grad_grad_weight)),
         grad_grad_bias_(data<const Scalar>(args.grad_grad_bias)),
         grad_grad_output_(data<T>(args.grad_grad_output)),
-        grad_input_(data<T>(args.grad_input)) {
+        grad_input_(data<T>(args.grad_input)),
+        stride_(args.channels + 16) {
     units_ = channels_last_ ? args.batch : args.batch * args.num_groups;
     pieces_ = channels_last_ ? (args.inner + kRows - 1) / kRows : args.channels / args.num_groups;
-    sums_ = at::empty({args.batch, channels_last_ ? pieces_ : 1, kSums, args.channels}, args.mean.options());
-    coefficients_ = at::empty({args.batch, kCoefficients, args.channels}, args.mean.options());
+    sums_ = (channels_last_ ? pieces_ : 1) * kSums * stride_;
+    scratch_ = sums_ + kCoefficients * stride_;
     if (args.grad_weight.defined()) {
       grad_weights_ = at::empty({args.batch, args.channels}, args.mean.options());
+      grad_weight_parts_ = grad_weights_.mutable_data_ptr<Scalar>();
     }
   }
 
   void run() const {
     if (units_ >= at::get_num_threads()) {
-      // The second look at a unit finds it in the cache, if it fits there.
-      parallel_for(units_, [&](int64_t unit) {
-        start(unit);
-        for (int64_t piece = 0; piece < pieces_; ++piece) {
-          sum(unit, piece);
-        }
-        finish(unit);
-        for (int64_t piece = 0; piece < pieces_; ++piece) {
-          apply(unit, piece);
+      at::parallel_for(0, units_, grain(units_), [&](int64_t begin, int64_t end) {
+        const at::Tensor memory = at::empty({scratch_}, args_.mean.options());
+        Scalar* const scratch = memory.mutable_data_ptr<Scalar>();
+        // The second look at a unit finds it in the cache, if it fits there.
+        for (int64_t unit = begin; unit < end; ++unit) {
+          start(unit, scratch);
+          for (int64_t piece = 0; piece < pieces_; ++piece) {
+            sum(unit, piece, scratch);
+          }
+          finish(unit, scratch);
+          for (int64_t piece = 0; piece < pieces_; ++piece) {
+            apply(unit, piece, scratch);
+          }
         }
       });
     } else {
-      parallel_for(units_, [&](int64_t unit) { start(unit); });
-      parallel_for(units_ * pieces_, [&](int64_t i) { sum(i / pieces_, i % pieces_); });
-      parallel_for(units_, [&](int64_t unit) { finish(unit); });
-      parallel_for(units_ * pieces_, [&](int64_t i) { apply(i / pieces_, i % pieces_); });
+      const at::Tensor memory = at::empty({args_.batch, scratch_}, args_.mean.options());
+      const auto scratch = [&, data = memory.mutable_data_ptr<Scalar>()](int64_t unit) {
+        return data + (channels_last_ ? unit : unit / args_.num_groups) * scratch_;
+      };
+      const auto for_each_unit = [&](const auto& visit) {
+        parallel_for(units_, [&](int64_t unit) { visit(unit, scratch(unit)); });
+      };
+      const auto for_each_piece = [&](const auto& visit) {
+        parallel_for(
+            units_ * pieces_, [&](int64_t i) { visit(i / pieces_, i % pieces_, scratch(i / pieces_)); });
+      };
+      for_each_unit([&](auto... at) { start(at...); });
+      for_each_piece([&](auto... at) { sum(at...); });
+      for_each_unit([&](auto... at) { finish(at...); });
+      for_each_piece([&](auto... at) { apply(at...); });
     }
     if (args_.grad_weight.defined()) {
       sum_over_batch();
@@ -139,23 +158,26 @@ class DoubleBackward {
     return data ? data[i] : otherwise;
   }
 
+  // The least number of tasks for a thread.
+  int64_t grain(int64_t tasks) const {
+    return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, args_.input.numel() / tasks));
+  }
   template <class Visit>
   void parallel_for(int64_t tasks, const Visit& visit) const {
-    const int64_t elements = args_.input.numel() / tasks;
-    const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements));
-    at::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, tasks, grain(tasks), [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
         visit(task);
       }
     });
   }
 
-  Scalar* sums(int64_t n, int64_t piece) const {
-    const int64_t stride = kSums * args_.channels;
-    return sums_.mutable_data_ptr<Scalar>() + (channels_last_ ? n * pieces_ + piece : n) * stride;
+  // The scratch memory of a batch entry is arrays along its channels: the sums, of each piece where these are
+  // rows, and then the coefficients.
+  Scalar* sums(Scalar* scratch, int64_t piece) const {
+    return scratch + piece * kSums * stride_;
   }
-  Scalar* coefficients(int64_t n, Coefficient coefficient) const {
-    return coefficients_.mutable_data_ptr<Scalar>() + (n * kCoefficients + coefficient) * args_.channels;
+  Scalar* coefficients(Scalar* scratch, Coefficient coefficient) const {
+    return scratch + sums_ + coefficient * stride_;
   }
 
   // Calls visit(n, group) for the groups of a unit.
@@ -169,19 +191,19 @@ class DoubleBackward {
     }
   }
 
-  void start(int64_t unit) const {
+  void start(int64_t unit, Scalar* scratch) const {
     for_each_group(unit, [&](int64_t n, int64_t group) {
       const int64_t size = args_.channels / args_.num_groups;
-      const Scalar mean = args_.mean.const_data_ptr<Scalar>()[n * args_.num_groups + group];
-      std::fill_n(coefficients(n, kMean) + group * size, size, mean);
+      const Scalar mean = mean_[n * args_.num_groups + group];
+      std::fill_n(coefficients(scratch, kMean) + group * size, size, mean);
     });
   }
 
-  void sum(int64_t unit, int64_t piece) const {
+  void sum(int64_t unit, int64_t piece, Scalar* scratch) const {
     if (channels_last_) {
-      sum_rows(unit, piece);
+      sum_rows(unit, piece, scratch);
     } else {
-      sum_channel(unit / args_.num_groups, unit % args_.num_groups * pieces_ + piece);
+      sum_channel(unit / args_.num_groups, unit % args_.num_groups * pieces_ + piece, scratch);
     }
   }
 
@@ -195,9 +217,9 @@ class DoubleBackward {
     sums[kVX] = at::vec::fmadd(v, centered, sums[kVX]);
   }
 
-  void sum_channel(int64_t n, int64_t channel) const {
+  void sum_channel(int64_t n, int64_t channel, Scalar* scratch) const {
     const int64_t offset = (n * args_.channels + channel) * args_.inner;
-    const Vec mean(coefficients(n, kMean)[channel]);
+    const Vec mean(coefficients(scratch, kMean)[channel]);
     std::array<double, kSums> totals{};
     for (int64_t begin = 0; begin < args_.inner; begin += kBlock) {
       const int64_t end = std::min(args_.inner, begin + kBlock);
@@ -217,7 +239,7 @@ class DoubleBackward {
       }
     }
     for (int s = 0; s < kSums; ++s) {
-      sums(n, 0)[s * args_.channels + channel] = static_cast<Scalar>(totals[s]);
+      sums(scratch, 0)[s * stride_ + channel] = static_cast<Scalar>(totals[s]);
     }
   }
 
@@ -234,11 +256,10 @@ class DoubleBackward {
     }
   }
 
-  void sum_rows(int64_t n, int64_t piece) const {
-    const int64_t stride = args_.channels;
-    Scalar* const sums = this->sums(n, piece);
-    const Scalar* const means = coefficients(n, kMean);
-    std::fill_n(sums, kSums * stride, Scalar(0));
+  void sum_rows(int64_t n, int64_t piece, Scalar* scratch) const {
+    Scalar* const sums = this->sums(scratch, piece);
+    const Scalar* const means = coefficients(scratch, kMean);
+    std::fill_n(sums, kSums * stride_, Scalar(0));
     for_each_vector_of_rows(n, piece, [&](int64_t i, int64_t channel, int64_t count) {
       const auto v = L::load(v_ + i, count);
       const auto g = L::load(g_ + i, count);
@@ -247,37 +268,37 @@ class DoubleBackward {
       for (int64_t k = 0; k < L::parts; ++k) {
         std::array<Vec, kSums> totals;
         for (int s = 0; s < kSums; ++s) {
-          totals[s] = Along<Vec>{sums + s * stride + channel, count}[k];
+          totals[s] = Along<Vec>{sums + s * stride_ + channel, count}[k];
         }
         accumulate(totals, v[k], g[k], x[k], mean[k]);
         const int64_t left = std::clamp<int64_t>(count - k * Vec::size(), 0, Vec::size());
         for (int s = 0; s < kSums; ++s) {
-          totals[s].store(sums + s * stride + channel + k * Vec::size(), left);
+          totals[s].store(sums + s * stride_ + channel + k * Vec::size(), left);
         }
       }
     });
   }
 
-  void finish(int64_t unit) const {
-    for_each_group(unit, [&](int64_t n, int64_t group) { finish_group(n, group); });
+  void finish(int64_t unit, Scalar* scratch) const {
+    for_each_group(unit, [&](int64_t n, int64_t group) { finish_group(n, group, scratch); });
   }
 
-  void finish_group(int64_t n, int64_t group) const {
+  void finish_group(int64_t n, int64_t group, Scalar* scratch) const {
     const int64_t channels = args_.channels, size = channels / args_.num_groups;
     const int64_t begin = group * size, end = begin + size;
-    const double rstd = args_.rstd.const_data_ptr<Scalar>()[n * args_.num_groups + group];
+    const double rstd = rstd_[n * args_.num_groups + group];
     const double per_element = 1.0 / (static_cast<double>(size) * static_cast<double>(args_.inner));
-    Scalar* const totals = sums(n, 0);
-    const auto total = [&](Sum sum, int64_t c) -> double { return totals[sum * channels + c]; };
+    Scalar* const totals = sums(scratch, 0);
+    const auto total = [&](Sum sum, int64_t c) -> double { return totals[sum * stride_ + c]; };
     double a = 0, ab = 0, va = 0, v = 0, vb = 0, pg = 0, pgb = 0;
     for (int64_t c = begin; c < end; ++c) {
-      if (channels_last_) {
+      if (channels_last_ && pieces_ > 1) {
         for (int s = 0; s < kSums; ++s) {
           double sum = 0;
           for (int64_t piece = 0; piece < pieces_; ++piece) {
-            sum += sums(n, piece)[s * channels + c];
+            sum += sums(scratch, piece)[s * stride_ + c];
           }
-          totals[s * channels + c] = static_cast<Scalar>(sum);
+          totals[s * stride_ + c] = static_cast<Scalar>(sum);
         }
       }
       const double weight = value(weight_, c, 1), p = value(grad_grad_weight_, c, 0);
@@ -295,8 +316,9 @@ class DoubleBackward {
     for (double* sum : {&ab, &vb, &pgb}) {
       *sum *= per_element * rstd;
     }
+    Scalar* const results = coefficients(scratch, kMean);
     const auto set = [&](Coefficient coefficient, int64_t c, double value) {
-      coefficients(n, coefficient)[c] = static_cast<Scalar>(value);
+      results[coefficient * stride_ + c] = static_cast<Scalar>(value);
     };
     for (int64_t c = begin; c < end; ++c) {
       const double weight = value(weight_, c, 1) * rstd;
@@ -306,31 +328,31 @@ class DoubleBackward {
       set(kInV, c, -rstd * rstd * ab);
       set(kInX, c, rstd * rstd * (rstd * (3 * ab * vb + a * v - va) - pgb));
       set(kIn1, c, rstd * (rstd * (vb * a + ab * v) - pg));
-      if (grad_weights_.defined()) {
-        grad_weights_.mutable_data_ptr<Scalar>()[n * channels + c] =
+      if (grad_weight_parts_) {
+        grad_weight_parts_[n * channels + c] =
             static_cast<Scalar>(rstd * (total(kVG, c) - v * total(kG, c) - rstd * vb * total(kGX, c)));
       }
     }
   }
 
-  void apply(int64_t unit, int64_t piece) const {
+  void apply(int64_t unit, int64_t piece, Scalar* scratch) const {
     if (grad_grad_output_ && grad_input_) {
-      apply<true, true>(unit, piece);
+      apply<true, true>(unit, piece, scratch);
     } else if (grad_grad_output_) {
-      apply<true, false>(unit, piece);
+      apply<true, false>(unit, piece, scratch);
     } else if (grad_input_) {
-      apply<false, true>(unit, piece);
+      apply<false, true>(unit, piece, scratch);
     }
   }
 
   template <bool Out, bool In>
-  void apply(int64_t unit, int64_t piece) const {
+  void apply(int64_t unit, int64_t piece, Scalar* scratch) const {
     if (channels_last_) {
       const int64_t n = unit;
-      const Scalar* const first = coefficients(n, kMean);
+      const Scalar* const first = coefficients(scratch, kMean);
       for_each_vector_of_rows(n, piece, [&](int64_t i, int64_t channel, int64_t count) {
         apply_to_vector<Out, In>(i, count, [&](Coefficient coefficient) {
-          return Along<Vec>{first + coefficient * args_.channels + channel, count};
+          return Along<Vec>{first + coefficient * stride_ + channel, count};
         });
       });
       return;
@@ -340,7 +362,7 @@ class DoubleBackward {
     const int64_t offset = (n * args_.channels + channel) * args_.inner;
     std::array<typename L::Values, kCoefficients> all;
     for (int c = 0; c < kCoefficients; ++c) {
-      all[c].fill(Vec(coefficients(n, Coefficient(c))[channel]));
+      all[c].fill(Vec(coefficients(scratch, Coefficient(c))[channel]));
     }
     for (int64_t i = 0; i < args_.inner; i += L::width) {
       apply_to_vector<Out, In>(
@@ -378,12 +400,11 @@ class DoubleBackward {
   }
 
   void sum_over_batch() const {
-    const Scalar* const parts = grad_weights_.const_data_ptr<Scalar>();
     Scalar* const grad_weight = args_.grad_weight.mutable_data_ptr<Scalar>();
     std::vector<double> totals(args_.channels);
     for (int64_t i = 0; i < args_.batch * args_.channels; i += args_.channels) {
       for (int64_t c = 0; c < args_.channels; ++c) {
-        totals[c] += parts[i + c];
+        totals[c] += grad_weight_parts_[i + c];
       }
     }
     std::copy(totals.begin(), totals.end(), grad_weight);
@@ -392,10 +413,13 @@ class DoubleBackward {
   const GroupNormDoubleBackward& args_;
   const bool channels_last_;
   const T *const v_, *const g_, *const x_;
-  const Scalar *const weight_, *const grad_grad_weight_, *const grad_grad_bias_;
+  const Scalar *const mean_, *const rstd_, *const weight_, *const grad_grad_weight_, *const grad_grad_bias_;
   T *const grad_grad_output_, *const grad_input_;
-  int64_t units_, pieces_;
-  at::Tensor sums_, coefficients_, grad_weights_;
+  // Between the arrays in scratch memory: a power of two would have them share sets of the cache.
+  const int64_t stride_;
+  int64_t units_, pieces_, sums_, scratch_;
+  at::Tensor grad_weights_;  // of every batch entry
+  Scalar* grad_weight_parts_ = nullptr;
 };
 
 void double_backward(const GroupNormDoubleBackward& args) {
