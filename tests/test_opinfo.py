@@ -1,0 +1,167 @@
+"""PyTorch's own samples of every op that the switch may cover, through gradcheck and gradgradcheck."""
+
+import pytest
+import torch
+
+import gradnorm_kernels as gk
+
+# What torch.testing._internal imports, and torch does not require.
+pytest.importorskip("numpy")
+pytest.importorskip("expecttest")
+from torch.testing._internal.common_methods_invocations import op_db
+
+# OpInfo's names. Each op is in one table, and no table lets an op pass that belongs in another.
+
+# Differentiated twice by our formulas.
+FUSED = [
+    "nn.functional.conv1d",
+    "nn.functional.conv2d",
+    "nn.functional.conv3d",
+    "nn.functional.conv_transpose1d",
+    "nn.functional.conv_transpose2d",
+    "nn.functional.conv_transpose3d",
+    "nn.functional.gelu",
+]
+# By PyTorch's own.
+STOCK = [
+    "_batch_norm_with_update",
+    "_native_batch_norm_legit",
+    "_softmax_backward_data",
+    "log_softmax",
+    "log_softmax.with_dtype",
+    "masked.log_softmax",
+    "masked.softmax",
+    "native_batch_norm",
+    "native_group_norm",
+    "nn.functional.batch_norm",
+    "nn.functional.batch_norm.without_cudnn",
+    "nn.functional.celu",
+    "nn.functional.elu",
+    "nn.functional.group_norm",
+    "nn.functional.hardshrink",
+    "nn.functional.hardswish",
+    "nn.functional.hardtanh",
+    "nn.functional.instance_norm",
+    "nn.functional.layer_norm",
+    "nn.functional.leaky_relu",
+    "nn.functional.logsigmoid",
+    "nn.functional.mish",
+    "nn.functional.relu",
+    "nn.functional.relu6",
+    "nn.functional.rms_norm",
+    "nn.functional.selu",
+    "nn.functional.silu",
+    "nn.functional.softmin",
+    "nn.functional.softmin.with_dtype",
+    "nn.functional.softplus",
+    "nn.functional.softshrink",
+    "nn.functional.tanhshrink",
+    "nn.functional.threshold",
+    "sigmoid",
+    "softmax",
+    "softmax.with_dtype",
+    "tanh",
+]
+# By PyTorch's own, which is missing or wrong for some sample.
+FAILS_IN_STOCK = {
+    # A bias without a weight (https://github.com/pytorch/pytorch/issues/79705).
+    "native_layer_norm": "Jacobian mismatch",
+    "nn.functional.hardsigmoid": "hardsigmoid_backward is not implemented",
+    "nn.functional.scaled_dot_product_attention": "_backward is not implemented",
+}
+
+# Their full Jacobians take too long: products with random vectors are checked instead.
+FAST = {
+    "_batch_norm_with_update",
+    "_native_batch_norm_legit",
+    "masked.log_softmax",
+    "masked.softmax",
+    "native_batch_norm",
+    "native_group_norm",
+    "nn.functional.batch_norm.without_cudnn",
+    "nn.functional.conv2d",
+    "nn.functional.conv3d",
+    "nn.functional.conv_transpose1d",
+    "nn.functional.conv_transpose2d",
+    "nn.functional.conv_transpose3d",
+    "nn.functional.group_norm",
+    "nn.functional.instance_norm",
+}
+INFOS = {op.full_name: op for op in op_db}
+
+
+def samples_of(op):
+    """For every sample a function of the tensors that require grad, and these."""
+    for sample in op.sample_inputs("cpu", torch.float64, requires_grad=True):
+        values = [sample.input, *sample.args, *sample.kwargs.values()]
+        is_variable = [isinstance(value, torch.Tensor) and value.requires_grad for value in values]
+
+        def function(*variables, sample=sample, values=values, is_variable=is_variable):
+            variables = iter(variables)
+            values = [next(variables) if v else value for value, v in zip(values, is_variable, strict=True)]
+            n = 1 + len(sample.args)
+            kwargs = dict(zip(sample.kwargs, values[n:], strict=True))
+            return sample.output_process_fn_grad(op.gradcheck_wrapper(op.op, *values[:n], **kwargs))
+
+        variables = [value for value, v in zip(values, is_variable, strict=True) if v]
+        if variables:
+            yield function, variables
+
+
+def is_ours(function, inputs):
+    """Whether a node of ours is in the graph of the first gradients."""
+    outputs = function(*inputs)
+    outputs = [o for o in (outputs if isinstance(outputs, tuple) else (outputs,)) if o.requires_grad]
+    ones = [torch.ones_like(o) for o in outputs]
+    gradients = torch.autograd.grad(outputs, inputs, ones, create_graph=True, allow_unused=True)
+    seen, stack = set(), [g.grad_fn for g in gradients if g is not None and g.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            stack += [parent for parent, _ in node.next_functions if parent is not None]
+    return any("gradnorm_kernels" in node.name() for node in seen)
+
+
+def check_gradients(op):
+    """Raises unless first and second gradients are right; says for each sample whether ours ran."""
+    options = {
+        "check_grad_dtypes": True,
+        "nondet_tol": op.gradcheck_nondet_tol,
+        "fast_mode": op.full_name in FAST,
+    }
+    ours = []
+    for function, inputs in samples_of(op):
+        batched = op.check_batched_grad
+        assert torch.autograd.gradcheck(function, inputs, check_batched_grad=batched, **options)
+        batched = op.check_batched_gradgrad
+        for non_contiguous in (False, True):
+            assert torch.autograd.gradgradcheck(
+                function,
+                inputs,
+                gen_non_contig_grad_outputs=non_contiguous,
+                check_batched_grad=batched,
+                **options,
+            )
+        ours.append(is_ours(function, inputs))
+    return ours
+
+
+@pytest.mark.parametrize("name", [*FUSED, *STOCK, *FAILS_IN_STOCK])
+@pytest.mark.filterwarnings("ignore")
+def test_first_and_second_gradients(name):
+    if name not in INFOS:
+        pytest.skip(f"this torch has no OpInfo of {name}")
+    with gk.set_fused_double_backward(True):
+        if name in FAILS_IN_STOCK:
+            with pytest.raises(RuntimeError, match=FAILS_IN_STOCK[name]):
+                check_gradients(INFOS[name])
+            assert not any(is_ours(*sample) for sample in samples_of(INFOS[name]))
+        else:
+            # Neither may an op of ours pass by PyTorch's formula, nor the other way round.
+            assert any(check_gradients(INFOS[name])) == (name in FUSED)
+
+
+def test_tables_are_disjoint():
+    names = [*FUSED, *STOCK, *FAILS_IN_STOCK]
+    assert len(names) == len(set(names)) and set(names) >= FAST
