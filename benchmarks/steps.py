@@ -31,7 +31,7 @@ from gradnorm_kernels.training.objective import GradientNormLoss, Objective
 from .measure import alternate, describe_machine, option_parser, parse, summary, wall_time, write_json
 
 MODELS = ["swin_tiny_patch4_window7_224", "resnet50", "convnext_atto", "vit_tiny_patch16_224"]
-# How far off stock's rounding can take a gradient, relative to it. What bfloat16 hides, float32 shows.
+# Relative difference from stock's gradients that rounding may cause. What bfloat16 hides, float32 shows.
 TOLERANCE = {"float32": 1e-3, "tf32": 5e-2, "bfloat16": 3e-1}
 Step = Callable[[nn.Module, Tensor, Tensor], None]
 
