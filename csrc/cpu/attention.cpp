@@ -5,7 +5,6 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
-#include <ATen/Parallel.h>
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 
@@ -15,6 +14,7 @@
 #include <vector>
 
 #include "../elementary.h"
+#include "parallel.h"
 
 namespace gradnorm_kernels::CPU_CAPABILITY {
 namespace {
@@ -579,7 +579,7 @@ void run(const AttentionProblem& p) {
     using A = at::opmath_type<scalar_t>;
     const int64_t tile_size = p.query.size(3) * p.key.size(3);
     A* const mask_sums = sums ? p.grad_attn_mask.mutable_data_ptr<A>() : nullptr;
-    at::parallel_for(0, parts * tiles, 1, [&](int64_t begin, int64_t end) {
+    gradnorm_kernels::parallel_for(0, parts * tiles, 1, [&](int64_t begin, int64_t end) {
       Worker<scalar_t, pass> worker(p);
       for (int64_t task = begin; task < end; ++task) {
         const int64_t part = task / tiles, tile = task % tiles;

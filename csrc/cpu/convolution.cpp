@@ -1,7 +1,7 @@
 #include "convolution.h"
+#include "parallel.h"
 
 #include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
 #include <ATen/cpu/vec/functional.h>
 
 #include <algorithm>
@@ -181,7 +181,7 @@ void accumulate_image(
 template <class T>
 void sum_parts(const Plan& plan, const T* grad_output, const T* input, int64_t images, T* parts) {
   const int64_t taps = plan.kernel_height * plan.kernel_width;
-  at::parallel_for(0, plan.parts * plan.blocks, 1, [&](int64_t begin, int64_t end) {
+  gradnorm_kernels::parallel_for(0, plan.parts * plan.blocks, 1, [&](int64_t begin, int64_t end) {
     // What pack leaves out stays zero. A vector more: the last of a row may reach past its end.
     std::vector<T> padded(plan.padded_height * plan.input.row + plan.width);
     std::vector<T> gradient(plan.gradient.rows * plan.gradient.row);

@@ -1,4 +1,5 @@
 #include "group_norm.h"
+#include "parallel.h"
 
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
@@ -102,7 +103,7 @@ class DoubleBackward {
 
   void run() const {
     if (units_ >= at::get_num_threads()) {
-      at::parallel_for(0, units_, grain(units_), [&](int64_t begin, int64_t end) {
+      gradnorm_kernels::parallel_for(0, units_, grain(units_), [&](int64_t begin, int64_t end) {
         const at::Tensor memory = at::empty({scratch_}, args_.mean.options());
         Scalar* const scratch = memory.mutable_data_ptr<Scalar>();
         // The second look at a unit finds it in the cache, if it fits there.
@@ -164,7 +165,7 @@ class DoubleBackward {
   }
   template <class Visit>
   void parallel_for(int64_t tasks, const Visit& visit) const {
-    at::parallel_for(0, tasks, grain(tasks), [&](int64_t begin, int64_t end) {
+    gradnorm_kernels::parallel_for(0, tasks, grain(tasks), [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
         visit(task);
       }

@@ -1,4 +1,5 @@
 #include "layer_norm.h"
+#include "parallel.h"
 
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
@@ -124,7 +125,7 @@ void for_each_unit(const Rows& rows, const Begin& begin, const Unit& unit) {
   const int64_t in_chunk = rows.units_in_chunk();
   const int64_t chunk_elements = in_chunk * rows.columns * std::min(rows.inner, Rows::kTile);
   const int64_t grain = std::max<int64_t>(1, at::internal::GRAIN_SIZE / chunk_elements);
-  at::parallel_for(0, rows.chunks(), grain, [&](int64_t first, int64_t last) {
+  gradnorm_kernels::parallel_for(0, rows.chunks(), grain, [&](int64_t first, int64_t last) {
     for (int64_t chunk = first; chunk < last; ++chunk) {
       begin(chunk);
       for (int64_t i = chunk * in_chunk; i < std::min((chunk + 1) * in_chunk, rows.units()); ++i) {

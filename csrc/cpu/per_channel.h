@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "batch_norm.h"
+#include "parallel.h"
 
 namespace gradnorm_kernels {
 namespace CPU_CAPABILITY {
@@ -130,7 +131,7 @@ class ChannelPass {
     constexpr int64_t least_rows = 128, most_chunks = 256;
     const int64_t chunks = std::clamp(layout_.outer / least_rows, static_cast<int64_t>(1), most_chunks);
     std::vector<double> partial(chunks * Sums * channels_);
-    at::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
+    gradnorm_kernels::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
       for (int64_t chunk = first; chunk < last; ++chunk) {
         add_rows(
             layout_.outer * chunk / chunks, layout_.outer * (chunk + 1) / chunks, inputs, outputs,
@@ -212,7 +213,7 @@ void for_channel_blocks(const ChannelLayout& layout, const Fn& fn) {
   const int64_t share = std::max(layout.channels / at::get_num_threads(), int64_t{1});
   const int64_t block = std::clamp(1024 / layout.inner, int64_t{1}, share);
   const int64_t blocks = (layout.channels + block - 1) / block;
-  at::parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
+  gradnorm_kernels::parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
     for (int64_t b = first; b < last; ++b) {
       fn(b * block, std::min((b + 1) * block, layout.channels));
     }
