@@ -12,7 +12,14 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["gelu", "gelu_backward", "gelu_double_backward"]
+__all__ = [
+    "gelu",
+    "gelu_backward",
+    "gelu_double_backward",
+    "scaled_dot_product_attention",
+    "scaled_dot_product_attention_backward",
+    "scaled_dot_product_attention_double_backward",
+]
 
 
 def gelu(input: Tensor, approximate: str = "none") -> Tensor:
@@ -57,3 +64,93 @@ def _gelu_gate(x: Tensor, approximate: str) -> tuple[Tensor, Tensor, Tensor]:
         logistic_slope * slope_of_v,
         logistic_slope * (scale * 6 * cubic * x + (1 - 2 * gate) * slope_of_v**2),
     )
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    r""":math:`P V` of :math:`P = \mathrm{softmax}(s Q K^\top + M)`, whose rows are 0 where every score is
+    :math:`-\infty`.
+    """
+    return _attention_weights(query, key, attn_mask, scale) @ value
+
+
+def scaled_dot_product_attention_backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    r"""The gradients of query, key, value and scores. With :math:`dP = dO\,V^\top`,
+    :math:`\delta = \sum_j (P \odot dP)_{ij}` and :math:`dS = P \odot (dP - \delta)`:
+    :math:`(s\,dS\,K,\ s\,dS^\top Q,\ P^\top dO,\ dS)`. The mask's gradient is the last, summed over what the
+    mask was broadcast over.
+    """
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    weights = _attention_weights(query, key, attn_mask, scale)
+    grad_scores = _centred(weights, grad_output @ value.mT)
+    return (
+        scale * grad_scores @ key,
+        scale * grad_scores.mT @ query,
+        weights.mT @ grad_output,
+        grad_scores,
+    )
+
+
+def scaled_dot_product_attention_double_backward(
+    grad_grads: tuple[Tensor, Tensor, Tensor, Tensor],
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    r"""The gradients of grad_output, query, key, value and scores, of those of what
+    :func:`scaled_dot_product_attention_backward` returns, :math:`(ddQ, ddK, ddV, ddS)`. With
+
+    .. math::
+        A &= s\,(ddQ\,K^\top + Q\,ddK^\top) + ddS, \quad \alpha = \textstyle\sum_j (P \odot A)_{ij}, \quad
+        B = P \odot (A - \alpha), \\
+        C &= A \odot (dP - \delta) - \alpha\,dP + dO\,ddV^\top, \quad
+        E = P \odot (C - \textstyle\sum_j (P \odot C)_{ij}):
+
+    :math:`(P\,ddV + B\,V,\ s\,(E K + dS\,ddK),\ s\,(E^\top Q + dS^\top ddQ),\ B^\top dO,\ E)`.
+    """
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    dd_query, dd_key, dd_value, dd_scores = grad_grads
+    weights = _attention_weights(query, key, attn_mask, scale)
+    grad_weights = grad_output @ value.mT
+    grad_scores = _centred(weights, grad_weights)
+    a = scale * (dd_query @ key.mT + query @ dd_key.mT) + dd_scores
+    alpha = (weights * a).sum(-1, keepdim=True)
+    delta = (weights * grad_weights).sum(-1, keepdim=True)
+    b = weights * (a - alpha)
+    c = a * (grad_weights - delta) - alpha * grad_weights + grad_output @ dd_value.mT
+    e = _centred(weights, c)
+    return (
+        weights @ dd_value + b @ value,
+        scale * (e @ key + grad_scores @ dd_key),
+        scale * (e.mT @ query + grad_scores.mT @ dd_query),
+        b.mT @ grad_output,
+        e,
+    )
+
+
+def _attention_weights(query: Tensor, key: Tensor, attn_mask: Tensor | None, scale: float | None) -> Tensor:
+    scores = (query.shape[-1] ** -0.5 if scale is None else scale) * query @ key.mT
+    if attn_mask is None:
+        return scores.softmax(-1)
+    scores = scores + attn_mask
+    nothing = (scores == -torch.inf).all(-1, keepdim=True)
+    return scores.masked_fill(nothing, 0).softmax(-1).masked_fill(nothing, 0)
+
+
+def _centred(weights: Tensor, x: Tensor) -> Tensor:
+    return weights * (x - (weights * x).sum(-1, keepdim=True))
