@@ -13,6 +13,7 @@
 #include "cpu/attention.h"
 
 #include <ATen/OpMathType.h>
+#include <ATen/TensorUtils.h>
 #include <ATen/autocast_mode.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -63,15 +64,15 @@ struct SecondGradients {
   Tensor grad_output;
   Gradients inputs;
 };
+struct WantedTwice {
+  bool grad_output;
+  Wanted inputs;
+};
 
 double scale_or_default(const std::optional<double>& scale, const Tensor& query) {
   // The size of a head is a constant of a traced graph, too.
   return scale ? *scale
                : 1 / std::sqrt(static_cast<double>(query.sym_size(-1).guard_int(__FILE__, __LINE__)));
-}
-
-Tensor transposed(const Tensor& matrix) {
-  return matrix.transpose(-2, -1);
 }
 
 std::vector<c10::SymInt> with_last_sizes(
@@ -153,146 +154,50 @@ void check_grad_output(const char* op, const char* suffix, const Tensor& grad_ou
       with_last_sizes(in.query, in.query.sym_size(-2), in.value.sym_size(-1)));
 }
 
-// The mathematics by matrix products and row operations. Rows gives the row operations, and the dtype that
-// products are made in.
-template <class Rows>
-struct Decomposed {
-  static Tensor scores(const Inputs& in) {
-    return at::matmul(Rows::operand(in.query) * in.scale, transposed(Rows::operand(in.key)));
-  }
-
-  static Tensor forward(const Inputs& in) {
-    const Tensor probabilities = Rows::softmax(scores(in), in.attn_mask);
-    return at::matmul(probabilities, Rows::operand(in.value)).to(in.query.scalar_type());
-  }
-
-  static Gradients backward(const Tensor& grad_output, const Inputs& in, const Wanted& wanted) {
-    const auto dtype = in.query.scalar_type();
-    const Tensor d_output = Rows::operand(grad_output);
-    const Tensor d_probabilities = at::matmul(d_output, transposed(Rows::operand(in.value)));
-    const auto [probabilities, d_scores] = Rows::backward(d_probabilities, scores(in), in.attn_mask);
-    Gradients grads;
-    if (wanted.query) {
-      grads.query = (at::matmul(d_scores, Rows::operand(in.key)) * in.scale).to(dtype);
-    }
-    if (wanted.key) {
-      grads.key = (at::matmul(transposed(d_scores), Rows::operand(in.query) * in.scale)).to(dtype);
-    }
-    if (wanted.value) {
-      grads.value = at::matmul(transposed(probabilities), d_output).to(dtype);
-    }
-    if (wanted.attn_mask) {
-      grads.attn_mask = to_mask(d_scores, in.attn_mask);
-    }
-    return grads;
-  }
-
-  struct WantedTwice {
-    bool grad_output;
-    Wanted inputs;
-  };
-
-  static SecondGradients double_backward(
-      const Gradients& grad_grads, const Tensor& grad_output, const Inputs& in, const WantedTwice& wanted) {
-    const auto dtype = in.query.scalar_type();
-    const auto operand = [](const Tensor& t) { return t.defined() ? Rows::operand(t) : t; };
-    const Tensor query = operand(in.query) * in.scale, key = operand(in.key), value = operand(in.value);
-    const Tensor d_output = operand(grad_output);
-    const Tensor dd_query = grad_grads.query.defined() ? operand(grad_grads.query) * in.scale : Tensor();
-    const Tensor dd_key = operand(grad_grads.key), dd_value = operand(grad_grads.value);
-
-    const Tensor dd_scores =
-        plus(times(dd_query, key, &multiply_transposed), times(query, dd_key, &multiply_transposed));
-    const auto [probabilities, d_scores, dd_probabilities, second] = Rows::double_backward(
-        dd_scores, grad_grads.attn_mask, times(d_output, dd_value, &multiply_transposed),
-        at::matmul(d_output, transposed(value)), at::matmul(query, transposed(key)), in.attn_mask);
-    const auto rounded = [&](const Tensor& t) { return t.defined() ? t.to(dtype) : t; };
-    SecondGradients grads;
-    if (wanted.grad_output) {
-      grads.grad_output =
-          rounded(plus(times(probabilities, dd_value, &multiply), times(dd_probabilities, value, &multiply)));
-    }
-    if (wanted.inputs.query) {
-      grads.inputs.query =
-          rounded(plus(times(second, key, &multiply), times(d_scores, dd_key, &multiply)) * in.scale);
-    }
-    if (wanted.inputs.key) {
-      grads.inputs.key = rounded(plus(
-          times(transposed(second), query, &multiply), times(transposed(d_scores), dd_query, &multiply)));
-    }
-    if (wanted.inputs.value) {
-      grads.inputs.value = rounded(times(transposed(dd_probabilities), d_output, &multiply));
-    }
-    if (wanted.inputs.attn_mask) {
-      grads.inputs.attn_mask = to_mask(second, in.attn_mask);
-    }
-    return grads;
-  }
-
- private:
-  static Tensor multiply(const Tensor& a, const Tensor& b) {
-    return at::matmul(a, b);
-  }
-  static Tensor multiply_transposed(const Tensor& a, const Tensor& b) {
-    return at::matmul(a, transposed(b));
-  }
-  // Undefined is zero.
-  template <class Product>
-  static Tensor times(const Tensor& a, const Tensor& b, Product product) {
-    return a.defined() && b.defined() ? product(a, b) : Tensor();
-  }
-  static Tensor plus(const Tensor& a, const Tensor& b) {
-    return !a.defined() ? b : !b.defined() ? a : a + b;
-  }
-  static Tensor to_mask(const Tensor& scores, const Tensor& attn_mask) {
-    return at::sum_to(scores, attn_mask.sym_sizes()).to(attn_mask.scalar_type());
-  }
-};
-
-// The ops of the row operations: one kernel each on CUDA.
-//   softmax(scores + attn_mask), and 0 where nothing is attended to
+// The ops of the rows of scores: one kernel each on CUDA.
+//   softmax(scale scores + attn_mask), and 0 where nothing is attended to
 constexpr auto kSoftmax = "_attention_softmax";
 //   P and dS of grad_probabilities dP
 constexpr auto kSoftmaxBackward = "_attention_softmax_backward";
-//   P, dS, B and E; grad_grad_scores is A without ddM, and grad_probabilities_sum is dO ddV^T
+//   P, dS, B and E, with A = scale grad_grad_scores + grad_grad_attn_mask; grad_probabilities_sum is dO ddV^T
 constexpr auto kSoftmaxDoubleBackward = "_attention_softmax_double_backward";
 
-// ... by plain ATen ops, differentiable to any order.
-struct PlainRows {
-  static Tensor operand(const Tensor& tensor) {
-    return to_opmath(tensor);
-  }
-  static Tensor softmax(const Tensor& scores, const Tensor& attn_mask) {
+struct Rows {
+  Tensor attn_mask;
+  double scale;
+
+  Tensor softmax(const Tensor& scores) const {
     if (!attn_mask.defined()) {
-      return at::softmax(scores, -1);
+      return at::softmax(scores * scale, -1);
     }
-    const Tensor masked = scores + attn_mask;
+    const Tensor masked = scores * scale + attn_mask;
     const Tensor nothing = at::eq(masked, -std::numeric_limits<double>::infinity()).all(-1, true);
     return at::softmax(masked.masked_fill(nothing, 0), -1).masked_fill(nothing, 0);
   }
-  static TensorPair backward(const Tensor& d_probabilities, const Tensor& scores, const Tensor& attn_mask) {
-    const Tensor probabilities = softmax(scores, attn_mask);
+  TensorPair backward(const Tensor& d_probabilities, const Tensor& scores) const {
+    const Tensor probabilities = softmax(scores);
     return {probabilities, centred(probabilities, d_probabilities)};
   }
-  static TensorQuad double_backward(
+  TensorQuad double_backward(
       const Tensor& dd_scores, const Tensor& grad_grad_attn_mask, const Tensor& d_probabilities_sum,
-      const Tensor& d_probabilities, const Tensor& scores, const Tensor& attn_mask) {
-    const auto [probabilities, d_scores] = backward(d_probabilities, scores, attn_mask);
-    Tensor a = dd_scores;
+      const Tensor& d_probabilities, const Tensor& scores) const {
+    const auto [probabilities, d_scores] = backward(d_probabilities, scores);
+    Tensor a = dd_scores.defined() ? dd_scores * scale : dd_scores;
     if (grad_grad_attn_mask.defined()) {
       a = a.defined() ? a + grad_grad_attn_mask : grad_grad_attn_mask.expand_symint(scores.sym_sizes());
     }
-    Tensor slope = d_probabilities_sum, dd_probabilities;
-    if (a.defined()) {
-      const Tensor alpha = (probabilities * a).sum(-1, true);
-      const Tensor delta = (probabilities * d_probabilities).sum(-1, true);
-      const Tensor both = a * (d_probabilities - delta) - alpha * d_probabilities;
-      slope = slope.defined() ? slope + both : both;
-      dd_probabilities = probabilities * (a - alpha);
-    } else {
-      dd_probabilities = at::zeros_like(probabilities);
+    if (!a.defined()) {
+      return {
+          probabilities, d_scores, at::zeros_like(probabilities),
+          centred(probabilities, d_probabilities_sum)};
     }
-    return {probabilities, d_scores, dd_probabilities, centred(probabilities, slope)};
+    const Tensor alpha = (probabilities * a).sum(-1, true);
+    const Tensor delta = (probabilities * d_probabilities).sum(-1, true);
+    Tensor slope = a * (d_probabilities - delta) - alpha * d_probabilities;
+    if (d_probabilities_sum.defined()) {
+      slope = slope + d_probabilities_sum;
+    }
+    return {probabilities, d_scores, probabilities * (a - alpha), centred(probabilities, slope)};
   }
 
  private:
@@ -301,58 +206,217 @@ struct PlainRows {
   }
 };
 
-Tensor softmax_by_aten(const Tensor& scores, const OptionalTensor& attn_mask) {
-  return PlainRows::softmax(to_opmath(scores), value_or_undefined(attn_mask)).to(scores.scalar_type());
+Tensor widened(const OptionalTensor& tensor) {
+  return tensor ? to_opmath(*tensor) : Tensor();
+}
+Tensor softmax_by_aten(const Tensor& scores, const OptionalTensor& attn_mask, double scale) {
+  return Rows{value_or_undefined(attn_mask), scale}.softmax(to_opmath(scores)).to(scores.scalar_type());
 }
 TensorPair softmax_backward_by_aten(
-    const Tensor& grad_probabilities, const Tensor& scores, const OptionalTensor& attn_mask) {
-  const auto [probabilities, grad_scores] =
-      PlainRows::backward(to_opmath(grad_probabilities), to_opmath(scores), value_or_undefined(attn_mask));
-  return {probabilities.to(scores.scalar_type()), grad_scores.to(scores.scalar_type())};
+    const Tensor& grad_probabilities, const Tensor& scores, const OptionalTensor& attn_mask, double scale) {
+  const auto [p, ds] =
+      Rows{value_or_undefined(attn_mask), scale}.backward(to_opmath(grad_probabilities), to_opmath(scores));
+  const auto dtype = scores.scalar_type();
+  return {p.to(dtype), ds.to(dtype)};
 }
 TensorQuad softmax_double_backward_by_aten(
     const OptionalTensor& grad_grad_scores, const OptionalTensor& grad_grad_attn_mask,
     const OptionalTensor& grad_probabilities_sum, const Tensor& grad_probabilities, const Tensor& scores,
-    const OptionalTensor& attn_mask) {
-  const auto widened = [](const OptionalTensor& t) { return t ? to_opmath(*t) : Tensor(); };
-  const auto [p, ds, b, e] = PlainRows::double_backward(
+    const OptionalTensor& attn_mask, double scale) {
+  const auto [p, ds, b, e] = Rows{value_or_undefined(attn_mask), scale}.double_backward(
       widened(grad_grad_scores), value_or_undefined(grad_grad_attn_mask), widened(grad_probabilities_sum),
-      to_opmath(grad_probabilities), to_opmath(scores), value_or_undefined(attn_mask));
+      to_opmath(grad_probabilities), to_opmath(scores));
   const auto dtype = scores.scalar_type();
   return {p.to(dtype), ds.to(dtype), b.to(dtype), e.to(dtype)};
 }
+
+// Matrix products and row operations, by plain ATen ops that are differentiable to any order.
+class PlainParts {
+ public:
+  explicit PlainParts(const Inputs& in) : rows_{in.attn_mask, in.scale}, dtype_(in.query.scalar_type()) {}
+
+  Tensor operand(const Tensor& tensor) const {
+    return tensor.defined() ? to_opmath(tensor) : tensor;
+  }
+  Tensor result(const Tensor& tensor) const {
+    return tensor.to(dtype_);
+  }
+  Tensor scores_of(const Tensor& tensor) const {
+    return tensor;
+  }
+  static Tensor multiply(const Tensor& a, const Tensor& b, double factor) {
+    const Tensor product = at::matmul(a, b);
+    return factor == 1 ? product : product * factor;
+  }
+  Tensor softmax(const Tensor& scores) const {
+    return rows_.softmax(scores);
+  }
+  TensorPair backward(const Tensor& d_probabilities, const Tensor& scores) const {
+    return rows_.backward(d_probabilities, scores);
+  }
+  TensorQuad double_backward(
+      const Tensor& dd_scores, const Tensor& grad_grad_attn_mask, const Tensor& d_probabilities_sum,
+      const Tensor& d_probabilities, const Tensor& scores) const {
+    return rows_.double_backward(
+        dd_scores, grad_grad_attn_mask, d_probabilities_sum, d_probabilities, scores);
+  }
+
+ private:
+  Rows rows_;
+  at::ScalarType dtype_;
+};
 
 template <auto& by_aten>
 auto find_row_op(const char* name) {
   return find_op<std::remove_reference_t<decltype(by_aten)>>(std::string("gradnorm_kernels::") + name);
 }
 
-// ... by our kernels.
-struct KernelRows {
-  static const Tensor& operand(const Tensor& tensor) {
-    return tensor;
+// ... by one op each. Those that PyTorch would decompose are called as their parts, which alone are what
+// moves memory.
+class OpParts {
+ public:
+  explicit OpParts(const Inputs& in)
+      : attn_mask_(if_defined(in.attn_mask)),
+        scale_(in.scale),
+        batch_(in.query.sizes().slice(0, in.query.dim() - 2).vec()) {}
+
+  // (batch, rows, columns), copied if its strides leave no other way.
+  Tensor operand(const Tensor& tensor) const {
+    if (!tensor.defined()) {
+      return tensor;
+    }
+    const std::vector<int64_t> sizes{c10::multiply_integers(batch_), tensor.size(-2), tensor.size(-1)};
+    const bool is_view = at::detail::computeStride(tensor.sizes(), tensor.strides(), sizes).has_value();
+    return (is_view ? tensor : at::clone(tensor, at::MemoryFormat::Contiguous)).view(sizes);
   }
-  static Tensor softmax(const Tensor& scores, const Tensor& attn_mask) {
+  Tensor result(const Tensor& tensor) const {
+    auto sizes = batch_;
+    sizes.insert(sizes.end(), {tensor.size(-2), tensor.size(-1)});
+    return tensor.view(sizes);
+  }
+  Tensor scores_of(const Tensor& tensor) const {
+    return result(tensor);
+  }
+  static Tensor multiply(const Tensor& a, const Tensor& b, double factor) {
+    return factor == 1 ? at::bmm(a, b) : at::baddbmm(at::empty({1, 1, 1}, a.options()), a, b, 0, factor);
+  }
+  Tensor softmax(const Tensor& scores) const {
     static const auto op = find_row_op<softmax_by_aten>(kSoftmax);
-    return op.call(scores, if_defined(attn_mask));
+    return flat(op.call(result(scores), attn_mask_, scale_));
   }
-  static TensorPair backward(const Tensor& d_probabilities, const Tensor& scores, const Tensor& attn_mask) {
+  TensorPair backward(const Tensor& d_probabilities, const Tensor& scores) const {
     static const auto op = find_row_op<softmax_backward_by_aten>(kSoftmaxBackward);
-    return op.call(d_probabilities, scores, if_defined(attn_mask));
+    const auto [p, ds] = op.call(result(d_probabilities), result(scores), attn_mask_, scale_);
+    return {flat(p), flat(ds)};
   }
-  static TensorQuad double_backward(
+  TensorQuad double_backward(
       const Tensor& dd_scores, const Tensor& grad_grad_attn_mask, const Tensor& d_probabilities_sum,
-      const Tensor& d_probabilities, const Tensor& scores, const Tensor& attn_mask) {
+      const Tensor& d_probabilities, const Tensor& scores) const {
     static const auto op = find_row_op<softmax_double_backward_by_aten>(kSoftmaxDoubleBackward);
-    return op.call(
-        if_defined(dd_scores), if_defined(grad_grad_attn_mask), if_defined(d_probabilities_sum),
-        d_probabilities, scores, if_defined(attn_mask));
+    const auto optional = [&](const Tensor& t) {
+      return t.defined() ? OptionalTensor(result(t)) : std::nullopt;
+    };
+    const auto [p, ds, b, e] = op.call(
+        optional(dd_scores), if_defined(grad_grad_attn_mask), optional(d_probabilities_sum),
+        result(d_probabilities), result(scores), attn_mask_, scale_);
+    return {flat(p), flat(ds), flat(b), flat(e)};
+  }
+
+ private:
+  Tensor flat(const Tensor& scores) const {
+    return scores.view({c10::multiply_integers(batch_), scores.size(-2), scores.size(-1)});
+  }
+
+  OptionalTensor attn_mask_;
+  double scale_;
+  std::vector<int64_t> batch_;
+};
+
+// The mathematics in these parts.
+template <class Parts>
+struct Decomposed {
+  static Tensor forward(const Inputs& in) {
+    const Parts parts(in);
+    const Tensor probabilities =
+        parts.softmax(times(parts, parts.operand(in.query), transposed(parts.operand(in.key))));
+    return parts.result(times(parts, probabilities, parts.operand(in.value)));
+  }
+
+  static Gradients backward(const Tensor& grad_output, const Inputs& in, const Wanted& wanted) {
+    const Parts parts(in);
+    const Tensor query = parts.operand(in.query), key = parts.operand(in.key);
+    const Tensor d_output = parts.operand(grad_output);
+    const auto [probabilities, d_scores] = parts.backward(
+        times(parts, d_output, transposed(parts.operand(in.value))), times(parts, query, transposed(key)));
+    Gradients grads;
+    if (wanted.query) {
+      grads.query = parts.result(times(parts, d_scores, key, in.scale));
+    }
+    if (wanted.key) {
+      grads.key = parts.result(times(parts, transposed(d_scores), query, in.scale));
+    }
+    if (wanted.value) {
+      grads.value = parts.result(times(parts, transposed(probabilities), d_output));
+    }
+    if (wanted.attn_mask) {
+      grads.attn_mask = to_mask(parts, d_scores, in.attn_mask);
+    }
+    return grads;
+  }
+
+  static SecondGradients double_backward(
+      const Gradients& grad_grads, const Tensor& grad_output, const Inputs& in, const WantedTwice& wanted) {
+    const Parts parts(in);
+    const Tensor query = parts.operand(in.query), key = parts.operand(in.key),
+                 value = parts.operand(in.value);
+    const Tensor d_output = parts.operand(grad_output);
+    const Tensor dd_query = parts.operand(grad_grads.query), dd_key = parts.operand(grad_grads.key);
+    const Tensor dd_value = parts.operand(grad_grads.value);
+    const auto [probabilities, d_scores, dd_probabilities, second] = parts.double_backward(
+        plus(times(parts, dd_query, transposed(key)), times(parts, query, transposed(dd_key))),
+        grad_grads.attn_mask, times(parts, d_output, transposed(dd_value)),
+        times(parts, d_output, transposed(value)), times(parts, query, transposed(key)));
+    SecondGradients grads;
+    if (wanted.grad_output) {
+      grads.grad_output =
+          parts.result(plus(times(parts, probabilities, dd_value), times(parts, dd_probabilities, value)));
+    }
+    if (wanted.inputs.query) {
+      grads.inputs.query =
+          parts.result(plus(times(parts, second, key, in.scale), times(parts, d_scores, dd_key, in.scale)));
+    }
+    if (wanted.inputs.key) {
+      grads.inputs.key = parts.result(plus(
+          times(parts, transposed(second), query, in.scale),
+          times(parts, transposed(d_scores), dd_query, in.scale)));
+    }
+    if (wanted.inputs.value) {
+      grads.inputs.value = parts.result(times(parts, transposed(dd_probabilities), d_output));
+    }
+    if (wanted.inputs.attn_mask) {
+      grads.inputs.attn_mask = to_mask(parts, second, in.attn_mask);
+    }
+    return grads;
+  }
+
+ private:
+  // Undefined is zero.
+  static Tensor transposed(const Tensor& matrix) {
+    return matrix.defined() ? matrix.transpose(-2, -1) : matrix;
+  }
+  static Tensor times(const Parts& parts, const Tensor& a, const Tensor& b, double factor = 1) {
+    return a.defined() && b.defined() ? parts.multiply(a, b, factor) : Tensor();
+  }
+  static Tensor plus(const Tensor& a, const Tensor& b) {
+    return !a.defined() ? b : !b.defined() ? a : a + b;
+  }
+  static Tensor to_mask(const Parts& parts, const Tensor& scores, const Tensor& attn_mask) {
+    return at::sum_to(parts.scores_of(scores), attn_mask.sym_sizes()).to(attn_mask.scalar_type());
   }
 };
 
-using Composite = Decomposed<PlainRows>;
-using Unfused = Decomposed<KernelRows>;
-using WantedTwice = Composite::WantedTwice;
+using Composite = Decomposed<PlainParts>;
+using Unfused = Decomposed<OpParts>;
 
 // Where an op is several on this device. Decomposed where autograd calls it, they are seen by whoever counts
 // or records ops.
@@ -1185,13 +1249,15 @@ void implement_autocast(torch::Library& m) {
 TORCH_LIBRARY_FRAGMENT(gradnorm_kernels, m) {
   Ops<Separate>::define(m);
   Ops<Packed>::define(m);
-  m.def("_attention_softmax(Tensor scores, Tensor? attn_mask) -> Tensor");
+  m.def("_attention_softmax(Tensor scores, Tensor? attn_mask, float scale) -> Tensor");
   m.def(
-      "_attention_softmax_backward(Tensor grad_probabilities, Tensor scores, Tensor? attn_mask) -> "
+      "_attention_softmax_backward(Tensor grad_probabilities, Tensor scores, Tensor? attn_mask, float scale) "
+      "-> "
       "(Tensor probabilities, Tensor grad_scores)");
   m.def(
       "_attention_softmax_double_backward(Tensor? grad_grad_scores, Tensor? grad_grad_attn_mask, "
-      "Tensor? grad_probabilities_sum, Tensor grad_probabilities, Tensor scores, Tensor? attn_mask) -> "
+      "Tensor? grad_probabilities_sum, Tensor grad_probabilities, Tensor scores, Tensor? attn_mask, float "
+      "scale) -> "
       "(Tensor probabilities, Tensor grad_scores, Tensor grad_grad_probabilities, Tensor "
       "second_grad_scores)");
 }

@@ -135,10 +135,18 @@ void multiply(
     int64_t rows, int64_t columns, int64_t depth, double alpha, Left<T> a, Rows<const T> b, bool add,
     Rows<T> c) {
   constexpr int64_t panel = kBlockVectors * kWidth<T>;
+  // A long sum is one of shorter sums, which loses fewer bits, and its panel of b stays in the first-level
+  // cache.
+  constexpr int64_t most = 64;
   for (int64_t start = 0; start < columns; start += panel) {
-    multiply_columns<T>(
-        rows, std::min(panel, columns - start), depth, static_cast<T>(alpha), a, {b.data + start, b.row}, add,
-        {c.data + start, c.row});
+    int64_t k = 0;
+    do {
+      multiply_columns<T>(
+          rows, std::min(panel, columns - start), std::min(most, depth - k), static_cast<T>(alpha),
+          {a.data + k * a.column, a.row, a.column}, {b.at(k) + start, b.row}, add || k > 0,
+          {c.data + start, c.row});
+      k += most;
+    } while (k < depth);
   }
 }
 
@@ -190,7 +198,7 @@ void softmax_row(T* row, const T* mask, int64_t n) {
   }
   V total(static_cast<T>(0));
   for (int64_t start = 0; start < n; start += kWidth<T>) {
-    const V x = exp_nonpositive(V::loadu(row + start) - V(shift));
+    const V x = (V::loadu(row + start) - V(shift)).exp();
     x.store(row + start);
     total = total + x;
   }
@@ -295,6 +303,14 @@ std::unique_ptr<T[]> scratch(bool wanted, int64_t n) {
   return wanted ? std::make_unique<T[]>(n) : nullptr;
 }
 
+inline void prefetch_line(const void* address) {
+#if defined(__GNUC__)
+  __builtin_prefetch(address);
+#else
+  (void)address;
+#endif
+}
+
 // An input: one matrix of the batch in the dtype of arithmetic and in rows of whole vectors, copied if it
 // is not so already; and its transpose, if wanted.
 template <class T, class A>
@@ -324,10 +340,18 @@ class Source {
       matrix_ = {rows.data, rows.row};
     }
     if (transpose_) {
-      for (int64_t j = 0; j < batch_.columns(); ++j) {
-        for (int64_t i = 0; i < batch_.rows(); ++i) {
-          transpose_[j * height_ + i] = matrix_.at(i)[j];
-        }
+      transpose();
+    }
+  }
+  // The next matrix is far from this one in memory: its rows lie between those of other heads.
+  void prefetch(int64_t item) const {
+    if (!batch_) {
+      return;
+    }
+    const Rows<T> rows = batch_.at(item);
+    for (int64_t i = 0; i < batch_.rows(); ++i) {
+      for (int64_t j = 0; j < batch_.columns(); j += kLine) {
+        prefetch_line(rows.at(i) + j);
       }
     }
   }
@@ -339,8 +363,30 @@ class Source {
   }
 
  private:
+  static constexpr int64_t kLine = 64 / sizeof(T);
+
   bool needs_copy() const {
     return !std::is_same_v<T, A> || width_ != batch_.columns();
+  }
+  void transpose() {
+    constexpr int64_t block = 16;
+    for (int64_t i = 0; i < batch_.rows(); i += block) {
+      for (int64_t j = 0; j < batch_.columns(); j += block) {
+        const int64_t height = std::min(block, batch_.rows() - i),
+                      width = std::min(block, batch_.columns() - j);
+        const A* const from = matrix_.at(i) + j;
+        A* const to = transpose_.get() + j * height_ + i;
+        if (height == block && width == block) {
+          at::vec::transpose_mxn<A, block, block>(from, matrix_.row, to, height_);
+          continue;
+        }
+        for (int64_t m = 0; m < height; ++m) {
+          for (int64_t n = 0; n < width; ++n) {
+            to[n * height_ + m] = from[m * matrix_.row + n];
+          }
+        }
+      }
+    }
   }
 
   Batch<T> batch_;
@@ -421,11 +467,12 @@ class Worker {
     }
   }
 
-  // mask_sums: to which the gradient of the mask is added, or null.
-  void run(int64_t item, A* mask_sums) {
+  // mask_sums: to which the gradient of the mask is added, or null. next: the item that comes after this one.
+  void run(int64_t item, int64_t next, A* mask_sums) {
     for (auto* source :
          {&query_, &key_, &value_, &grad_output_, &grad_grad_query_, &grad_grad_key_, &grad_grad_value_}) {
       source->load(item);
+      source->prefetch(next);
     }
     for (auto* target : {&output_, &grad_grad_output_, &grad_query_, &grad_key_, &grad_value_}) {
       target->begin(item);
@@ -588,7 +635,9 @@ void run(const AttentionProblem& p) {
           std::fill_n(own, tile_size, static_cast<A>(0));
         }
         for (int64_t repeat = part; repeat < repeats; repeat += parts) {
-          worker.run(repeat * tiles + tile, own);
+          const int64_t item = repeat * tiles + tile;
+          const int64_t next = repeats == 1 ? item + 1 : item + parts * tiles;
+          worker.run(item, std::min(next, items - 1), own);
         }
       }
     });
