@@ -11,18 +11,8 @@ P = softmax(S), dP = dO V^T and so on.
 
 from __future__ import annotations
 
-import functools
-import itertools
-import math
-from collections.abc import Iterator
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from .common import FP_FUSION, Specialization, pointer_type, widen
 
 # Windows. A tensor is (batch 0, batch 1, batch 2, rows, columns), its columns contiguous: it comes with the
 # strides of the first four. An absent one is given as any other, and never touched.
@@ -122,17 +112,53 @@ def window_attention_fwd_kernel(
     """output = P V. Reads query, key, value and the mask, and writes output: 4N elements and the mask."""
     item = _split(tl.program_id(0), batch_1, batch_2)
     for first in tl.range(0, row_count, row_block, disable_licm=True):
-        query = _load(query_ptr, _start(item, query_0, query_1, query_2), query_row, first, rows, columns, row_block, block)
+        query = _load(
+            query_ptr,
+            _start(item, query_0, query_1, query_2),
+            query_row,
+            first,
+            rows,
+            columns,
+            row_block,
+            block,
+        )
         key = _load(key_ptr, _start(item, key_0, key_1, key_2), key_row, 0, keys, columns, key_block, block)
         scores = _dot(query, tl.trans(key), precision) * scale
         if has_mask:
             scores += _load_mask(
-                mask_ptr, _start(item, mask_0, mask_1, mask_2), mask_row, mask_column, first, rows, keys, row_block, key_block
+                mask_ptr,
+                _start(item, mask_0, mask_1, mask_2),
+                mask_row,
+                mask_column,
+                first,
+                rows,
+                keys,
+                row_block,
+                key_block,
             )
         p = _softmax(scores, first, rows, keys, row_block, key_block)
-        value = _load(value_ptr, _start(item, value_0, value_1, value_2), value_row, 0, keys, value_columns, key_block, value_block)
+        value = _load(
+            value_ptr,
+            _start(item, value_0, value_1, value_2),
+            value_row,
+            0,
+            keys,
+            value_columns,
+            key_block,
+            value_block,
+        )
         output = _dot(p, value, precision)
-        _store(output_ptr, _start(item, output_0, output_1, output_2), output_row, first, output, rows, value_columns, row_block, value_block)
+        _store(
+            output_ptr,
+            _start(item, output_0, output_1, output_2),
+            output_row,
+            first,
+            output,
+            rows,
+            value_columns,
+            row_block,
+            value_block,
+        )
 
 
 @triton.jit
@@ -167,19 +193,47 @@ def window_attention_bwd_kernel(
         grad_key = tl.zeros((key_block, block), dtype=tl.float32)
         grad_value = tl.zeros((key_block, value_block), dtype=tl.float32)
         for first in tl.range(0, row_count, row_block, disable_licm=True):
-            query = _load(query_ptr, _start(item, query_0, query_1, query_2), query_row, first, rows, columns, row_block, block)
-            key = _load(key_ptr, _start(item, key_0, key_1, key_2), key_row, 0, keys, columns, key_block, block)
+            query = _load(
+                query_ptr,
+                _start(item, query_0, query_1, query_2),
+                query_row,
+                first,
+                rows,
+                columns,
+                row_block,
+                block,
+            )
+            key = _load(
+                key_ptr, _start(item, key_0, key_1, key_2), key_row, 0, keys, columns, key_block, block
+            )
             scores = _dot(query, tl.trans(key), precision) * scale
             if has_mask:
                 scores += _load_mask(
-                    mask_ptr, _start(item, mask_0, mask_1, mask_2), mask_row, mask_column, first, rows, keys, row_block, key_block
+                    mask_ptr,
+                    _start(item, mask_0, mask_1, mask_2),
+                    mask_row,
+                    mask_column,
+                    first,
+                    rows,
+                    keys,
+                    row_block,
+                    key_block,
                 )
             p = _softmax(scores, first, rows, keys, row_block, key_block)
             grad_output = _load(
                 grad_output_ptr, _start(item, grad_output_0, grad_output_1, grad_output_2), grad_output_row, first, rows, value_columns, row_block,
                 value_block,
             )  # fmt: skip
-            value = _load(value_ptr, _start(item, value_0, value_1, value_2), value_row, 0, keys, value_columns, key_block, value_block)
+            value = _load(
+                value_ptr,
+                _start(item, value_0, value_1, value_2),
+                value_row,
+                0,
+                keys,
+                value_columns,
+                key_block,
+                value_block,
+            )
             dp = _dot(grad_output, tl.trans(value), precision)
             ds = p * (dp - tl.sum(p * dp, axis=1)[:, None])
             if value_wanted:
@@ -196,7 +250,15 @@ def window_attention_bwd_kernel(
                 grad_key += _dot(tl.trans(ds.to(query.dtype)), query, precision)
         if key_wanted:
             _store(
-                grad_key_ptr, _start(item, grad_key_0, grad_key_1, grad_key_2), grad_key_row, 0, grad_key * scale, keys, columns, key_block, block
+                grad_key_ptr,
+                _start(item, grad_key_0, grad_key_1, grad_key_2),
+                grad_key_row,
+                0,
+                grad_key * scale,
+                keys,
+                columns,
+                key_block,
+                block,
             )
         if value_wanted:
             _store(
@@ -248,12 +310,31 @@ def window_attention_bwd_bwd_kernel(
         grad_key = tl.zeros((key_block, block), dtype=tl.float32)
         grad_value = tl.zeros((key_block, value_block), dtype=tl.float32)
         for first in tl.range(0, row_count, row_block, disable_licm=True):
-            query = _load(query_ptr, _start(item, query_0, query_1, query_2), query_row, first, rows, columns, row_block, block)
-            key = _load(key_ptr, _start(item, key_0, key_1, key_2), key_row, 0, keys, columns, key_block, block)
+            query = _load(
+                query_ptr,
+                _start(item, query_0, query_1, query_2),
+                query_row,
+                first,
+                rows,
+                columns,
+                row_block,
+                block,
+            )
+            key = _load(
+                key_ptr, _start(item, key_0, key_1, key_2), key_row, 0, keys, columns, key_block, block
+            )
             scores = _dot(query, tl.trans(key), precision) * scale
             if has_mask:
                 scores += _load_mask(
-                    mask_ptr, _start(item, mask_0, mask_1, mask_2), mask_row, mask_column, first, rows, keys, row_block, key_block
+                    mask_ptr,
+                    _start(item, mask_0, mask_1, mask_2),
+                    mask_row,
+                    mask_column,
+                    first,
+                    rows,
+                    keys,
+                    row_block,
+                    key_block,
                 )
             p = _softmax(scores, first, rows, keys, row_block, key_block)
 
@@ -261,12 +342,26 @@ def window_attention_bwd_bwd_kernel(
             a = tl.zeros((row_block, key_block), dtype=tl.float32)
             if has_grad_grad_query:
                 dd_query = _load(
-                    grad_grad_query_ptr, _start(item, grad_grad_query_0, grad_grad_query_1, grad_grad_query_2), grad_grad_query_row, first, rows, columns, row_block, block
+                    grad_grad_query_ptr,
+                    _start(item, grad_grad_query_0, grad_grad_query_1, grad_grad_query_2),
+                    grad_grad_query_row,
+                    first,
+                    rows,
+                    columns,
+                    row_block,
+                    block,
                 )
                 a += _dot(dd_query, tl.trans(key), precision)
             if has_grad_grad_key:
                 dd_key = _load(
-                    grad_grad_key_ptr, _start(item, grad_grad_key_0, grad_grad_key_1, grad_grad_key_2), grad_grad_key_row, 0, keys, columns, key_block, block
+                    grad_grad_key_ptr,
+                    _start(item, grad_grad_key_0, grad_grad_key_1, grad_grad_key_2),
+                    grad_grad_key_row,
+                    0,
+                    keys,
+                    columns,
+                    key_block,
+                    block,
                 )
                 a += _dot(query, tl.trans(dd_key), precision)
             a *= scale
@@ -282,7 +377,16 @@ def window_attention_bwd_bwd_kernel(
                 grad_output_ptr, _start(item, grad_output_0, grad_output_1, grad_output_2), grad_output_row, first, rows, value_columns, row_block,
                 value_block,
             )  # fmt: skip
-            value = _load(value_ptr, _start(item, value_0, value_1, value_2), value_row, 0, keys, value_columns, key_block, value_block)
+            value = _load(
+                value_ptr,
+                _start(item, value_0, value_1, value_2),
+                value_row,
+                0,
+                keys,
+                value_columns,
+                key_block,
+                value_block,
+            )
             dp = _dot(grad_output, tl.trans(value), precision)
             delta = tl.sum(p * dp, axis=1)[:, None]
             ds = (p * (dp - delta)).to(query.dtype)
@@ -315,11 +419,20 @@ def window_attention_bwd_bwd_kernel(
             tl.debug_barrier()
             e_narrow = e.to(query.dtype)
             if query_wanted:
-                key = _load(key_ptr, _start(item, key_0, key_1, key_2), key_row, 0, keys, columns, key_block, block)
+                key = _load(
+                    key_ptr, _start(item, key_0, key_1, key_2), key_row, 0, keys, columns, key_block, block
+                )
                 grad_query = _dot(e_narrow, key, precision)
                 if has_grad_grad_key:
                     dd_key = _load(
-                        grad_grad_key_ptr, _start(item, grad_grad_key_0, grad_grad_key_1, grad_grad_key_2), grad_grad_key_row, 0, keys, columns, key_block, block
+                        grad_grad_key_ptr,
+                        _start(item, grad_grad_key_0, grad_grad_key_1, grad_grad_key_2),
+                        grad_grad_key_row,
+                        0,
+                        keys,
+                        columns,
+                        key_block,
+                        block,
                     )
                     grad_query += _dot(ds, dd_key, precision)
                 _store(
@@ -328,7 +441,16 @@ def window_attention_bwd_bwd_kernel(
                 )  # fmt: skip
             if key_wanted:
                 tl.debug_barrier()
-                query = _load(query_ptr, _start(item, query_0, query_1, query_2), query_row, first, rows, columns, row_block, block)
+                query = _load(
+                    query_ptr,
+                    _start(item, query_0, query_1, query_2),
+                    query_row,
+                    first,
+                    rows,
+                    columns,
+                    row_block,
+                    block,
+                )
                 grad_key += _dot(tl.trans(e_narrow), query, precision)
                 if has_grad_grad_query:
                     dd_query = _load(
@@ -338,7 +460,15 @@ def window_attention_bwd_bwd_kernel(
                     grad_key += _dot(tl.trans(ds), dd_query, precision)
         if key_wanted:
             _store(
-                grad_key_ptr, _start(item, grad_key_0, grad_key_1, grad_key_2), grad_key_row, 0, grad_key * scale, keys, columns, key_block, block
+                grad_key_ptr,
+                _start(item, grad_key_0, grad_key_1, grad_key_2),
+                grad_key_row,
+                0,
+                grad_key * scale,
+                keys,
+                columns,
+                key_block,
+                block,
             )
         if value_wanted:
             _store(
