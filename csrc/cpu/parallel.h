@@ -1,5 +1,6 @@
 #pragma once
 
+#include <ATen/ATen.h>
 #include <ATen/TensorIterator.h>
 
 namespace gradnorm_kernels {
