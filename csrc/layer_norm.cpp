@@ -285,7 +285,7 @@ struct Composite {
       const OptionalTensor& weight, Mask output_mask) {
     check_2d_backward(grad_output, input, mean, rstd, weight);
     const Tensor parameter = like_parameter(input, weight);
-    return backward(grad_output, input, mean, rstd, weight ? weight : parameter, parameter, output_mask);
+    return backward(grad_output, input, mean, rstd, parameter, parameter, output_mask);
   }
 
   static Triple double_backward(
@@ -498,8 +498,6 @@ struct Native {
   }
 };
 
-// An optional argument of a Function that is absent has no place among its inputs.
-
 // The number of last dimensions that are normalised; 0 for the channels of NCHW.
 using Ndim = int64_t;
 constexpr Ndim kNchw = 0;
@@ -516,15 +514,18 @@ struct Backward : torch::autograd::Function<Backward> {
     at::AutoDispatchBelowADInplaceOrView guard;
     const auto [grad_input, grad_weight, grad_bias] =
         value_of(grad_output, input, mean, rstd, value(weight), value(bias), ndim, output_mask);
-    variable_list outputs;
-    for (const auto& gradient : {grad_input, grad_weight, grad_bias}) {
-      if (gradient.defined()) {
-        outputs.push_back(gradient);
-      }
-    }
-    return outputs;
+    return gather({grad_input, grad_weight, grad_bias}, output_mask);
   }
 
+  static variable_list gather(const variable_list& all, const Mask& output_mask) {
+    variable_list tensors;
+    for (size_t k = 0; k < all.size(); ++k) {
+      if (output_mask[k]) {
+        tensors.push_back(all[k]);
+      }
+    }
+    return tensors;
+  }
   // Back at their places.
   template <class Wanted>
   static variable_list spread(const variable_list& tensors, const Wanted& output_mask) {
@@ -618,6 +619,7 @@ struct Forward : torch::autograd::Function<Forward> {
     }
     const auto saved = ctx->get_saved_variables();
     const Tensor &input = saved[0], &weight = saved[1], &bias = saved[2], &mean = saved[3], &rstd = saved[4];
+    // An optional argument that is absent has no number among the inputs.
     const Mask mask{
         ctx->needs_input_grad(0), weight.defined() && ctx->needs_input_grad(1),
         bias.defined() && ctx->needs_input_grad(weight.defined() ? 2 : 1)};
@@ -722,22 +724,24 @@ struct AtenLayerNormBackward {
   }
 
   static bool is_covered(
-      const Tensor& grad_output, const Tensor& input, const Tensor& mean, const Tensor& weight) {
+      const Tensor& grad_output, const Tensor& input, const Tensor& mean, const Tensor& weight,
+      const Tensor& bias, const Mask& output_mask) {
     return is_elementwise_match(grad_output, input) && mean.defined() && mean.dim() == input.dim() &&
-           (!weight.defined() || weight.scalar_type() == input.scalar_type());
+           (weight.defined() ? weight.scalar_type() == input.scalar_type() : !output_mask[1]) &&
+           (bias.defined() || !output_mask[2]);
   }
 
   static Triple autograd(
       c10::DispatchKeySet keys, const Tensor& grad_out, const Tensor& input,
       c10::SymIntArrayRef normalized_shape, const Tensor& mean, const Tensor& rstd,
       const OptionalTensor& weight, const OptionalTensor& bias, Mask output_mask) {
-    const Tensor w = value(weight);
-    if (needs_composite({grad_out, input, w}) || !is_covered(grad_out, input, mean, w)) {
+    const Tensor w = value(weight), b = value(bias);
+    if (needs_composite({grad_out, input, w}) || !is_covered(grad_out, input, mean, w, b, output_mask)) {
       return stock().call<Triple>(
           keys, grad_out, input, normalized_shape, mean, rstd, weight, bias, output_mask);
     }
     return Backward::dispatch(
-        grad_out, input, mean, rstd, w, value(bias), static_cast<Ndim>(normalized_shape.size()), output_mask);
+        grad_out, input, mean, rstd, w, b, static_cast<Ndim>(normalized_shape.size()), output_mask);
   }
 
   static void install(torch::Library& aten_autograd) {
