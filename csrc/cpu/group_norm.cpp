@@ -130,10 +130,10 @@ class DoubleBackward {
         parallel_for(
             units_ * pieces_, [&](int64_t i) { visit(i / pieces_, i % pieces_, scratch(i / pieces_)); });
       };
-      for_each_unit([&](auto... at) { start(at...); });
-      for_each_piece([&](auto... at) { sum(at...); });
-      for_each_unit([&](auto... at) { finish(at...); });
-      for_each_piece([&](auto... at) { apply(at...); });
+      for_each_unit([&](auto... task) { start(task...); });
+      for_each_piece([&](auto... task) { sum(task...); });
+      for_each_unit([&](auto... task) { finish(task...); });
+      for_each_piece([&](auto... task) { apply(task...); });
     }
     if (args_.grad_weight.defined()) {
       sum_over_batch();
