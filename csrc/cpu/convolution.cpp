@@ -2,6 +2,7 @@
 #include "parallel.h"
 
 #include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
 #include <ATen/cpu/vec/functional.h>
 
 #include <algorithm>
