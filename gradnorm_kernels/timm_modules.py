@@ -63,15 +63,19 @@ class FusedConv2dSame(timm.layers.Conv2dSame):
 
 class FusedAttention(timm.layers.Attention):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        if is_causal or (self.training and self.attn_drop.p > 0):
-            return super().forward(x, attn_mask, is_causal)
         batch, tokens, _ = x.shape
         gate = None if self.gate is None else self.gate(x).sigmoid()
-        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        query, key = self.q_norm(query), self.k_norm(key)
-        x = functional.scaled_dot_product_attention(query, key, value, attn_mask, scale=self.scale)
-        x = self.norm(x.transpose(1, 2).reshape(batch, tokens, self.attn_dim))
+        qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, self.head_dim)
+        dropout = self.attn_drop.p if self.training else 0.0
+        plain = isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity)
+        if plain and not dropout and not is_causal:
+            x = functional.qkv_attention(qkv, attn_mask, self.scale)
+        else:
+            query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+            x = functional.scaled_dot_product_attention(
+                self.q_norm(query), self.k_norm(key), value, attn_mask, dropout, is_causal, self.scale
+            ).transpose(1, 2)
+        x = self.norm(x.reshape(batch, tokens, self.attn_dim))
         if gate is not None:
             x = x * gate
         return self.proj_drop(self.proj(x))
@@ -82,16 +86,14 @@ class FusedWindowAttention(WindowAttention):
         if self.training and self.attn_drop.p > 0:
             return super().forward(x, mask)
         windows, tokens, _ = x.shape
-        qkv = self.qkv(x).reshape(windows, tokens, 3, self.num_heads, -1)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        qkv = self.qkv(x).view(windows, tokens, 3, self.num_heads, -1)
         # (heads, tokens, tokens), or with the shift's mask (windows of an image, heads, tokens, tokens).
         bias = self._get_rel_pos_bias()[0]
         if mask is not None:
             bias = bias + mask.unsqueeze(1)
-            query, key, value = (t.unflatten(0, (-1, mask.shape[0])) for t in (query, key, value))
-        x = functional.scaled_dot_product_attention(query, key, value, bias, scale=self.scale)
-        x = x.transpose(-3, -2).reshape(windows, tokens, -1)
-        return self.proj_drop(self.proj(x))
+            qkv = qkv.unflatten(0, (-1, mask.shape[0]))
+        x = functional.qkv_attention(qkv, bias, self.scale)
+        return self.proj_drop(self.proj(x.reshape(windows, tokens, -1)))
 
 
 @functools.lru_cache(maxsize=64)

@@ -16,9 +16,9 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain_size, const Fn& fn) 
     }
     return;
   }
-  const at::Tensor indices = at::empty({end - begin}, at::TensorOptions().dtype(at::kByte));
+  at::Tensor indices = at::empty({end - begin}, at::TensorOptions().dtype(at::kByte));
   const auto* first = static_cast<const char*>(indices.const_data_ptr());
-  auto iter = at::TensorIteratorConfig().add_owned_output(indices).resize_outputs(false).build();
+  auto iter = at::TensorIterator::nullary_op(indices);
   iter.for_each(
       [&](char** data, const int64_t* /*strides*/, int64_t count) {
         const int64_t start = begin + (data[0] - first);
