@@ -4,8 +4,10 @@
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/cpu/vec/functional.h>
+#include <c10/core/CPUAllocator.h>
 
 #include <algorithm>
+#include <memory>
 #include <utility>
 #include <vector>
 
@@ -62,7 +64,7 @@ struct Plan {
       vectors = at::divup(out_width, width);
       tail = out_width % width;
       step = width;
-      phase = vectors * width + reach / stride_x;
+      phase = at::divup(vectors * width + reach / stride_x, width) * width;
       row = stride_x * phase;
     }
     const auto [top, left] = geometry.padding;
@@ -180,28 +182,40 @@ void accumulate_image(
 }
 
 template <class T>
+using Buffer = std::unique_ptr<T[], void (*)(T*)>;
+
+// From PyTorch's allocator, which aligns to vectors.
+template <class T>
+Buffer<T> zeros(int64_t size) {
+  auto* allocator = c10::GetCPUAllocator();
+  T* data = static_cast<T*>(allocator->raw_allocate(size * sizeof(T)));
+  std::fill_n(data, size, T(0));
+  return {data, [](T* data) { c10::GetCPUAllocator()->raw_deallocate(data); }};
+}
+
+template <class T>
 void sum_parts(const Plan& plan, const T* grad_output, const T* input, int64_t images, T* parts) {
   const int64_t taps = plan.kernel_height * plan.kernel_width;
   gradnorm_kernels::parallel_for(0, plan.parts * plan.blocks, 1, [&](int64_t begin, int64_t end) {
     // What pack leaves out stays zero. A vector more: the last of a row may reach past its end.
-    std::vector<T> padded(plan.padded_height * plan.input.row + plan.width);
-    std::vector<T> gradient(plan.gradient.rows * plan.gradient.row);
-    std::vector<T> sums(taps * plan.width);
+    const auto padded = zeros<T>(plan.padded_height * plan.input.row + plan.width);
+    const auto gradient = zeros<T>(plan.gradient.rows * plan.gradient.row);
+    const auto sums = zeros<T>(taps * plan.width);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t part = task / plan.blocks, channel = task % plan.blocks * plan.block;
-      std::fill(sums.begin(), sums.end(), T(0));
+      std::fill_n(sums.get(), taps * plan.width, T(0));
       for (int64_t n = part * images / plan.parts; n < (part + 1) * images / plan.parts; ++n) {
         const int64_t first = n * plan.channels;
-        pack(plan, plan.input, input + first * plan.input.height * plan.input.width, channel, padded.data());
+        pack(plan, plan.input, input + first * plan.input.height * plan.input.width, channel, padded.get());
         pack(
             plan, plan.gradient, grad_output + first * plan.gradient.height * plan.gradient.width, channel,
-            gradient.data());
+            gradient.get());
         accumulate_image(
-            plan, gradient.data(), padded.data(), sums.data(), std::make_index_sequence<kMaxTaps>());
+            plan, gradient.get(), padded.get(), sums.get(), std::make_index_sequence<kMaxTaps>());
       }
       T* result = parts + (part * plan.channels + channel) * taps;
       for (int64_t tap = 0; tap < taps; ++tap) {
-        const T* lanes = sums.data() + tap * plan.width;
+        const T* lanes = sums.get() + tap * plan.width;
         if (plan.channels_last) {
           for (int64_t c = 0; c < std::min(plan.block, plan.channels - channel); ++c) {
             result[c * taps + tap] = lanes[c];
