@@ -166,7 +166,7 @@ struct Elu {
 struct Tanh {
   template <class V>
   V df(const V& g, const V& y) const {
-    return g * (y * y * Constant{-1.0} + 1.0_c);
+    return g * ((y * Constant{-1.0} + 1.0_c) * (y + 1.0_c));
   }
   template <class V>
   V d2f(const V& v, const V& g, const V& y) const {

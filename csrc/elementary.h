@@ -87,14 +87,16 @@ inline at::vec::Vectorized<float> exp_nonpositive(const at::vec::Vectorized<floa
   using V = at::vec::Vectorized<float>;
   // At -127 log(2) the exponent's bits are all zero, and so is the result.
   const V clamped = at::vec::clamp_min(x, V(-88.02969f));
-  const V power = (clamped * V(1.44269504089f)).round();
+  // Added, it leaves no bits for a fraction, and the exponent of 2^power in the lowest ones.
+  const V shift(0x1.8p23f + 127.0f);
+  const V shifted = at::vec::fmadd(clamped, V(1.44269504089f), shift);
+  const V power = shifted - shift;
   // log(2) in two parts, of which the first has so few bits that its product is exact.
   const V rest = at::vec::fmadd(power, V(2.12194440e-4f), at::vec::fmadd(power, V(-0.693359375f), clamped));
   // For |rest| <= log(2) / 2, a minimax fit.
-  const V mantissa = polynomial(
-      rest, 1.0, 1.0, 0.5, 0.16666667163, 0.041666485369, 0.0083333607763, 0.0013930435526, 0.00019852761761);
-  const auto exponent = at::vec::convert_to_int_of_same_size(power) + at::vec::Vectorized<int32_t>(127);
-  return mantissa * at::vec::cast<float>(exponent << at::vec::Vectorized<int32_t>(23));
+  const V mantissa = polynomial(rest, 1.0, 1.0, 0.49999993, 0.1666652, 0.04166839, 0.00836878, 0.00138145);
+  const auto exponent = at::vec::cast<int32_t>(shifted) << at::vec::Vectorized<int32_t>(23);
+  return mantissa * at::vec::cast<float>(exponent);
 }
 // Defined for x <= 0 alone, where masking leaves exp finite, and so its gradients.
 inline at::Tensor exp_nonpositive(const at::Tensor& x) {

@@ -11,7 +11,7 @@ void forward(at::TensorIteratorBase& iter, const Activation& activation) {
   std::visit(
       [&](const auto& act) {
         if constexpr (has_f<decltype(act)>) {
-          elementwise<1, 1>(iter, [&](const auto& in) { return std::array{act.f(in[0])}; });
+          elementwise<1, 1>(iter, [act](const auto& in) { return std::array{act.f(in[0])}; });
         }
       },
       activation);
@@ -20,7 +20,7 @@ void forward(at::TensorIteratorBase& iter, const Activation& activation) {
 void backward(at::TensorIteratorBase& iter, const Activation& activation) {
   std::visit(
       [&](const auto& act) {
-        elementwise<1, 2>(iter, [&](const auto& in) {
+        elementwise<1, 2>(iter, [act](const auto& in) {
           const auto& [grad_output, operand] = in;
           return std::array{act.df(grad_output, operand)};
         });
@@ -32,7 +32,7 @@ void double_backward(at::TensorIteratorBase& iter, const Activation& activation)
   std::visit(
       [&](const auto& act) {
         if constexpr (has_d2f<decltype(act)>) {
-          elementwise<2, 3>(iter, [&](const auto& in) {
+          elementwise<2, 3>(iter, [act](const auto& in) {
             const auto& [v, g, operand] = in;
             return std::array{act.df(v, operand), act.d2f(v, g, operand)};
           });

@@ -41,7 +41,11 @@ void run(at::TensorIteratorBase& iter, const Fn& fn) {
   using Vec = at::vec::Vectorized<T>;
   constexpr size_t operands = Outputs + Inputs;
   constexpr int64_t width = Vec::size();
-  iter.for_each([&](char** data, const int64_t* strides, int64_t n) {
+  iter.for_each([&](char** base, const int64_t* strides, int64_t n) {
+    // Copies, which live in registers: for all the compiler knows, a store may change the originals.
+    const Fn local_fn = fn;
+    std::array<char*, operands> data;
+    std::copy_n(base, operands, data.begin());
     const bool contiguous =
         std::all_of(strides, strides + operands, [](int64_t stride) { return stride == sizeof(T); });
     const auto element = [&](size_t k, int64_t i) { return reinterpret_cast<T*>(data[k] + i * strides[k]); };
@@ -51,7 +55,7 @@ void run(at::TensorIteratorBase& iter, const Fn& fn) {
       for (size_t k = 0; k < Inputs; ++k) {
         in[k] = Vec::loadu(reinterpret_cast<const T*>(data[Outputs + k]) + start);
       }
-      const auto out = apply_in_opmath<Outputs, T, Inputs>(in, fn);
+      const auto out = apply_in_opmath<Outputs, T, Inputs>(in, local_fn);
       for (size_t k = 0; k < Outputs; ++k) {
         out[k].store(reinterpret_cast<T*>(data[k]) + start);
       }
@@ -65,7 +69,7 @@ void run(at::TensorIteratorBase& iter, const Fn& fn) {
         }
         in[k] = Vec::loadu(buffer);
       }
-      const auto out = apply_in_opmath<Outputs, T, Inputs>(in, fn);
+      const auto out = apply_in_opmath<Outputs, T, Inputs>(in, local_fn);
       for (size_t k = 0; k < Outputs; ++k) {
         out[k].store(buffer);
         for (int64_t i = 0; i < count; ++i) {

@@ -309,7 +309,7 @@ def elu_ddf(v, g, x, parameters: tl.constexpr):
 
 @triton.jit
 def tanh_df(g, y, parameters: tl.constexpr):
-    return g * (1.0 - y * y)
+    return g * ((1.0 - y) * (1.0 + y))
 
 
 @triton.jit

@@ -1,19 +1,24 @@
-// The library without Python: the ops, their autograd Functions, and the switch for PyTorch's own gelu.
+// The library without Python: the ops, their autograd Functions, and the switch for PyTorch's own
+// activations.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/torch.h>
 
+#include <functional>
 #include <iostream>
+#include <string>
 #include <string_view>
 
 namespace {
 
 using torch::Tensor;
+using Function = std::function<Tensor(const Tensor&)>;
 
-Tensor fused_gelu(const Tensor& input, std::string_view approximate) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("gradnorm_kernels::gelu", "")
-                             .typed<Tensor(const Tensor&, std::string_view)>();
-  return op.call(input, approximate);
+template <class... Params>
+Function fused(const std::string& name, Params... params) {
+  const auto op = c10::Dispatcher::singleton()
+                      .findSchemaOrThrow(("gradnorm_kernels::" + name).c_str(), "")
+                      .typed<Tensor(const Tensor&, Params...)>();
+  return [=](const Tensor& input) { return op.call(input, params...); };
 }
 
 void set_fused_double_backward(bool enabled) {
@@ -24,7 +29,6 @@ void set_fused_double_backward(bool enabled) {
 }
 
 // The gradient of |df/dx| summed, which differentiates the backward.
-template <class Function>
 Tensor penalty_gradient(const Function& function) {
   torch::manual_seed(0);
   const Tensor x = torch::randn({7, 33}, torch::requires_grad());
@@ -32,18 +36,44 @@ Tensor penalty_gradient(const Function& function) {
   return torch::autograd::grad({first.abs().sum()}, {x})[0];
 }
 
+struct Case {
+  const char* name;
+  Function stock;
+  Function fused;
+};
+
 }  // namespace
 
 int main() {
-  for (const std::string_view approximate : {"none", "tanh"}) {
-    const auto stock = [&](const Tensor& x) { return torch::gelu(x, approximate); };
-    const auto fused = [&](const Tensor& x) { return fused_gelu(x, approximate); };
+  using std::string_view;
+  const Case cases[] = {
+      {"gelu", [](const Tensor& x) { return torch::gelu(x); }, fused("gelu", string_view("none"))},
+      {"gelu tanh", [](const Tensor& x) { return torch::gelu(x, "tanh"); },
+       fused("gelu", string_view("tanh"))},
+      {"silu", [](const Tensor& x) { return torch::silu(x); }, fused("silu")},
+      {"mish", [](const Tensor& x) { return torch::mish(x); }, fused("mish")},
+      {"softplus", [](const Tensor& x) { return torch::softplus(x, 2.0, 3.0); }, fused("softplus", 2.0, 3.0)},
+      {"elu", [](const Tensor& x) { return torch::elu(x, 1.5); }, fused("elu", 1.5, 1.0, 1.0)},
+      {"tanh", [](const Tensor& x) { return torch::tanh(x); }, fused("tanh")},
+      {"sigmoid", [](const Tensor& x) { return torch::sigmoid(x); }, fused("sigmoid")},
+      {"relu", [](const Tensor& x) { return torch::relu(x); }, fused("relu")},
+      {"relu6", [](const Tensor& x) { return torch::relu6(x); }, fused("relu6")},
+      {"leaky_relu", [](const Tensor& x) { return torch::leaky_relu(x, 0.2); }, fused("leaky_relu", 0.2)},
+      {"hardswish", [](const Tensor& x) { return torch::hardswish(x); }, fused("hardswish")},
+  };
+  int passed = 0;
+  for (const auto& [name, stock, fused] : cases) {
     const Tensor expected = penalty_gradient(stock);
-    TORCH_CHECK(torch::allclose(penalty_gradient(fused), expected, 1e-4, 1e-5), approximate);
+    TORCH_CHECK(torch::allclose(penalty_gradient(fused), expected, 1e-4, 1e-5), name);
     set_fused_double_backward(true);
-    TORCH_CHECK(torch::allclose(penalty_gradient(stock), expected, 1e-4, 1e-5), approximate);
+    TORCH_CHECK(torch::allclose(penalty_gradient(stock), expected, 1e-4, 1e-5), name, ", switched");
     set_fused_double_backward(false);
-    TORCH_CHECK(torch::equal(penalty_gradient(stock), expected), approximate);
+    TORCH_CHECK(torch::equal(penalty_gradient(stock), expected), name, ", switched back");
+    ++passed;
   }
-  std::cout << "1 passed, 0 failed\n";
+  // PyTorch's own has no double backward to compare with.
+  const auto hardsigmoid = [](const Tensor& x) { return torch::hardtanh(x, -3.0, 3.0) / 6 + 0.5; };
+  TORCH_CHECK(
+      torch::allclose(penalty_gradient(fused("hardsigmoid")), penalty_gradient(hardsigmoid), 1e-4, 1e-5));
+  std::cout << passed + 1 << " passed, 0 failed\n";
 }

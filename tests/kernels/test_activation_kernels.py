@@ -67,9 +67,9 @@ def run_kernels(act: Activation, *tensors: Tensor) -> list[Tensor]:
 
 def assert_as_accurate_as_stock(act: Activation, *tensors: Tensor, ulps: int = 0) -> None:
     dtype, on_cpu = tensors[0].dtype, tensors[0].device.type == "cpu"
-    if on_cpu and dtype == torch.bfloat16:
-        # Storing bfloat16, the interpreter truncates, also what the next op then reads.
-        ulps = max(ulps, 2 if act.saves_output else 1)
+    if on_cpu:
+        # The interpreter's exp is NumPy's. Storing bfloat16, it truncates, also what the next op then reads.
+        ulps = max(ulps, 2 if act.saves_output and dtype == torch.bfloat16 else 1)
     assert_no_worse_than_stock(act, run_kernels(act, *tensors), *tensors, ulps=ulps)
 
 
@@ -103,7 +103,7 @@ def test_shapes(shape: tuple[int, ...], act: Activation, dtype: torch.dtype, dev
 def test_range(act: Activation, dtype: torch.dtype, device: str) -> None:
     # Far enough out on both sides that every derivative has reached its limit, and half of the
     # points where the derivatives vary.
-    ranges = [torch.linspace(-w, w, 20001, dtype=torch.float64) for w in (30, 4)]
+    ranges = [torch.linspace(-w, w, 10001, dtype=torch.float64) for w in (30, 4)]
     x = torch.cat(ranges).to(device, dtype)
     grads = [normal(*x.shape, dtype=dtype, device=device) for _ in range(2)]
     assert_as_accurate_as_stock(act, *grads, x)

@@ -46,7 +46,7 @@ def assert_128_bit_accesses(ptx: str, reads: int, writes: int) -> None:
         assert not narrow, f"narrower than 128 bits: {narrow}"
 
 
-@pytest.mark.parametrize(("specialization", "capability"), () if INTERPRET else cases())
+@pytest.mark.parametrize(("specialization", "capability"), [] if INTERPRET else list(cases()))
 def test_compiles_without_spills(specialization: Any, capability: int, tmp_path: Path) -> None:
     compiled = compile_for(specialization, capability)
     assert compiled.metadata.enable_fp_fusion
