@@ -70,6 +70,9 @@ FAILS_IN_STOCK = {
     "nn.functional.scaled_dot_product_attention": "_backward is not implemented",
 }
 
+# PyTorch releases before these drop gradients, first ones already: those of the mean and rstd here.
+WRONG_BEFORE = {"native_group_norm": "2.15"}
+
 # Their full Jacobians take too long: products with random vectors are checked instead.
 FAST = {
     "_batch_norm_with_update",
@@ -152,6 +155,8 @@ def check_gradients(op):
 def test_first_and_second_gradients(name):
     if name not in INFOS:
         pytest.skip(f"this torch has no OpInfo of {name}")
+    if torch.__version__ < WRONG_BEFORE.get(name, "0"):
+        pytest.skip(f"this torch's own first gradients of {name} are wrong")
     with gk.set_fused_double_backward(True):
         if name in FAILS_IN_STOCK:
             with pytest.raises(RuntimeError, match=FAILS_IN_STOCK[name]):
