@@ -12,6 +12,14 @@ import torch
 # The ops that each module here implements, under their own names.
 _OPS = {
     "activation": ("gelu", "gelu_backward", "gelu_double_backward"),
+    "attention": (
+        "_window_attention_fwd",
+        "_window_attention_bwd",
+        "_window_attention_bwd_bwd",
+        "_attention_softmax",
+        "_attention_softmax_backward",
+        "_attention_softmax_double_backward",
+    ),
 }
 
 
