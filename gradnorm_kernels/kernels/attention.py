@@ -307,8 +307,6 @@ def window_attention_bwd_bwd_kernel(
             b = (p * (a - alpha)).to(query.dtype)
             c = a * (dp - delta) - alpha * dp
 
-            if value_wanted:
-                grad_value += _dot(tl.trans(b), grad_output, precision)
             grad_grad_output = _dot(b, value, precision)
             if has_grad_grad_value:
                 dd_value = _load(
@@ -325,9 +323,11 @@ def window_attention_bwd_bwd_kernel(
                 grad_grad_output += _dot(p, dd_value, precision)
             if output_wanted:
                 _store(
-                    grad_grad_output_ptr, item, dd_output_strides, first, grad_grad_output, rows, value_columns,
-                    row_block, value_block,
+                    grad_grad_output_ptr, item, dd_output_strides, first, grad_grad_output, rows,
+                    value_columns, row_block, value_block,
                 )  # fmt: skip
+            if value_wanted:
+                grad_value += _dot(tl.trans(b), grad_output, precision)
 
             e = p * (c - tl.sum(p * c, axis=1)[:, None])
             if mask_wanted:
@@ -337,8 +337,8 @@ def window_attention_bwd_bwd_kernel(
                 if has_grad_grad_key:
                     grad_query += _dot(ds, dd_key, precision)
                 _store(
-                    grad_query_ptr, item, grad_query_strides, first, grad_query * scale, rows, columns, row_block,
-                    block,
+                    grad_query_ptr, item, grad_query_strides, first, grad_query * scale, rows, columns,
+                    row_block, block,
                 )  # fmt: skip
             if key_wanted:
                 grad_key += _dot(tl.trans(e.to(query.dtype)), query, precision)
@@ -430,7 +430,9 @@ def attention_rows_bwd_bwd_kernel(
     has_a: tl.constexpr, has_grad_grad_mask: tl.constexpr, has_c: tl.constexpr, has_mask: tl.constexpr,
     block: tl.constexpr,
 ):  # fmt: skip
-    """P, dS, B and E. Reads A, dO ddV^T, dP, the scores and the mask, and writes four: 8 scores and the mask."""
+    """P, dS, B and E. Reads A, dO ddV^T, dP, the scores and the mask, and writes the four: 8 scores and the
+    mask.
+    """
     row = tl.program_id(0).to(tl.int64)
     j = tl.arange(0, block)
     dp = _row(dp_ptr, row, keys, j)
@@ -445,8 +447,8 @@ def attention_rows_bwd_bwd_kernel(
         a = _row(a_ptr, row, keys, j) * scale
     if has_grad_grad_mask:
         a += _mask_row(
-            grad_grad_mask_ptr, row, rows, batch_1, batch_2, grad_grad_mask_0, grad_grad_mask_1, grad_grad_mask_2,
-            grad_grad_mask_row, grad_grad_mask_column, keys, j,
+            grad_grad_mask_ptr, row, rows, batch_1, batch_2, grad_grad_mask_0, grad_grad_mask_1,
+            grad_grad_mask_2, grad_grad_mask_row, grad_grad_mask_column, keys, j,
         ).to(a.dtype)  # fmt: skip
     alpha = tl.sum(p * a, axis=0)
     delta = tl.sum(p * dp, axis=0)
@@ -640,38 +642,40 @@ def _window_attention_bwd_bwd(
 
 def _launch_rows(
     kernel: Any,
-    shape: tuple[int, ...],
+    scores: Tensor,
     tensors: tuple[Tensor, ...],
     masks: tuple[Tensor | None, ...],
     scale: float,
     flags: dict[str, bool],
 ) -> None:
-    """Over the rows of contiguous tensors of one shape; masks are broadcast to it."""
-    rows, keys = shape[-2:]
-    first, *others = tensors
-    if first.numel() == 0:
+    """Over the rows of contiguous tensors of the shape of scores, to which the masks are broadcast."""
+    if scores.numel() == 0:
         return
-    batch = ((1, 1, 1) + tuple(shape[:-2]))[-3:]
+    rows, keys = scores.shape[-2:]
     strides: list[int] = []
     for mask in masks:
         if mask is not None:
-            mask = mask.expand(shape)
+            mask = mask.expand(scores.shape)
             mask = mask.flatten(0, mask.ndim - 5) if mask.ndim > 5 else mask
-        strides += _mask_strides(mask)[-5:] if mask is None else ((0, 0, 0) + mask.stride())[-5:]
+        strides += (0, 0, 0, 0, 0, *_mask_strides(mask))[-5:]
     block = _power(keys)
-    with torch.cuda.device_of(first):
-        kernel[(first.numel() // keys,)](
+    with torch.cuda.device_of(scores):
+        kernel[(scores.numel() // keys,)](
             *tensors,
             scale,
             rows,
             keys,
-            *batch[1:],
+            *(1, 1, *scores.shape[:-2])[-2:],
             *strides,
             **flags,
             block=block,
-            num_warps=min(max(block // 256, 1), 16),
+            num_warps=_row_warps(block),
             **FP_FUSION,
         )
+
+
+def _row_warps(block: int) -> int:
+    return min(max(block // 256, 1), 16)
 
 
 def _attention_softmax(scores: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -679,7 +683,7 @@ def _attention_softmax(scores: Tensor, mask: Tensor | None, scale: float) -> Ten
     p = torch.empty_like(scores)
     tensors = (scores, scores if mask is None else mask, p)
     flags = {"has_mask": mask is not None}
-    _launch_rows(attention_rows_fwd_kernel, scores.shape, tensors, (mask,), scale, flags)
+    _launch_rows(attention_rows_fwd_kernel, scores, tensors, (mask,), scale, flags)
     return p
 
 
@@ -690,7 +694,7 @@ def _attention_softmax_backward(
     p, ds = torch.empty_like(scores), torch.empty_like(scores)
     tensors = (dp, scores, scores if mask is None else mask, p, ds)
     flags = {"has_mask": mask is not None}
-    _launch_rows(attention_rows_bwd_kernel, scores.shape, tensors, (mask,), scale, flags)
+    _launch_rows(attention_rows_bwd_kernel, scores, tensors, (mask,), scale, flags)
     return p, ds
 
 
@@ -715,39 +719,36 @@ def _attention_softmax_double_backward(
         "has_mask": mask is not None,
     }
     masks = (grad_grad_mask, mask)
-    _launch_rows(attention_rows_bwd_bwd_kernel, scores.shape, tensors, masks, scale, flags)
+    _launch_rows(attention_rows_bwd_bwd_kernel, scores, tensors, masks, scale, flags)
     return p, ds, b, e
 
 
 def _specialization(
     kernel: Any, name: str, dtype: torch.dtype, constants: dict[str, Any], options: dict[str, Any]
 ) -> Specialization:
-    flags = {
-        n: n != "has_grad_grad_mask"
-        for n in kernel.arg_names
-        if n.startswith("has_") or n.endswith("_wanted")
-    }
-    constants = {n: v for n, v in (flags | constants).items() if n in kernel.arg_names}
-    # The mask's columns are adjacent, and Triton compiles a 1 as a constant.
-    constants["mask_column"] = 1
+    """With everything given and wanted but the incoming gradient of the mask."""
+    optional = (n for n in kernel.arg_names if n.startswith("has_") or n.endswith("_wanted"))
+    flags = {argument: argument != "has_grad_grad_mask" for argument in optional}
+    # Triton compiles a 1, such as the stride of a mask's columns, as a constant, and the strides of an absent
+    # tensor are 0.
+    constants = {n: v for n, v in (flags | constants | {"mask_column": 1}).items() if n in kernel.arg_names}
     pointer = pointer_type(dtype)
-    signature = {}
+    signature, divisible = {}, []
     for argument in kernel.arg_names:
+        stride = argument.rsplit("_")[-1] in ("0", "1", "2", "row", "column")
         if argument in constants:
             signature[argument] = "constexpr"
-        elif argument.endswith("_ptr"):
-            # Masks are made for the arithmetic's dtype.
-            signature[argument] = "*fp32" if "mask" in argument else pointer
+        elif argument == "scale":
+            signature[argument] = "fp32"
         else:
-            signature[argument] = "fp32" if argument == "scale" else "i32"
-    matrices = tuple(
-        argument
-        for argument in signature
-        if argument.endswith("_ptr")
-        or (argument.rsplit("_")[-1] in ("0", "1", "2", "row") and "mask" not in argument)
-    )
+            # Masks are of the dtype of arithmetic.
+            mask = "mask" in argument
+            signature[argument] = ("*fp32" if mask else pointer) if argument.endswith("_ptr") else "i32"
+            of_matrix = not mask or argument.startswith("grad_grad_mask")
+            if argument.endswith("_ptr") or argument == "mask_0" or (stride and of_matrix):
+                divisible.append(argument)
     return Specialization(
-        f"{kernel.__name__}-{name}-{pointer[1:]}", kernel, signature, constants, matrices, options
+        f"{kernel.__name__}-{name}-{pointer[1:]}", kernel, signature, constants, tuple(divisible), options
     )
 
 
@@ -756,7 +757,6 @@ def specializations() -> Iterator[Specialization]:
     windows = (window_attention_fwd_kernel, window_attention_bwd_kernel, window_attention_bwd_bwd_kernel)
     for kernel, dtype in itertools.product(windows, (torch.float32, torch.bfloat16)):
         yield _specialization(kernel, "swin", dtype, *_window_constants(dtype, 49, 49, 32, 32, False))
-    options = {"num_warps": 1, **FP_FUSION}
-    yield _specialization(
-        attention_rows_bwd_bwd_kernel, "vit", torch.bfloat16, {"block": 256, "has_mask": False}, options
-    )
+    constants = {"block": 256, "has_mask": False}
+    options = {"num_warps": _row_warps(256), **FP_FUSION}
+    yield _specialization(attention_rows_bwd_bwd_kernel, "vit", torch.bfloat16, constants, options)
