@@ -470,10 +470,11 @@ Tensor broadcast_batch(const Tensor& mask, const Tensor& query) {
   return mask.expand(sizes);
 }
 
-// The gradient of the mask: partial sums, whose order does not depend on the number of threads.
+// The gradient of the mask: partial sums, whose order does not depend on the number of threads. There are
+// about as many as tasks, where the batch is large enough; columns pads the rows of a sum.
 class MaskSums {
  public:
-  MaskSums(bool wanted, const AttentionProblem& p, const Tensor& mask) {
+  MaskSums(bool wanted, AttentionProblem& p, const Tensor& mask, int64_t tasks, int64_t columns) {
     if (!wanted) {
       return;
     }
@@ -485,14 +486,10 @@ class MaskSums {
       sizes_[d] = leading ? 1 : p.query.size(d);
       (leading ? repeats : tiles) *= p.query.size(d);
     }
-    // Enough tasks for many threads.
-    constexpr int64_t tasks = 64;
     const int64_t parts =
         std::clamp<int64_t>(tasks / std::max<int64_t>(tiles, 1), 1, std::max<int64_t>(repeats, 1));
-    sums_ = at::empty({parts, tiles, mask.size(3), mask.size(4)}, mask.options());
-  }
-  const Tensor& sums() const {
-    return sums_;
+    p.grad_attn_mask = at::empty({parts, tiles, mask.size(3), columns}, mask.options());
+    sums_ = p.grad_attn_mask.narrow(-1, 0, mask.size(4));
   }
   Tensor total(const Inputs& in) const {
     if (!sums_.defined()) {
@@ -531,25 +528,26 @@ AttentionProblem to_problem(const Inputs& in, Tensor& mask) {
   return p;
 }
 
-// Each writes its results into tensors that it is given.
-struct CpuKernels {
+// Each pass writes its results into tensors that it is given, but for the mask's gradient, which it returns.
+template <class Device>
+struct OnProblems {
   static void forward(const Inputs& in, const Tensor& output) {
     Tensor mask;
     auto p = to_problem(in, mask);
     p.output = to_problem(output);
-    GRADNORM_KERNELS(attention_kernels).forward(p);
+    if (output.numel() > 0) {
+      Device::forward(p);
+    }
   }
 
-  // Returns the mask's gradient.
   static Tensor backward(
       const Tensor& grad_output, const Inputs& in, const Gradients& grads, bool mask_wanted) {
     Tensor mask;
     auto p = to_problem(in, mask);
     p.grad_output = to_problem(grad_output);
     set_targets(p, grads);
-    const MaskSums sums(mask_wanted, p, mask);
-    p.grad_attn_mask = sums.sums();
-    GRADNORM_KERNELS(attention_kernels).backward(p);
+    const MaskSums sums(mask_wanted, p, mask, Device::kTasks, Device::sum_columns(p));
+    Device::backward(p);
     return sums.total(in);
   }
 
@@ -567,9 +565,8 @@ struct CpuKernels {
     }
     p.grad_grad_output = to_problem(grads.grad_output);
     set_targets(p, grads.inputs);
-    const MaskSums sums(mask_wanted, p, mask);
-    p.grad_attn_mask = sums.sums();
-    GRADNORM_KERNELS(attention_kernels).double_backward(p);
+    const MaskSums sums(mask_wanted, p, mask, Device::kTasks, Device::sum_columns(p));
+    Device::double_backward(p);
     return sums.total(in);
   }
 
@@ -580,6 +577,76 @@ struct CpuKernels {
     p.grad_value = to_problem(grads.value);
   }
 };
+
+struct Cpu {
+  // Enough for many threads.
+  static constexpr int64_t kTasks = 64;
+
+  static int64_t sum_columns(const AttentionProblem& p) {
+    return p.key.size(3);
+  }
+  static void forward(const AttentionProblem& p) {
+    GRADNORM_KERNELS(attention_kernels).forward(p);
+  }
+  static void backward(const AttentionProblem& p) {
+    GRADNORM_KERNELS(attention_kernels).backward(p);
+  }
+  static void double_backward(const AttentionProblem& p) {
+    GRADNORM_KERNELS(attention_kernels).double_backward(p);
+  }
+};
+
+// Windows: one kernel a pass, through ops of which gradnorm_kernels/kernels/attention.py has the only
+// implementation.
+constexpr auto kWindowForward = "_window_attention_fwd";
+constexpr auto kWindowBackward = "_window_attention_bwd";
+constexpr auto kWindowDoubleBackward = "_window_attention_bwd_bwd";
+
+template <class Signature>
+auto find_window_op(const char* name) {
+  return find_op<Signature>(std::string("gradnorm_kernels::") + name);
+}
+
+struct CudaWindows {
+  // Enough for many multiprocessors.
+  static constexpr int64_t kTasks = 2048;
+
+  static int64_t sum_columns(const AttentionProblem& p) {
+    int64_t columns = 16;
+    while (columns < p.key.size(3)) {
+      columns *= 2;
+    }
+    return columns;
+  }
+  static void forward(const AttentionProblem& p) {
+    static const auto op = find_window_op<void(
+        const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, double, const Tensor&)>(
+        kWindowForward);
+    op.call(p.query, p.key, p.value, if_defined(p.attn_mask), p.scale, p.output);
+  }
+  static void backward(const AttentionProblem& p) {
+    static const auto op = find_window_op<void(
+        const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, double,
+        const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&)>(
+        kWindowBackward);
+    op.call(
+        p.grad_output, p.query, p.key, p.value, if_defined(p.attn_mask), p.scale, if_defined(p.grad_query),
+        if_defined(p.grad_key), if_defined(p.grad_value), if_defined(p.grad_attn_mask));
+  }
+  static void double_backward(const AttentionProblem& p) {
+    static const auto op = find_window_op<void(
+        const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+        const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, double,
+        const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+        const OptionalTensor&)>(kWindowDoubleBackward);
+    op.call(
+        if_defined(p.grad_grad_query), if_defined(p.grad_grad_key), if_defined(p.grad_grad_value),
+        if_defined(p.grad_grad_attn_mask), p.grad_output, p.query, p.key, p.value, if_defined(p.attn_mask),
+        p.scale, if_defined(p.grad_grad_output), if_defined(p.grad_query), if_defined(p.grad_key),
+        if_defined(p.grad_value), if_defined(p.grad_attn_mask));
+  }
+};
+
 // On meta tensors the results are all there is.
 struct NoKernels {
   static void forward(const Inputs&, const Tensor&) {}
@@ -926,25 +993,26 @@ struct Ops<Packed> {
   }
 };
 
+template <class Form>
+bool by_parts(at::TensorList tensors) {
+  return is_unfused(Form::inputs(tensors, Tensor(), 1.0));
+}
+
 // Below autograd.
 template <class Form>
 struct Fused {
-  static bool by_parts(at::TensorList tensors, const Tensor& attn_mask) {
-    return is_unfused(Form::inputs(tensors, attn_mask, 1.0));
-  }
-
   static Tensor forward(at::TensorList tensors, const Tensor& attn_mask, const std::optional<double>& scale) {
     at::AutoDispatchBelowADInplaceOrView guard;
     Form::check("", tensors, attn_mask);
-    return by_parts(tensors, attn_mask) ? ByParts<Form, Unfused>::forward(tensors, attn_mask, scale)
-                                        : Ops<Form>::call_forward(tensors, attn_mask, scale);
+    return by_parts<Form>(tensors) ? ByParts<Form, Unfused>::forward(tensors, attn_mask, scale)
+                                   : Ops<Form>::call_forward(tensors, attn_mask, scale);
   }
   static variable_list backward(
       const Tensor& grad_output, at::TensorList tensors, const Tensor& attn_mask,
       const std::optional<double>& scale, const std::vector<bool>& wanted) {
     at::AutoDispatchBelowADInplaceOrView guard;
     check_backward<Form>("_backward", grad_output, tensors, attn_mask);
-    return by_parts(tensors, attn_mask)
+    return by_parts<Form>(tensors)
                ? ByParts<Form, Unfused>::backward(grad_output, tensors, attn_mask, scale, wanted)
                : Ops<Form>::call_backward(grad_output, tensors, attn_mask, scale, wanted);
   }
@@ -953,7 +1021,7 @@ struct Fused {
       const std::optional<double>& scale, const std::vector<bool>& wanted) {
     at::AutoDispatchBelowADInplaceOrView guard;
     check_double_backward<Form>(grad_grads, grad_output, tensors, attn_mask);
-    return by_parts(tensors, attn_mask)
+    return by_parts<Form>(tensors)
                ? ByParts<Form, Unfused>::double_backward(
                      grad_grads, grad_output, tensors, attn_mask, scale, wanted)
                : Ops<Form>::call_double_backward(grad_grads, grad_output, tensors, attn_mask, scale, wanted);
@@ -1233,13 +1301,38 @@ void implement(torch::Library& m) {
   form(Packed());
 }
 template <class Form>
-using OnCpu = Direct<Form, CpuKernels>;
+using OnCpu = Direct<Form, OnProblems<Cpu>>;
 template <class Form>
 using OnMeta = Direct<Form, NoKernels>;
 template <class Form>
 using ByAten = ByParts<Form, Composite>;
 template <class Form>
 using ByRowOps = ByParts<Form, Unfused>;
+template <class Form>
+struct OnCuda {
+  using Windows = Direct<Form, OnProblems<CudaWindows>>;
+
+  static Tensor forward(at::TensorList tensors, const Tensor& attn_mask, const std::optional<double>& scale) {
+    Form::check("", tensors, attn_mask);
+    return by_parts<Form>(tensors) ? ByRowOps<Form>::forward(tensors, attn_mask, scale)
+                                   : Windows::forward(tensors, attn_mask, scale);
+  }
+  static variable_list backward(
+      const Tensor& grad_output, at::TensorList tensors, const Tensor& attn_mask,
+      const std::optional<double>& scale, const std::vector<bool>& wanted) {
+    check_backward<Form>("_backward", grad_output, tensors, attn_mask);
+    return by_parts<Form>(tensors) ? ByRowOps<Form>::backward(grad_output, tensors, attn_mask, scale, wanted)
+                                   : Windows::backward(grad_output, tensors, attn_mask, scale, wanted);
+  }
+  static variable_list double_backward(
+      at::TensorList grad_grads, const Tensor& grad_output, at::TensorList tensors, const Tensor& attn_mask,
+      const std::optional<double>& scale, const std::vector<bool>& wanted) {
+    check_double_backward<Form>(grad_grads, grad_output, tensors, attn_mask);
+    return by_parts<Form>(tensors)
+               ? ByRowOps<Form>::double_backward(grad_grads, grad_output, tensors, attn_mask, scale, wanted)
+               : Windows::double_backward(grad_grads, grad_output, tensors, attn_mask, scale, wanted);
+  }
+};
 
 void implement_autocast(torch::Library& m) {
   m.impl(Separate::name, &Ops<Separate>::forward<Autocast<Separate>>);
@@ -1249,6 +1342,18 @@ void implement_autocast(torch::Library& m) {
 TORCH_LIBRARY_FRAGMENT(gradnorm_kernels, m) {
   Ops<Separate>::define(m);
   Ops<Packed>::define(m);
+  m.def(
+      "_window_attention_fwd(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, float scale, "
+      "Tensor(a!) output) -> ()");
+  m.def(
+      "_window_attention_bwd(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor? attn_mask, "
+      "float scale, Tensor(a!)? grad_query, Tensor(b!)? grad_key, Tensor(c!)? grad_value, "
+      "Tensor(d!)? grad_attn_mask) -> ()");
+  m.def(
+      "_window_attention_bwd_bwd(Tensor? grad_grad_query, Tensor? grad_grad_key, Tensor? grad_grad_value, "
+      "Tensor? grad_grad_attn_mask, Tensor grad_output, Tensor query, Tensor key, Tensor value, "
+      "Tensor? attn_mask, float scale, Tensor(a!)? grad_grad_output, Tensor(b!)? grad_query, "
+      "Tensor(c!)? grad_key, Tensor(d!)? grad_value, Tensor(e!)? grad_attn_mask) -> ()");
   m.def("_attention_softmax(Tensor scores, Tensor? attn_mask, float scale) -> Tensor");
   m.def(
       "_attention_softmax_backward(Tensor grad_probabilities, Tensor scores, Tensor? attn_mask, float scale) "
@@ -1264,6 +1369,10 @@ TORCH_LIBRARY_FRAGMENT(gradnorm_kernels, m) {
 
 TORCH_LIBRARY_IMPL(gradnorm_kernels, CPU, m) {
   implement<OnCpu>(m);
+}
+
+TORCH_LIBRARY_IMPL(gradnorm_kernels, CUDA, m) {
+  implement<OnCuda>(m);
 }
 
 TORCH_LIBRARY_IMPL(gradnorm_kernels, Meta, m) {

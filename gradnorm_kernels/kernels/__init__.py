@@ -27,6 +27,15 @@ _OPS = {
         for suffix in suffixes
     ),
     "group_norm": ("group_norm_double_backward",),
+    "activation": ("gelu", "gelu_backward", "gelu_double_backward"),
+    "attention": (
+        "_window_attention_fwd",
+        "_window_attention_bwd",
+        "_window_attention_bwd_bwd",
+        "_attention_softmax",
+        "_attention_softmax_backward",
+        "_attention_softmax_double_backward",
+    ),
 }
 
 
