@@ -27,7 +27,6 @@ _OPS = {
         for suffix in suffixes
     ),
     "group_norm": ("group_norm_double_backward",),
-    "activation": ("gelu", "gelu_backward", "gelu_double_backward"),
     "attention": (
         "_window_attention_fwd",
         "_window_attention_bwd",

@@ -11,8 +11,18 @@ P = softmax(S), dP = dO V^T and so on.
 
 from __future__ import annotations
 
+import functools
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from .common import FP_FUSION, Specialization, pointer_type, widen
 
 # Windows. A tensor is (batch 0, batch 1, batch 2, rows, columns), its columns contiguous, and comes with the
 # strides of the other four; a mask with all five. An absent one is given as any other, and never touched.
@@ -118,54 +128,6 @@ def window_attention_fwd_kernel(
     mask_strides = (mask_0, mask_1, mask_2, mask_row, mask_column)
     output_strides = (output_0, output_1, output_2, output_row)
     item = _split(tl.program_id(0), batch_1, batch_2)
-    for first in tl.range(0, row_count, row_block, disable_licm=True):
-        query = _load(
-            query_ptr,
-            _start(item, query_0, query_1, query_2),
-            query_row,
-            first,
-            rows,
-            columns,
-            row_block,
-            block,
-        )
-        key = _load(key_ptr, _start(item, key_0, key_1, key_2), key_row, 0, keys, columns, key_block, block)
-        scores = _dot(query, tl.trans(key), precision) * scale
-        if has_mask:
-            scores += _load_mask(
-                mask_ptr,
-                _start(item, mask_0, mask_1, mask_2),
-                mask_row,
-                mask_column,
-                first,
-                rows,
-                keys,
-                row_block,
-                key_block,
-            )
-        p = _softmax(scores, first, rows, keys, row_block, key_block)
-        value = _load(
-            value_ptr,
-            _start(item, value_0, value_1, value_2),
-            value_row,
-            0,
-            keys,
-            value_columns,
-            key_block,
-            value_block,
-        )
-        output = _dot(p, value, precision)
-        _store(
-            output_ptr,
-            _start(item, output_0, output_1, output_2),
-            output_row,
-            first,
-            output,
-            rows,
-            value_columns,
-            row_block,
-            value_block,
-        )
     for first in tl.range(0, rows if rows <= row_block else row_count, row_block, disable_licm=True):
         query = _load(query_ptr, item, query_strides, first, rows, columns, row_block, block)
         key = _load(key_ptr, item, key_strides, 0, keys, columns, key_block, block)
@@ -215,48 +177,6 @@ def window_attention_bwd_kernel(
         item = _split(repeat * tiles + program % tiles, batch_1, batch_2)
         grad_key = tl.zeros((key_block, block), dtype=tl.float32)
         grad_value = tl.zeros((key_block, value_block), dtype=tl.float32)
-        for first in tl.range(0, row_count, row_block, disable_licm=True):
-            query = _load(
-                query_ptr,
-                _start(item, query_0, query_1, query_2),
-                query_row,
-                first,
-                rows,
-                columns,
-                row_block,
-                block,
-            )
-            key = _load(
-                key_ptr, _start(item, key_0, key_1, key_2), key_row, 0, keys, columns, key_block, block
-            )
-            scores = _dot(query, tl.trans(key), precision) * scale
-            if has_mask:
-                scores += _load_mask(
-                    mask_ptr,
-                    _start(item, mask_0, mask_1, mask_2),
-                    mask_row,
-                    mask_column,
-                    first,
-                    rows,
-                    keys,
-                    row_block,
-                    key_block,
-                )
-            p = _softmax(scores, first, rows, keys, row_block, key_block)
-            grad_output = _load(
-                grad_output_ptr, _start(item, grad_output_0, grad_output_1, grad_output_2), grad_output_row, first, rows, value_columns, row_block,
-                value_block,
-            )  # fmt: skip
-            value = _load(
-                value_ptr,
-                _start(item, value_0, value_1, value_2),
-                value_row,
-                0,
-                keys,
-                value_columns,
-                key_block,
-                value_block,
-            )
         for first in tl.range(0, rows if rows <= row_block else row_count, row_block, disable_licm=True):
             query = _load(query_ptr, item, query_strides, first, rows, columns, row_block, block)
             key = _load(key_ptr, item, key_strides, 0, keys, columns, key_block, block)
@@ -290,17 +210,6 @@ def window_attention_bwd_kernel(
             if key_wanted:
                 grad_key += _dot(tl.trans(ds.to(query.dtype)), query, precision)
         if key_wanted:
-            _store(
-                grad_key_ptr,
-                _start(item, grad_key_0, grad_key_1, grad_key_2),
-                grad_key_row,
-                0,
-                grad_key * scale,
-                keys,
-                columns,
-                key_block,
-                block,
-            )
             _store(grad_key_ptr, item, grad_key_strides, 0, grad_key * scale, keys, columns, key_block, block)
         if value_wanted:
             _store(
@@ -364,33 +273,6 @@ def window_attention_bwd_bwd_kernel(
         item = _split(repeat * tiles + program % tiles, batch_1, batch_2)
         grad_key = tl.zeros((key_block, block), dtype=tl.float32)
         grad_value = tl.zeros((key_block, value_block), dtype=tl.float32)
-        for first in tl.range(0, row_count, row_block, disable_licm=True):
-            query = _load(
-                query_ptr,
-                _start(item, query_0, query_1, query_2),
-                query_row,
-                first,
-                rows,
-                columns,
-                row_block,
-                block,
-            )
-            key = _load(
-                key_ptr, _start(item, key_0, key_1, key_2), key_row, 0, keys, columns, key_block, block
-            )
-            scores = _dot(query, tl.trans(key), precision) * scale
-            if has_mask:
-                scores += _load_mask(
-                    mask_ptr,
-                    _start(item, mask_0, mask_1, mask_2),
-                    mask_row,
-                    mask_column,
-                    first,
-                    rows,
-                    keys,
-                    row_block,
-                    key_block,
-                )
         for first in tl.range(0, rows if rows <= row_block else row_count, row_block, disable_licm=True):
             query = _load(query_ptr, item, query_strides, first, rows, columns, row_block, block)
             key = _load(key_ptr, item, key_strides, 0, keys, columns, key_block, block)
@@ -402,27 +284,6 @@ def window_attention_bwd_bwd_kernel(
             a = tl.zeros((row_block, key_block), dtype=tl.float32)
             if has_grad_grad_query:
                 dd_query = _load(
-                    grad_grad_query_ptr,
-                    _start(item, grad_grad_query_0, grad_grad_query_1, grad_grad_query_2),
-                    grad_grad_query_row,
-                    first,
-                    rows,
-                    columns,
-                    row_block,
-                    block,
-                )
-                a += _dot(dd_query, tl.trans(key), precision)
-            if has_grad_grad_key:
-                dd_key = _load(
-                    grad_grad_key_ptr,
-                    _start(item, grad_grad_key_0, grad_grad_key_1, grad_grad_key_2),
-                    grad_grad_key_row,
-                    0,
-                    keys,
-                    columns,
-                    key_block,
-                    block,
-                )
                     grad_grad_query_ptr, item, dd_query_strides, first, rows, columns, row_block, block
                 )
                 a += _dot(dd_query, tl.trans(key), precision)
@@ -437,19 +298,6 @@ def window_attention_bwd_bwd_kernel(
             alpha = tl.sum(p * a, axis=1)[:, None]
 
             grad_output = _load(
-                grad_output_ptr, _start(item, grad_output_0, grad_output_1, grad_output_2), grad_output_row, first, rows, value_columns, row_block,
-                value_block,
-            )  # fmt: skip
-            value = _load(
-                value_ptr,
-                _start(item, value_0, value_1, value_2),
-                value_row,
-                0,
-                keys,
-                value_columns,
-                key_block,
-                value_block,
-            )
                 grad_output_ptr, item, grad_output_strides, first, rows, value_columns, row_block, value_block
             )
             value = _load(value_ptr, item, value_strides, 0, keys, value_columns, key_block, value_block)
@@ -485,21 +333,6 @@ def window_attention_bwd_bwd_kernel(
             if mask_wanted:
                 _accumulate(mask_sums_ptr, program, first, e, repeat < parts, rows, row_block, key_block)
             if query_wanted:
-                key = _load(
-                    key_ptr, _start(item, key_0, key_1, key_2), key_row, 0, keys, columns, key_block, block
-                )
-                grad_query = _dot(e_narrow, key, precision)
-                if has_grad_grad_key:
-                    dd_key = _load(
-                        grad_grad_key_ptr,
-                        _start(item, grad_grad_key_0, grad_grad_key_1, grad_grad_key_2),
-                        grad_grad_key_row,
-                        0,
-                        keys,
-                        columns,
-                        key_block,
-                        block,
-                    )
                 grad_query = _dot(e, key, precision)
                 if has_grad_grad_key:
                     grad_query += _dot(ds, dd_key, precision)
@@ -508,33 +341,10 @@ def window_attention_bwd_bwd_kernel(
                     row_block, block,
                 )  # fmt: skip
             if key_wanted:
-                tl.debug_barrier()
-                query = _load(
-                    query_ptr,
-                    _start(item, query_0, query_1, query_2),
-                    query_row,
-                    first,
-                    rows,
-                    columns,
-                    row_block,
-                    block,
-                )
-                grad_key += _dot(tl.trans(e_narrow), query, precision)
                 grad_key += _dot(tl.trans(e.to(query.dtype)), query, precision)
                 if has_grad_grad_query:
                     grad_key += _dot(tl.trans(ds), dd_query, precision)
         if key_wanted:
-            _store(
-                grad_key_ptr,
-                _start(item, grad_key_0, grad_key_1, grad_key_2),
-                grad_key_row,
-                0,
-                grad_key * scale,
-                keys,
-                columns,
-                key_block,
-                block,
-            )
             _store(grad_key_ptr, item, grad_key_strides, 0, grad_key * scale, keys, columns, key_block, block)
         if value_wanted:
             _store(
