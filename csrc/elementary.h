@@ -156,11 +156,11 @@ MishGate<at::vec::Vectorized<T>> mish_gate(const at::vec::Vectorized<T>& x) {
   const auto d = exp_nonpositive(x.abs().neg());
   const auto scale = operand<at::vec::Vectorized<T>>(1.0_c) /
                      select(positive, polynomial(d, 1.0, 2.0, 2.0), polynomial(d, 2.0, 2.0, 1.0));
-  const auto slope_factor = select(positive, d * d, d) * scale * 4.0_c;
+  const auto decay = select(positive, d * d, d) * scale;
   return {
-      select(positive, d * d * scale * Constant{-2.0} + 1.0_c, d * (d + 2.0_c) * scale),
-      slope_factor * (d + 1.0_c) * scale,
-      slope_factor * scale * scale *
+      select(positive, decay * Constant{-2.0} + 1.0_c, decay * (d + 2.0_c)),
+      decay * (d + 1.0_c) * scale * 4.0_c,
+      decay * scale * scale * 4.0_c *
           select(positive, polynomial(d, -2.0, -3.0, 2.0, 2.0), polynomial(d, 2.0, 2.0, -3.0, -2.0))};
 }
 // By the chain rule, without the |x| that has no derivative at 0.

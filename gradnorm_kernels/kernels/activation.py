@@ -86,8 +86,10 @@ def activation_bwd_bwd_kernel(
     x = widen(tl.load(input_ptr + offsets, mask=mask))
     v = widen(tl.load(grad_grad_input_ptr + offsets, mask=mask))
     g = widen(tl.load(grad_output_ptr + offsets, mask=mask))
-    tl.store(grad_grad_output_ptr + offsets, df(v, x, parameters), mask=mask)
-    tl.store(grad_input_ptr + offsets, ddf(v, g, x, parameters), mask=mask)
+    grad_grad_output = df(v, x, parameters)
+    grad_input = ddf(v, g, x, parameters)
+    tl.store(grad_grad_output_ptr + offsets, grad_grad_output, mask=mask)
+    tl.store(grad_input_ptr + offsets, grad_input, mask=mask)
 
 
 # The activations: f(x), df(g, x) = g f'(x) and ddf(v, g, x) = v f''(x) g, with the parameters last.
@@ -225,12 +227,13 @@ def _mish_gate(x):
     positive = x > 0
     d = tl.exp(-tl.abs(x))
     scale = 1.0 / tl.where(positive, 1.0 + d * (2.0 + 2.0 * d), 2.0 + d * (2.0 + d))
-    value = tl.where(positive, 1.0 - 2.0 * d * d * scale, d * (d + 2.0) * scale)
-    factor = 4.0 * tl.where(positive, d * d, d) * scale
+    decay = tl.where(positive, d * d, d) * scale
+    value = tl.where(positive, 1.0 - 2.0 * decay, decay * (d + 2.0))
+    slope = 4.0 * decay * (1.0 + d) * scale
     cubic = tl.where(
         positive, -2.0 + d * (-3.0 + d * (2.0 + 2.0 * d)), 2.0 + d * (2.0 + d * (-3.0 - 2.0 * d))
     )
-    return value, factor * (1.0 + d) * scale, factor * scale * scale * cubic
+    return value, slope, 4.0 * decay * scale * scale * cubic
 
 
 @triton.jit
