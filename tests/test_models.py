@@ -87,9 +87,11 @@ def test_parameter_gradients_equal_stocks(name, mode):
     model, images = make_model(name, mode)
     stock = without_hardsigmoid_and_fused_attention(copy.deepcopy(model))
     exact = penalised_gradients(copy.deepcopy(stock), images)
-    for ours in (fused_gradients(model, images), switched_gradients(copy.deepcopy(model), images)):
-        for gradient, expected in zip(ours, exact, strict=True):
-            torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-9 * expected.abs().max().item())
+    # Under the switch the first derivatives are PyTorch's own: its hardsigmoid has 1/6 in float32.
+    switch_rtol = 1e-7 if "mobilenet" in name else 1e-9
+    for run, rtol in ((fused_gradients, 1e-9), (switched_gradients, switch_rtol)):
+        for gradient, expected in zip(run(copy.deepcopy(model), images), exact, strict=True):
+            torch.testing.assert_close(gradient, expected, rtol=rtol, atol=rtol * expected.abs().max().item())
 
     model, stock, images = model.float(), stock.float(), images.float()
     stock_error = distance(penalised_gradients(copy.deepcopy(stock), images), exact)
