@@ -275,7 +275,11 @@ struct Composite {
       return at::unflatten_symint(to_opmath(tensor), 1, {num_groups, size});
     }
     Tensor join(const Tensor& tensor) const {
-      return tensor.flatten(1, 2).to(dtype);
+      // Not flatten, which has no batching rule under torch.func.vmap.
+      auto sizes = tensor.sym_sizes().vec();
+      sizes[1] = sizes[1] * sizes[2];
+      sizes.erase(sizes.begin() + 2);
+      return tensor.reshape_symint(sizes).to(dtype);
     }
     Tensor split_parameter(const Tensor& parameter) const {
       std::vector<c10::SymInt> shape(dims.size() + 2, 1);
@@ -300,7 +304,7 @@ struct Composite {
     Tensor sum_parameter(const Tensor& tensor) const {
       std::vector<int64_t> all_but_channels{0};
       all_but_channels.insert(all_but_channels.end(), dims.begin() + 1, dims.end());
-      return tensor.sum(all_but_channels).flatten();
+      return tensor.sum(all_but_channels).reshape(-1);
     }
 
     at::ScalarType dtype;

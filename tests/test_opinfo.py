@@ -85,6 +85,7 @@ FAST = {
     "nn.functional.conv_transpose3d",
     "nn.functional.group_norm",
     "nn.functional.instance_norm",
+    "nn.functional.scaled_dot_product_attention",
 }
 INFOS = {op.full_name: op for op in op_db}
 

@@ -1,5 +1,4 @@
 #include "convolution.h"
-#include "parallel.h"
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -10,6 +9,8 @@
 #include <memory>
 #include <utility>
 #include <vector>
+
+#include "parallel.h"
 
 namespace gradnorm_kernels::CPU_CAPABILITY {
 namespace {

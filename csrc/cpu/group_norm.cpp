@@ -1,5 +1,4 @@
 #include "group_norm.h"
-#include "parallel.h"
 
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
@@ -9,6 +8,8 @@
 #include <algorithm>
 #include <array>
 #include <vector>
+
+#include "parallel.h"
 
 namespace gradnorm_kernels::CPU_CAPABILITY {
 namespace {

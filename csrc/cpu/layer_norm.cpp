@@ -1,5 +1,4 @@
 #include "layer_norm.h"
-#include "parallel.h"
 
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
@@ -10,6 +9,8 @@
 #include <array>
 #include <tuple>
 #include <type_traits>
+
+#include "parallel.h"
 
 namespace gradnorm_kernels::CPU_CAPABILITY {
 namespace {
