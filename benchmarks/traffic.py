@@ -33,9 +33,18 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 # Ops that only reserve memory, and a view that is not declared as one.
 _FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"}
 
-# Ops of this package that make more than one launch or read an argument more than once on CUDA:
-# launches, and how often each argument is read where that is not once.
-SEVERAL_PASSES: dict[str, tuple[int, dict[str, int]]] = {}
+_TWICE = {"grad_grad_input": 2, "grad_output": 2, "input": 2}
+# Ops of this package that make several launches on CUDA, or read an argument several times: of their
+# arguments, the number of launches, and how often each argument is read where that is not once.
+SEVERAL_PASSES: dict[str, Callable[[dict[str, Any]], tuple[int, dict[str, int]]]] = {
+    # Sums of each channel, then the elements; in evaluation mode the elements and a sum of partial sums.
+    "gradnorm_kernels::batch_norm_double_backward": lambda a: (3, _TWICE) if a["training"] else (2, {}),
+    # Rows, then a sum of partial sums for the weight.
+    "gradnorm_kernels::layer_norm_double_backward": lambda a: (2, {}),
+    "gradnorm_kernels::layer_norm_2d_backward": lambda a: (2, {}),
+    # Groups that no block holds are read twice.
+    "gradnorm_kernels::group_norm_double_backward": lambda a: (3, _TWICE),
+}
 
 
 class Traffic(TorchDispatchMode):
@@ -53,10 +62,11 @@ class Traffic(TorchDispatchMode):
         name = func._schema.name
         if func.is_view or name.removeprefix("aten::") in _FREE:
             return result
-        launches, reads = SEVERAL_PASSES.get(name, (1, {}))
         names = [argument.name for argument in func._schema.arguments]
+        arguments = dict(zip(names, args, strict=False)) | kwargs
+        launches, reads = SEVERAL_PASSES[name](arguments) if name in SEVERAL_PASSES else (1, {})
         moved = sum(map(_size, tree_leaves(result)))
-        for argument, value in [*zip(names, args, strict=False), *kwargs.items()]:
+        for argument, value in arguments.items():
             moved += reads.get(argument, 1) * sum(map(_size, tree_leaves(value)))
         self.bytes[self.phase, name] += moved
         self.launches[self.phase, name] += launches

@@ -25,8 +25,6 @@ __all__ = [
     "convolution_double_backward",
     "elu",
     "gelu",
-    "gelu_backward",
-    "gelu_double_backward",
     "group_norm",
     "group_norm_backward",
     "group_norm_double_backward",

@@ -19,8 +19,11 @@ class set_fused_double_backward(ContextDecorator):  # noqa: N801 - the idiom of 
 
     Code that is not touched at all (a WGAN-GP, a PINN, a force field, ``torch.nn.GELU``) then
     differentiates twice at fused speed. Only the double backward changes: forward and first backward stay
-    PyTorch's. Covered: ``aten::gelu_backward``. Under ``torch.func`` transforms, forward-mode AD and
-    ``torch.compile``, and for nested tensors and tensor subclasses, PyTorch's own formulas stay in force.
+    PyTorch's. Covered: the activations (GELU, SiLU, Mish, Softplus, ELU and its kin, tanh, sigmoid, hard
+    sigmoid, hard swish), layer, batch, group and instance normalisation, softmax, every convolution, and
+    scaled dot-product attention, whose fused kernels PyTorch cannot differentiate twice. Under
+    ``torch.func`` transforms, forward-mode AD and ``torch.compile``, and for nested tensors and tensor
+    subclasses, PyTorch's own formulas stay in force.
 
     Works as ``torch.set_grad_enabled`` does: calling it sets the mode at once, ``with`` restores the
     previous one at the end, and it decorates functions. Unlike it, the mode belongs to the whole process,

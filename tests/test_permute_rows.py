@@ -39,5 +39,5 @@ def test_bad_input():
         permute_rows(x, INDEX.int(), INVERSE)
     with pytest.raises(ValueError, match="inverse"):
         permute_rows(x, INDEX, INVERSE[:4])
-    with pytest.raises((IndexError, RuntimeError), match="(?i)ind"):
+    with pytest.raises((IndexError, RuntimeError), match=r"(?i)ind"):
         permute_rows(x, INDEX + 1, INVERSE)

@@ -28,7 +28,11 @@ CEILINGS = {
 }
 
 
-@pytest.mark.parametrize("name", CEILINGS)
+# Of the scores of long sequences, which still pass through memory.
+NOT_YET = pytest.mark.xfail(strict=True, reason="attention over more than 64 tokens is not on chip yet")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[NOT_YET] * n.startswith("vit")) for n in CEILINGS])
 def test_fused_steps_stay_below_their_ceilings(name):
     options, most_bytes, most_launches = CEILINGS[name]
     model = name.partition("-")[0]
@@ -65,10 +69,18 @@ def test_views_and_allocations_cost_nothing():
 
 
 def test_ops_of_several_passes_are_counted_several_times():
-    for name, (launches, reads) in traffic.SEVERAL_PASSES.items():
-        op = getattr(torch.ops.gradnorm_kernels, name.partition("::")[2]).default
-        assert launches >= 1
-        assert reads.keys() <= {argument.name for argument in op._schema.arguments}
+    x = torch.empty(4, 3, 5, 5, device="meta", requires_grad=True)
+    g = torch.empty_like(x, requires_grad=True)
+    weight = torch.empty(3, device="meta", requires_grad=True)
+    output = gk.functional.batch_norm(x, None, None, weight, training=True)
+    (grad_input,) = torch.autograd.grad(output, x, g, create_graph=True)
+    counter = traffic.Traffic()
+    with counter:
+        torch.autograd.grad(grad_input, (g, x), torch.empty_like(x))
+    op = "gradnorm_kernels::batch_norm_double_backward"
+    assert counter.launches["forward", op] == 3
+    elements = counter.bytes["forward", op] / 4 / x.numel()
+    assert 8 <= elements < 8.1
 
 
 def test_one_layer_by_hand():
