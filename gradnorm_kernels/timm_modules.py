@@ -35,11 +35,11 @@ class FusedLayerNorm2d(timm.layers.LayerNorm2d):
 
 
 class FusedTimmGroupNorm(timm.layers.GroupNorm):
-    forward = modules.FusedGroupNorm.forward
+    forward = modules.FusedGroupNorm.forward  # type: ignore[assignment]
 
 
 class FusedGroupNorm1(timm.layers.GroupNorm1):
-    forward = modules.FusedGroupNorm.forward
+    forward = modules.FusedGroupNorm.forward  # type: ignore[assignment]
 
 
 class FusedGroupNormAct(timm.layers.GroupNormAct):
@@ -57,7 +57,7 @@ class FusedBatchNormAct2d(timm.layers.BatchNormAct2d):
 
 class FusedConv2dSame(timm.layers.Conv2dSame):
     def forward(self, x: Tensor) -> Tensor:
-        x = pad_same(x, self.weight.shape[-2:], self.stride, self.dilation)
+        x = pad_same(x, list(self.weight.shape[-2:]), list(self.stride), list(self.dilation))
         return functional.conv2d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
 
 

@@ -89,9 +89,11 @@ def test_parameter_gradients_equal_stocks(name, mode):
     exact = penalised_gradients(copy.deepcopy(stock), images)
     # Under the switch the first derivatives are PyTorch's own: its hardsigmoid has 1/6 in float32.
     switch_rtol = 1e-7 if "mobilenet" in name else 1e-9
+    # Some gradients are 0 but for rounding: that of a weight whose output is normalised next.
+    largest = max(gradient.abs().max().item() for gradient in exact)
     for run, rtol in ((fused_gradients, 1e-9), (switched_gradients, switch_rtol)):
         for gradient, expected in zip(run(copy.deepcopy(model), images), exact, strict=True):
-            torch.testing.assert_close(gradient, expected, rtol=rtol, atol=rtol * expected.abs().max().item())
+            torch.testing.assert_close(gradient, expected, rtol=rtol, atol=rtol * largest)
 
     model, stock, images = model.float(), stock.float(), images.float()
     stock_error = distance(penalised_gradients(copy.deepcopy(stock), images), exact)
