@@ -5,7 +5,7 @@
 A step is the forward pass, the input gradient with ``create_graph=True``, and the backward pass of
 0.8 CE + 1.2 eps ||dCE/dx||_1. Every op that is not a view counts the tensors it reads and writes, in full,
 and one launch. Ops of this package count in the same way, and those that make several passes over a tensor,
-or several launches, count each (`SEVERAL_PASSES`).
+or several launches, count each (`SEVERAL_PASSES`), but not the few numbers a row or channel between them.
 """
 
 import argparse
@@ -34,6 +34,17 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 _FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"}
 
 _TWICE = {"grad_grad_input": 2, "grad_output": 2, "input": 2}
+
+
+def _attention_backward(arguments: dict[str, Any]) -> tuple[int, dict[str, int]]:
+    """One launch over windows; over longer sequences one of queries, one of keys, which each read all."""
+    if "qkv" in arguments:
+        tokens = arguments["qkv"].shape[-4]
+    else:
+        tokens = max(arguments["query"].shape[-2], arguments["key"].shape[-2])
+    return (1, {}) if tokens <= 64 else (2, dict.fromkeys(arguments, 2))
+
+
 # Ops of this package that make several launches on CUDA, or read an argument several times: of their
 # arguments, the number of launches, and how often each argument is read where that is not once.
 SEVERAL_PASSES: dict[str, Callable[[dict[str, Any]], tuple[int, dict[str, int]]]] = {
@@ -44,6 +55,11 @@ SEVERAL_PASSES: dict[str, Callable[[dict[str, Any]], tuple[int, dict[str, int]]]
     "gradnorm_kernels::layer_norm_2d_backward": lambda a: (2, {}),
     # Groups that no block holds are read twice.
     "gradnorm_kernels::group_norm_double_backward": lambda a: (3, _TWICE),
+    **{
+        f"gradnorm_kernels::{attention}_{backward}": _attention_backward
+        for attention in ("qkv_attention", "scaled_dot_product_attention")
+        for backward in ("backward", "double_backward")
+    },
 }
 
 

@@ -420,15 +420,18 @@ using Unfused = Decomposed<OpParts>;
 
 // Where an op is several on this device. Decomposed where autograd calls it, they are seen by whoever counts
 // or records ops.
-bool is_unfused(const Inputs& in) {
+bool is_unfused(const Inputs& in, bool mask_has_gradient) {
   if (in.query.is_cpu()) {
     return false;
   }
-  // What one program of the window kernels holds.
-  constexpr int64_t tokens = 64, columns = 64;
+  // Kernels hold this many columns of a head. Where the mask has a gradient, they hold a whole window.
+  constexpr int64_t columns = 64, window_tokens = 64;
+  const auto is_long = [&] {
+    return in.query.sym_size(-2) > window_tokens || in.key.sym_size(-2) > window_tokens;
+  };
   return !(in.query.is_cuda() || in.query.is_meta()) || in.query.scalar_type() == at::kDouble ||
-         in.query.sym_size(-2) > tokens || in.key.sym_size(-2) > tokens || in.query.sym_size(-1) > columns ||
-         in.value.sym_size(-1) > columns;
+         in.query.sym_size(-1) > columns || in.value.sym_size(-1) > columns ||
+         (mask_has_gradient && is_long());
 }
 
 // On the CPU.
@@ -596,18 +599,17 @@ struct Cpu {
   }
 };
 
-// Windows: one kernel a pass, through ops of which gradnorm_kernels/kernels/attention.py has the only
-// implementation.
-constexpr auto kWindowForward = "_window_attention_fwd";
-constexpr auto kWindowBackward = "_window_attention_bwd";
-constexpr auto kWindowDoubleBackward = "_window_attention_bwd_bwd";
+// Ops of which gradnorm_kernels/kernels/attention.py has the only implementation.
+constexpr auto kKernelForward = "_attention_fwd";
+constexpr auto kKernelBackward = "_attention_bwd";
+constexpr auto kKernelDoubleBackward = "_attention_bwd_bwd";
 
 template <class Signature>
-auto find_window_op(const char* name) {
+auto find_kernel_op(const char* name) {
   return find_op<Signature>(std::string("gradnorm_kernels::") + name);
 }
 
-struct CudaWindows {
+struct Cuda {
   // Enough for many multiprocessors.
   static constexpr int64_t kTasks = 2048;
 
@@ -619,26 +621,26 @@ struct CudaWindows {
     return columns;
   }
   static void forward(const AttentionProblem& p) {
-    static const auto op = find_window_op<void(
+    static const auto op = find_kernel_op<void(
         const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, double, const Tensor&)>(
-        kWindowForward);
+        kKernelForward);
     op.call(p.query, p.key, p.value, if_defined(p.attn_mask), p.scale, p.output);
   }
   static void backward(const AttentionProblem& p) {
-    static const auto op = find_window_op<void(
+    static const auto op = find_kernel_op<void(
         const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, double,
         const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&)>(
-        kWindowBackward);
+        kKernelBackward);
     op.call(
         p.grad_output, p.query, p.key, p.value, if_defined(p.attn_mask), p.scale, if_defined(p.grad_query),
         if_defined(p.grad_key), if_defined(p.grad_value), if_defined(p.grad_attn_mask));
   }
   static void double_backward(const AttentionProblem& p) {
-    static const auto op = find_window_op<void(
+    static const auto op = find_kernel_op<void(
         const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
         const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, double,
         const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-        const OptionalTensor&)>(kWindowDoubleBackward);
+        const OptionalTensor&)>(kKernelDoubleBackward);
     op.call(
         if_defined(p.grad_grad_query), if_defined(p.grad_grad_key), if_defined(p.grad_grad_value),
         if_defined(p.grad_grad_attn_mask), p.grad_output, p.query, p.key, p.value, if_defined(p.attn_mask),
@@ -857,36 +859,12 @@ struct ByParts {
   }
 };
 
-// The ops as the dispatcher knows them.
+// The ops as the dispatcher knows them, and calls of them.
 template <class Form>
 struct Ops;
 
 template <>
 struct Ops<Separate> {
-  static Tensor call_forward(at::TensorList t, const Tensor& attn_mask, const std::optional<double>& scale) {
-    static const auto op = find_op<decltype(forward<void>)>("gradnorm_kernels::scaled_dot_product_attention");
-    return op.call(t[0], t[1], t[2], if_defined(attn_mask), scale);
-  }
-  static variable_list call_backward(
-      const Tensor& grad_output, at::TensorList t, const Tensor& attn_mask,
-      const std::optional<double>& scale, const std::vector<bool>& mask) {
-    static const auto op =
-        find_op<decltype(backward<void>)>("gradnorm_kernels::scaled_dot_product_attention_backward");
-    auto [query, key, value, grad_mask] = op.call(
-        grad_output, t[0], t[1], t[2], if_defined(attn_mask), scale, {mask[0], mask[1], mask[2], mask[3]});
-    return {query, key, value, grad_mask};
-  }
-  static variable_list call_double_backward(
-      at::TensorList g, const Tensor& grad_output, at::TensorList t, const Tensor& attn_mask,
-      const std::optional<double>& scale, const std::vector<bool>& mask) {
-    static const auto op = find_op<decltype(double_backward<void>)>(
-        "gradnorm_kernels::scaled_dot_product_attention_double_backward");
-    auto [grad_grad_output, query, key, value, grad_mask] = op.call(
-        if_defined(g[0]), if_defined(g[1]), if_defined(g[2]), if_defined(g[3]), grad_output, t[0], t[1], t[2],
-        if_defined(attn_mask), scale, {mask[0], mask[1], mask[2], mask[3], mask[4]});
-    return {grad_grad_output, query, key, value, grad_mask};
-  }
-
   template <class Kernels>
   static Tensor forward(
       const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& attn_mask,
@@ -934,28 +912,6 @@ struct Ops<Separate> {
 
 template <>
 struct Ops<Packed> {
-  static Tensor call_forward(at::TensorList t, const Tensor& attn_mask, const std::optional<double>& scale) {
-    static const auto op = find_op<decltype(forward<void>)>("gradnorm_kernels::qkv_attention");
-    return op.call(t[0], if_defined(attn_mask), scale);
-  }
-  static variable_list call_backward(
-      const Tensor& grad_output, at::TensorList t, const Tensor& attn_mask,
-      const std::optional<double>& scale, const std::vector<bool>& mask) {
-    static const auto op = find_op<decltype(backward<void>)>("gradnorm_kernels::qkv_attention_backward");
-    auto [grad, grad_mask] = op.call(grad_output, t[0], if_defined(attn_mask), scale, {mask[0], mask[1]});
-    return {grad, grad_mask};
-  }
-  static variable_list call_double_backward(
-      at::TensorList g, const Tensor& grad_output, at::TensorList t, const Tensor& attn_mask,
-      const std::optional<double>& scale, const std::vector<bool>& mask) {
-    static const auto op =
-        find_op<decltype(double_backward<void>)>("gradnorm_kernels::qkv_attention_double_backward");
-    auto [grad_grad_output, grad, grad_mask] = op.call(
-        if_defined(g[0]), if_defined(g[1]), grad_output, t[0], if_defined(attn_mask), scale,
-        {mask[0], mask[1], mask[2]});
-    return {grad_grad_output, grad, grad_mask};
-  }
-
   template <class Kernels>
   static Tensor forward(const Tensor& qkv, const OptionalTensor& attn_mask, std::optional<double> scale) {
     return Kernels::forward({qkv}, value_or_undefined(attn_mask), scale);
@@ -994,39 +950,96 @@ struct Ops<Packed> {
 };
 
 template <class Form>
-bool by_parts(at::TensorList tensors) {
-  return is_unfused(Form::inputs(tensors, Tensor(), 1.0));
-}
+struct Calls;
+template <>
+struct Calls<Separate> {
+  static Tensor forward(at::TensorList t, const Tensor& attn_mask, const std::optional<double>& scale) {
+    static const auto op =
+        find_op<decltype(Ops<Separate>::forward<void>)>("gradnorm_kernels::scaled_dot_product_attention");
+    return op.call(t[0], t[1], t[2], if_defined(attn_mask), scale);
+  }
+  static variable_list backward(
+      const Tensor& grad_output, at::TensorList t, const Tensor& attn_mask,
+      const std::optional<double>& scale, const std::vector<bool>& mask) {
+    static const auto op = find_op<decltype(Ops<Separate>::backward<void>)>(
+        "gradnorm_kernels::scaled_dot_product_attention_backward");
+    auto [query, key, value, grad_mask] = op.call(
+        grad_output, t[0], t[1], t[2], if_defined(attn_mask), scale, {mask[0], mask[1], mask[2], mask[3]});
+    return {query, key, value, grad_mask};
+  }
+  static variable_list double_backward(
+      at::TensorList g, const Tensor& grad_output, at::TensorList t, const Tensor& attn_mask,
+      const std::optional<double>& scale, const std::vector<bool>& mask) {
+    static const auto op = find_op<decltype(Ops<Separate>::double_backward<void>)>(
+        "gradnorm_kernels::scaled_dot_product_attention_double_backward");
+    auto [grad_grad_output, query, key, value, grad_mask] = op.call(
+        if_defined(g[0]), if_defined(g[1]), if_defined(g[2]), if_defined(g[3]), grad_output, t[0], t[1], t[2],
+        if_defined(attn_mask), scale, {mask[0], mask[1], mask[2], mask[3], mask[4]});
+    return {grad_grad_output, query, key, value, grad_mask};
+  }
+};
+template <>
+struct Calls<Packed> {
+  static Tensor forward(at::TensorList t, const Tensor& attn_mask, const std::optional<double>& scale) {
+    static const auto op = find_op<decltype(Ops<Packed>::forward<void>)>("gradnorm_kernels::qkv_attention");
+    return op.call(t[0], if_defined(attn_mask), scale);
+  }
+  static variable_list backward(
+      const Tensor& grad_output, at::TensorList t, const Tensor& attn_mask,
+      const std::optional<double>& scale, const std::vector<bool>& mask) {
+    static const auto op =
+        find_op<decltype(Ops<Packed>::backward<void>)>("gradnorm_kernels::qkv_attention_backward");
+    auto [grad, grad_mask] = op.call(grad_output, t[0], if_defined(attn_mask), scale, {mask[0], mask[1]});
+    return {grad, grad_mask};
+  }
+  static variable_list double_backward(
+      at::TensorList g, const Tensor& grad_output, at::TensorList t, const Tensor& attn_mask,
+      const std::optional<double>& scale, const std::vector<bool>& mask) {
+    static const auto op = find_op<decltype(Ops<Packed>::double_backward<void>)>(
+        "gradnorm_kernels::qkv_attention_double_backward");
+    auto [grad_grad_output, grad, grad_mask] = op.call(
+        if_defined(g[0]), if_defined(g[1]), grad_output, t[0], if_defined(attn_mask), scale,
+        {mask[0], mask[1], mask[2]});
+    return {grad_grad_output, grad, grad_mask};
+  }
+};
 
-// Below autograd.
-template <class Form>
-struct Fused {
+// Whole, where kernels cover it, or in parts.
+template <class Form, class Whole>
+struct WholeOrParts {
+  using Parts = ByParts<Form, Unfused>;
+
   static Tensor forward(at::TensorList tensors, const Tensor& attn_mask, const std::optional<double>& scale) {
     at::AutoDispatchBelowADInplaceOrView guard;
     Form::check("", tensors, attn_mask);
-    return by_parts<Form>(tensors) ? ByParts<Form, Unfused>::forward(tensors, attn_mask, scale)
-                                   : Ops<Form>::call_forward(tensors, attn_mask, scale);
+    return unfused(tensors, false) ? Parts::forward(tensors, attn_mask, scale)
+                                   : Whole::forward(tensors, attn_mask, scale);
   }
   static variable_list backward(
       const Tensor& grad_output, at::TensorList tensors, const Tensor& attn_mask,
       const std::optional<double>& scale, const std::vector<bool>& wanted) {
     at::AutoDispatchBelowADInplaceOrView guard;
     check_backward<Form>("_backward", grad_output, tensors, attn_mask);
-    return by_parts<Form>(tensors)
-               ? ByParts<Form, Unfused>::backward(grad_output, tensors, attn_mask, scale, wanted)
-               : Ops<Form>::call_backward(grad_output, tensors, attn_mask, scale, wanted);
+    return unfused(tensors, wanted.back()) ? Parts::backward(grad_output, tensors, attn_mask, scale, wanted)
+                                           : Whole::backward(grad_output, tensors, attn_mask, scale, wanted);
   }
   static variable_list double_backward(
       at::TensorList grad_grads, const Tensor& grad_output, at::TensorList tensors, const Tensor& attn_mask,
       const std::optional<double>& scale, const std::vector<bool>& wanted) {
     at::AutoDispatchBelowADInplaceOrView guard;
     check_double_backward<Form>(grad_grads, grad_output, tensors, attn_mask);
-    return by_parts<Form>(tensors)
-               ? ByParts<Form, Unfused>::double_backward(
-                     grad_grads, grad_output, tensors, attn_mask, scale, wanted)
-               : Ops<Form>::call_double_backward(grad_grads, grad_output, tensors, attn_mask, scale, wanted);
+    return unfused(tensors, wanted.back() || grad_grads[Form::operands].defined())
+               ? Parts::double_backward(grad_grads, grad_output, tensors, attn_mask, scale, wanted)
+               : Whole::double_backward(grad_grads, grad_output, tensors, attn_mask, scale, wanted);
+  }
+
+ private:
+  static bool unfused(at::TensorList tensors, bool mask_has_gradient) {
+    return is_unfused(Form::inputs(tensors, Tensor(), 1.0), mask_has_gradient);
   }
 };
+template <class Form>
+using Fused = WholeOrParts<Form, Calls<Form>>;
 
 variable_list defined(std::initializer_list<at::TensorList> lists) {
   variable_list tensors;
@@ -1103,7 +1116,7 @@ struct Autograd {
       for (size_t i = 0; i <= operands; ++i) {
         wanted.push_back(saved[i].defined() && ctx->needs_input_grad(i));
       }
-      auto results = Ops<Form>::call_backward(
+      auto results = Calls<Form>::backward(
           grad_outputs[0], at::TensorList(saved).slice(0, operands), saved[operands],
           ctx->saved_data["scale"].toOptional<double>(), wanted);
       std::move(results.begin(), results.end(), grads.begin());
@@ -1170,7 +1183,7 @@ struct Autograd {
       for (size_t i = 0; i < saved.size(); ++i) {
         wanted.push_back(saved[i].defined() && ctx->needs_input_grad(i));
       }
-      auto results = Ops<Form>::call_double_backward(
+      auto results = Calls<Form>::double_backward(
           grad_grads, saved[0], at::TensorList(saved).slice(1, operands), saved[operands + 1],
           ctx->saved_data["scale"].toOptional<double>(), wanted);
       std::move(results.begin(), results.end(), grads.begin());
@@ -1191,7 +1204,7 @@ struct Autocast {
     for (const auto& tensor : tensors) {
       cast.push_back(at::autocast::cached_cast(dtype, tensor, device));
     }
-    return Ops<Form>::call_forward(cast, attn_mask, scale);
+    return Calls<Form>::forward(cast, attn_mask, scale);
   }
 };
 
@@ -1309,30 +1322,7 @@ using ByAten = ByParts<Form, Composite>;
 template <class Form>
 using ByRowOps = ByParts<Form, Unfused>;
 template <class Form>
-struct OnCuda {
-  using Windows = Direct<Form, OnProblems<CudaWindows>>;
-
-  static Tensor forward(at::TensorList tensors, const Tensor& attn_mask, const std::optional<double>& scale) {
-    Form::check("", tensors, attn_mask);
-    return by_parts<Form>(tensors) ? ByRowOps<Form>::forward(tensors, attn_mask, scale)
-                                   : Windows::forward(tensors, attn_mask, scale);
-  }
-  static variable_list backward(
-      const Tensor& grad_output, at::TensorList tensors, const Tensor& attn_mask,
-      const std::optional<double>& scale, const std::vector<bool>& wanted) {
-    check_backward<Form>("_backward", grad_output, tensors, attn_mask);
-    return by_parts<Form>(tensors) ? ByRowOps<Form>::backward(grad_output, tensors, attn_mask, scale, wanted)
-                                   : Windows::backward(grad_output, tensors, attn_mask, scale, wanted);
-  }
-  static variable_list double_backward(
-      at::TensorList grad_grads, const Tensor& grad_output, at::TensorList tensors, const Tensor& attn_mask,
-      const std::optional<double>& scale, const std::vector<bool>& wanted) {
-    check_double_backward<Form>(grad_grads, grad_output, tensors, attn_mask);
-    return by_parts<Form>(tensors)
-               ? ByRowOps<Form>::double_backward(grad_grads, grad_output, tensors, attn_mask, scale, wanted)
-               : Windows::double_backward(grad_grads, grad_output, tensors, attn_mask, scale, wanted);
-  }
-};
+using OnCuda = WholeOrParts<Form, Direct<Form, OnProblems<Cuda>>>;
 
 void implement_autocast(torch::Library& m) {
   m.impl(Separate::name, &Ops<Separate>::forward<Autocast<Separate>>);
@@ -1343,14 +1333,14 @@ TORCH_LIBRARY_FRAGMENT(gradnorm_kernels, m) {
   Ops<Separate>::define(m);
   Ops<Packed>::define(m);
   m.def(
-      "_window_attention_fwd(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, float scale, "
+      "_attention_fwd(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, float scale, "
       "Tensor(a!) output) -> ()");
   m.def(
-      "_window_attention_bwd(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor? attn_mask, "
+      "_attention_bwd(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor? attn_mask, "
       "float scale, Tensor(a!)? grad_query, Tensor(b!)? grad_key, Tensor(c!)? grad_value, "
       "Tensor(d!)? grad_attn_mask) -> ()");
   m.def(
-      "_window_attention_bwd_bwd(Tensor? grad_grad_query, Tensor? grad_grad_key, Tensor? grad_grad_value, "
+      "_attention_bwd_bwd(Tensor? grad_grad_query, Tensor? grad_grad_key, Tensor? grad_grad_value, "
       "Tensor? grad_grad_attn_mask, Tensor grad_output, Tensor query, Tensor key, Tensor value, "
       "Tensor? attn_mask, float scale, Tensor(a!)? grad_grad_output, Tensor(b!)? grad_query, "
       "Tensor(c!)? grad_key, Tensor(d!)? grad_value, Tensor(e!)? grad_attn_mask) -> ()");
@@ -1395,7 +1385,7 @@ TORCH_LIBRARY_IMPL(gradnorm_kernels, FuncTorchBatched, m) {
   implement<ByAten>(m);
 }
 
-// Devices without a kernel of ours, and sequences too long for the window kernels.
+// Devices without a kernel of ours.
 TORCH_LIBRARY_IMPL(gradnorm_kernels, CompositeExplicitAutograd, m) {
   implement<ByRowOps>(m);
   m.impl(kSoftmax, &softmax_by_aten);

@@ -445,10 +445,11 @@ def scaled_dot_product_attention(
     r"""Attention, as :func:`torch.nn.functional.scaled_dot_product_attention`, differentiable twice.
 
     :math:`\mathrm{softmax}(\mathrm{scale}\, Q K^\top + M)\, V` (Vaswani et al. 2017, arXiv:1706.03762).
-    Nothing of the size of the scores is kept for the backward passes, which compute them again. On CUDA,
-    windows (up to 64 tokens and 64 columns a head) take one kernel a pass, which keeps the scores on chip;
-    longer sequences take matrix products and one kernel for the rows of scores. On the CPU the scores stay
-    in the cache.
+    Nothing of the size of the scores is kept for the backward passes, which compute them again. On CUDA they
+    stay on chip, for up to 64 columns a head: windows of up to 64 tokens take one kernel a pass, longer
+    sequences two in the backward passes. What else there is (float64, more columns, and the gradient of a
+    longer sequence's mask) takes matrix products and one kernel for the rows of scores. On the CPU the scores
+    stay in the cache.
 
     The third order, ``torch.func`` transforms and dropout are exact, through plain ATen ops, as is a region
     compiled by ``torch.compile``: PyTorch's own fused kernels have no double backward.

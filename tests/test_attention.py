@@ -388,31 +388,39 @@ def passes(function, operands, inputs):
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_each_pass_over_windows_is_one_op(device):
+def test_each_pass_is_one_op(device):
     operands = [t.to(device).requires_grad_() for t in CASES[0].operands(torch.float32)]
     op = "scaled_dot_product_attention"
     for inputs in (operands, operands[:3], operands[:1]):
         calls = passes(gk.functional.scaled_dot_product_attention, operands, inputs)
         assert calls == [[op], [f"{op}_backward"], [f"{op}_double_backward"]]
-    qkv = torch.empty(4, 49, 3, 2, 32, device=device, requires_grad=True)
-    assert passes(gk.functional.qkv_attention, [qkv], [qkv]) == [
-        ["qkv_attention"],
-        ["qkv_attention_backward"],
-        ["qkv_attention_double_backward"],
-    ]
+    for tokens in (49, 197):
+        qkv = torch.empty(1, tokens, 3, 2, 64, device=device, requires_grad=True)
+        assert passes(gk.functional.qkv_attention, [qkv], [qkv]) == [
+            ["qkv_attention"],
+            ["qkv_attention_backward"],
+            ["qkv_attention_double_backward"],
+        ]
 
 
-def test_long_sequences_on_other_devices_are_visible_parts():
-    operands = [torch.empty(2, 3, 197, 64, device="meta", requires_grad=True) for _ in range(3)]
+@pytest.mark.parametrize("reason", ["dtype", "columns", "mask"])
+def test_what_no_kernel_covers_is_visible_parts_on_other_devices(reason):
+    dtype = torch.float64 if reason == "dtype" else torch.float32
+    tokens, columns = (49, 65) if reason == "columns" else (197, 64)
+    shapes = [(2, 3, tokens, columns)] * 3 + [(tokens, tokens)] * (reason == "mask")
+    operands = [torch.empty(shape, dtype=dtype, device="meta", requires_grad=True) for shape in shapes]
     calls = passes(gk.functional.scaled_dot_product_attention, operands, operands)
     rows = [[c for c in ops if c.startswith("_attention")] for ops in calls]
+    # A forward reads its mask, whatever its gradient takes.
+    whole = reason == "mask"
     assert rows == [
-        ["_attention_softmax"],
+        [] if whole else ["_attention_softmax"],
         ["_attention_softmax_backward"],
         ["_attention_softmax_double_backward"],
     ]
-    assert [ops.count("aten::bmm") + ops.count("aten::baddbmm") for ops in calls] == [2, 5, 12]
-    cpu = [torch.randn(2, 3, 197, 64, requires_grad=True) for _ in range(3)]
+    products = [ops.count("aten::bmm") + ops.count("aten::baddbmm") for ops in calls]
+    assert products == [0 if whole else 2, 5, 12]
+    cpu = [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
     assert passes(gk.functional.scaled_dot_product_attention, cpu, cpu)[2] == [
         "scaled_dot_product_attention_double_backward"
     ]
@@ -420,7 +428,7 @@ def test_long_sequences_on_other_devices_are_visible_parts():
 
 @each_case
 def test_parts_have_the_values_of_the_whole(case):
-    """The path of devices without a kernel of ours, and of long sequences on CUDA."""
+    """The path of devices without a kernel of ours, and of what kernels do not cover."""
 
     def by_parts(op, *args, **kwargs):
         return op._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **kwargs)

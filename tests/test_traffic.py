@@ -28,11 +28,7 @@ CEILINGS = {
 }
 
 
-# Of the scores of long sequences, which still pass through memory.
-NOT_YET = pytest.mark.xfail(strict=True, reason="attention over more than 64 tokens is not on chip yet")
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[NOT_YET] * n.startswith("vit")) for n in CEILINGS])
+@pytest.mark.parametrize("name", CEILINGS)
 def test_fused_steps_stay_below_their_ceilings(name):
     options, most_bytes, most_launches = CEILINGS[name]
     model = name.partition("-")[0]
@@ -81,6 +77,26 @@ def test_ops_of_several_passes_are_counted_several_times():
     assert counter.launches["forward", op] == 3
     elements = counter.bytes["forward", op] / 4 / x.numel()
     assert 8 <= elements < 8.1
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("tokens", "columns", "launches"), [(64, 64, 1), (65, 8, 2)])
+def test_attention_over_more_than_a_window_is_read_twice(tokens, columns, launches, packed):
+    if packed:
+        tensors = [torch.empty(2, tokens, 3, 2, columns, device="meta", requires_grad=True)]
+        attention = gk.functional.qkv_attention
+    else:
+        tensors = [torch.empty(2, 2, tokens, columns, device="meta", requires_grad=True) for _ in range(3)]
+        attention = gk.functional.scaled_dot_product_attention
+    output = attention(*tensors)
+    n, grad_output = output.numel() * 4, torch.empty_like(output, requires_grad=True)
+    counter = traffic.Traffic()
+    with counter:
+        grads = torch.autograd.grad(output, tensors, grad_output, create_graph=True)
+        counter.phase = "backward"
+        torch.autograd.grad(grads, [grad_output, *tensors], [torch.empty_like(t) for t in tensors])
+    assert list(counter.launches.values()) == [launches, launches]
+    assert list(counter.bytes.values()) == [launches * 4 * n + 3 * n, launches * 7 * n + 4 * n]
 
 
 def test_one_layer_by_hand():

@@ -28,9 +28,9 @@ _OPS = {
     ),
     "group_norm": ("group_norm_double_backward",),
     "attention": (
-        "_window_attention_fwd",
-        "_window_attention_bwd",
-        "_window_attention_bwd_bwd",
+        "_attention_fwd",
+        "_attention_bwd",
+        "_attention_bwd_bwd",
         "_attention_softmax",
         "_attention_softmax_backward",
         "_attention_softmax_double_backward",

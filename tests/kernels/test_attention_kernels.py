@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,6 +28,13 @@ WINDOWS = [
     ((1, 3, 2), 5, 7, 3, 20, (1, 1, 2)),  # less than the least tile, in every direction
     ((2, 1, 1), 17, 33, 64, 40, (2, 1, 1)),  # queries and keys of different tiles
 ]
+TILED = [
+    ((1, 1, 2), 65, 66, 16, 20, (1, 1, 2)),
+    ((2, 1, 1), 5, 131, 3, 64, (1, 1, 1)),  # one block of queries, several of keys
+    ((1, 2, 1), 100, 33, 40, 16, None),  # and the other way round
+]
+SMALLEST = [WINDOWS[2], ((1, 2, 1), 16, 70, 16, 20, (1, 1, 1))]
+in_windows_and_tiles = pytest.mark.parametrize("case", SMALLEST, ids=["window", "tiles"])
 
 
 class Operands:
@@ -33,6 +42,7 @@ class Operands:
 
     def __init__(self, case: Any, dtype: torch.dtype, device: str) -> None:
         batch, queries, keys, columns, value_columns, mask = case
+        self.is_window = max(queries, keys) <= 64
         torch.manual_seed(0)
 
         def split(rows: int, width: int) -> Tensor:
@@ -48,13 +58,16 @@ class Operands:
         if mask is not None:
             masks = [normal(*mask, queries, keys, dtype=torch.float32, device=device) for _ in range(2)]
             self.mask, self.dd_mask = (m.expand(*batch, queries, keys) for m in masks)
+            if not self.is_window:
+                # The mask's gradients are for windows.
+                self.dd_mask = None
         self.mask_batch = mask
 
     def empty(self, like: Tensor) -> Tensor:
         return torch.full_like(like, float("nan"))
 
     def sums(self, parts: int) -> Tensor | None:
-        if self.mask is None:
+        if self.mask is None or not self.is_window:
             return None
         tiles = torch.Size(self.mask_batch).numel()
         key_block = max(16, triton.next_power_of_2(self.mask.shape[-1]))
@@ -78,13 +91,13 @@ NAMES = (
 def run_kernels(o: Operands, with_dd_mask: bool = True, parts: int = 1) -> list[Tensor | None]:
     scale = 0.3
     output = o.empty(o.grad_output)
-    attention._window_attention_fwd(o.query, o.key, o.value, o.mask, scale, output)
+    attention._attention_fwd(o.query, o.key, o.value, o.mask, scale, output)
     first = [o.empty(t) for t in (o.query, o.key, o.value)]
     sums = o.sums(parts)
-    attention._window_attention_bwd(o.grad_output, o.query, o.key, o.value, o.mask, scale, *first, sums)
+    attention._attention_bwd(o.grad_output, o.query, o.key, o.value, o.mask, scale, *first, sums)
     second = [o.empty(t) for t in (o.grad_output, o.query, o.key, o.value)]
     second_sums = o.sums(parts)
-    attention._window_attention_bwd_bwd(
+    attention._attention_bwd_bwd(
         o.dd_query,
         o.dd_key,
         o.dd_value,
@@ -111,7 +124,7 @@ def reference(o: Operands, dtype: torch.dtype, with_dd_mask: bool = True) -> lis
     *first, d_scores = gk.reference.scaled_dot_product_attention_backward(
         grad_output, query, key, value, mask, 0.3
     )
-    dd_scores = torch.zeros_like(d_scores) if o.mask is None or not with_dd_mask else o.dd_mask.to(dtype)
+    dd_scores = o.dd_mask.to(dtype) if with_dd_mask and o.dd_mask is not None else torch.zeros_like(d_scores)
     *second, dd_d_scores = gk.reference.scaled_dot_product_attention_double_backward(
         (cast(o.dd_query), cast(o.dd_key), cast(o.dd_value), dd_scores),
         grad_output,
@@ -123,7 +136,7 @@ def reference(o: Operands, dtype: torch.dtype, with_dd_mask: bool = True) -> lis
     )
 
     def to_mask(scores: Tensor) -> Tensor | None:
-        if o.mask is None:
+        if o.mask is None or not o.is_window:
             return None
         return scores.sum_to_size(*o.mask_batch, *scores.shape[-2:])
 
@@ -145,11 +158,42 @@ def assert_as_accurate_as_stock(o: Operands, actual: list, *args: Any) -> None:
 
 @on_every_device
 @in_every_narrow_dtype
-@pytest.mark.parametrize("case", WINDOWS, ids=str)
-def test_windows(case: Any, dtype: torch.dtype, device: str) -> None:
+@pytest.mark.parametrize("case", WINDOWS + TILED, ids=str)
+def test_windows_and_tiles(case: Any, dtype: torch.dtype, device: str) -> None:
     if dtype == torch.bfloat16 and device == "cpu":
         pytest.skip("the interpreter multiplies matrices of bfloat16 as if their bits were integers")
     o = Operands(case, dtype, device)
+    assert_as_accurate_as_stock(o, run_kernels(o))
+
+
+@on_every_device
+def test_vit(device: str) -> None:
+    """Of its shape, and in the interpreter, which multiplies in float32 all the same, in tf32's tiles."""
+    o = Operands(((1, 1, 1), 197, 197, 64, 64, None), torch.float32, device)
+    if device == "cpu":
+        with allow_tf32():
+            assert_as_accurate_as_stock(o, run_kernels(o))
+    else:
+        assert_as_accurate_as_stock(o, run_kernels(o))
+
+
+@contextmanager
+def allow_tf32() -> Iterator[None]:
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@on_every_device
+def test_keys_far_below_the_others(device: str) -> None:
+    """exp(-95), which the weights of the second block of keys sum to, has no inverse in float32."""
+    o = Operands(SMALLEST[1], torch.float32, device)
+    o.mask = torch.zeros_like(o.mask)
+    o.mask[..., 32:64] = -95.0
+    o.mask[..., 0] = 5.0
     assert_as_accurate_as_stock(o, run_kernels(o))
 
 
@@ -161,40 +205,43 @@ def test_parts_of_the_masks_gradient(parts: int, device: str) -> None:
 
 
 @on_every_device
-def test_queries_without_keys_get_zeros(device: str) -> None:
-    o = Operands(WINDOWS[2], torch.float32, device)
+@in_windows_and_tiles
+def test_queries_without_keys_get_zeros(case: Any, device: str) -> None:
+    o = Operands(case, torch.float32, device)
     o.mask = o.mask.clone()
     o.mask[..., 3, :] = -float("inf")
     o.mask[..., 2, 1:] = -float("inf")
+    # Nothing in the first tile.
+    o.mask[..., 1, :-1] = -float("inf")
     o.mask_batch = o.mask.shape[:3]
     results = run_kernels(o)
-    assert all(result.isfinite().all() for result in results)
+    assert all(result is None or result.isfinite().all() for result in results)
     assert not results[0][..., 3, :].any() and results[0][..., 2, :].any()
     assert_as_accurate_as_stock(o, results)
 
 
 @on_every_device
-def test_unwanted_gradients_are_not_written(device: str) -> None:
-    o = Operands(WINDOWS[2], torch.float32, device)
+@in_windows_and_tiles
+def test_unwanted_gradients_are_not_written(case: Any, device: str) -> None:
+    o = Operands(case, torch.float32, device)
     expected = run_kernels(o)
     tensors = (o.grad_output, o.query, o.key, o.value, o.mask, 0.3)
     for wanted in range(3):
         results = [o.empty(t) if i == wanted else None for i, t in enumerate((o.query, o.key, o.value))]
-        attention._window_attention_bwd(*tensors, *results, None)
+        attention._attention_bwd(*tensors, *results, None)
         assert torch.equal(results[wanted], expected[1 + wanted])
     for wanted in range(4):
         likes = (o.grad_output, o.query, o.key, o.value)
         results = [o.empty(t) if i == wanted else None for i, t in enumerate(likes)]
-        attention._window_attention_bwd_bwd(
-            o.dd_query, o.dd_key, o.dd_value, o.dd_mask, *tensors, *results, None
-        )
+        attention._attention_bwd_bwd(o.dd_query, o.dd_key, o.dd_value, o.dd_mask, *tensors, *results, None)
         torch.testing.assert_close(results[wanted], expected[5 + wanted])
 
 
 @on_every_device
+@in_windows_and_tiles
 @pytest.mark.parametrize("given", range(3))
-def test_absent_gradients_are_zeros(given: int, device: str) -> None:
-    o = Operands(WINDOWS[2], torch.float32, device)
+def test_absent_gradients_are_zeros(given: int, case: Any, device: str) -> None:
+    o = Operands(case, torch.float32, device)
     incoming = [
         t if i == given else torch.zeros_like(t) for i, t in enumerate((o.dd_query, o.dd_key, o.dd_value))
     ]
@@ -202,7 +249,7 @@ def test_absent_gradients_are_zeros(given: int, device: str) -> None:
     expected = run_kernels(o, False)[5:9]
     results = [o.empty(t) for t in (o.grad_output, o.query, o.key, o.value)]
     absent = [t if i == given else None for i, t in enumerate(incoming)]
-    attention._window_attention_bwd_bwd(
+    attention._attention_bwd_bwd(
         *absent, None, o.grad_output, o.query, o.key, o.value, o.mask, 0.3, *results, None
     )
     torch.testing.assert_close(results, expected)
@@ -246,7 +293,14 @@ def test_rows_without_scores(device: str) -> None:
 
 @pytest.mark.skipif(INTERPRET, reason="the interpreter does not compile")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_launch_compiles_what_is_listed(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("model", "case"),
+    [("swin", ((4, 3, 2), 49, 49, 32, 32, (1, 3, 2))), ("vit", ((1, 3, 2), 197, 197, 64, 64, None))],
+    ids=["swin", "vit"],
+)
+def test_launch_compiles_what_is_listed(
+    model: str, case: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The launchers' own calls, up to the point where a GPU would be needed."""
     launched = []
 
@@ -262,25 +316,26 @@ def test_launch_compiles_what_is_listed(dtype: torch.dtype, monkeypatch: pytest.
     )
     monkeypatch.setattr(triton.runtime.JITFunction, "run", warm_up)
     monkeypatch.setattr(triton.runtime.driver, "_active", absent_gpu)
-    o = Operands(((4, 3, 2), 49, 49, 32, 32, (1, 3, 2)), dtype, "cpu")
-    run_kernels(o, with_dd_mask=False, parts=2)
+    run_kernels(Operands(case, dtype, "cpu"), with_dd_mask=False, parts=2)
 
     pointer = "bf16" if dtype == torch.bfloat16 else "fp32"
-    listed = {
-        s.kernel.__name__: compile_for(s, 90).asm["ptx"]
+    listed = [
+        compile_for(s, 90).asm["ptx"]
         for s in attention.specializations()
-        if s.name.endswith(f"swin-{pointer}")
-    }
-    assert {kernel.metadata.name: kernel.asm["ptx"] for kernel in launched} == listed
-    assert len(listed) == 3
+        if f"-{model}" in s.name and s.name.endswith(pointer)
+    ]
+    assert [kernel.asm["ptx"] for kernel in launched] == listed
+    assert len(listed) == {"swin": 3, "vit": 5}[model]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tokens", [49, 130])
-def test_ops_on_cuda(tokens: int) -> None:
-    """Through the dispatcher and autograd, by the window kernels and by parts."""
+@pytest.mark.parametrize("with_mask", [False, True])
+@pytest.mark.parametrize("tokens", [49, 197])
+def test_ops_on_cuda(tokens: int, with_mask: bool) -> None:
+    """Through the dispatcher and autograd: by windows, by tiles, and, with a mask's gradient, by parts."""
     torch.manual_seed(0)
-    operands = [torch.randn(2, 3, tokens, 32) for _ in range(3)] + [torch.randn(3, tokens, tokens)]
+    operands = [torch.randn(2, 3, tokens, 32) for _ in range(3)]
+    operands += [torch.randn(3, tokens, tokens)] * with_mask
     grad_output, grad_grads = torch.randn(2, 3, tokens, 32), [torch.randn_like(t) for t in operands]
 
     def all_orders(function: Any, device: str, dtype: torch.dtype) -> list[Tensor]:
