@@ -384,7 +384,8 @@ def window_attention_bwd_bwd_kernel(
 # Backward over longer sequences, by two launches of one kernel. A program of the first takes a block of
 # queries, and goes through the keys twice: for the statistics of its rows, which it writes for the second
 # launch, and for its results. A program of the second takes a block of keys, and goes through the queries
-# once. What they read again is in the cache, as a head is small.
+# once. What they read again is in the cache, as a head is small. Where its loads are not pipelined, a loop
+# hoists nothing, since that takes registers.
 
 
 @triton.jit
@@ -420,7 +421,7 @@ def tiled_attention_bwd_kernel(
     columns: tl.constexpr, value_columns: tl.constexpr,
     row_block: tl.constexpr, key_block: tl.constexpr, block: tl.constexpr, value_block: tl.constexpr,
     of_keys: tl.constexpr, has_mask: tl.constexpr, query_wanted: tl.constexpr, key_wanted: tl.constexpr,
-    value_wanted: tl.constexpr, precision: tl.constexpr,
+    value_wanted: tl.constexpr, precision: tl.constexpr, pipelined: tl.constexpr,
 ):  # fmt: skip
     """grad_query = scale dS K, then, of_keys, grad_key = scale dS^T Q and grad_value = P^T dO.
 
@@ -441,7 +442,7 @@ def tiled_attention_bwd_kernel(
         value = _load(value_of, item, start, keys, value_columns, key_block, value_block)
         grad_key = tl.zeros((key_block, block), dtype=tl.float32)
         grad_value = tl.zeros((key_block, value_block), dtype=tl.float32)
-        for first in tl.range(0, rows, row_block, disable_licm=has_mask):
+        for first in tl.range(0, rows, row_block, disable_licm=not pipelined):
             query = _load(query_of, item, first, rows, columns, row_block, block)
             scores = _scores(
                 query, key, mask, item, first, start, scale, rows, keys, row_block, key_block, has_mask, True,
@@ -473,7 +474,7 @@ def tiled_attention_bwd_kernel(
         highest = tl.full((row_block,), -float("inf"), dtype=tl.float32)
         total = tl.zeros((row_block,), dtype=tl.float32)
         delta = tl.zeros((row_block,), dtype=tl.float32)
-        for start in tl.range(0, keys, key_block, disable_licm=has_mask):
+        for start in tl.range(0, keys, key_block, disable_licm=not pipelined):
             key = _load(key_of, item, start, keys, columns, key_block, block)
             scores = _scores(
                 query, key, mask, item, first, start, scale, rows, keys, row_block, key_block, has_mask,
@@ -490,7 +491,7 @@ def tiled_attention_bwd_kernel(
         _store_statistic(statistics_ptr, 2, items, number, first, rows, delta, row_block)
         if query_wanted:
             grad_query = tl.zeros((row_block, block), dtype=tl.float32)
-            for start in tl.range(0, keys, key_block, disable_licm=has_mask):
+            for start in tl.range(0, keys, key_block, disable_licm=not pipelined):
                 key = _load(key_of, item, start, keys, columns, key_block, block)
                 scores = _scores(
                     query, key, mask, item, first, start, scale, rows, keys, row_block, key_block, has_mask,
@@ -574,7 +575,7 @@ def tiled_attention_bwd_bwd_kernel(
     of_keys: tl.constexpr, has_grad_grad_query: tl.constexpr, has_grad_grad_key: tl.constexpr,
     has_grad_grad_value: tl.constexpr, has_mask: tl.constexpr,
     output_wanted: tl.constexpr, query_wanted: tl.constexpr, key_wanted: tl.constexpr,
-    value_wanted: tl.constexpr, precision: tl.constexpr,
+    value_wanted: tl.constexpr, precision: tl.constexpr, pipelined: tl.constexpr,
 ):  # fmt: skip
     """The gradients of the backward: with A, B and E of the formulas, grad_grad_output = P ddV + B V and
     grad_query = scale (E K + dS ddK), then, of_keys, grad_value = B^T dO and
@@ -606,7 +607,7 @@ def tiled_attention_bwd_bwd_kernel(
         )  # fmt: skip
         grad_key = tl.zeros((key_block, block), dtype=tl.float32)
         grad_value = tl.zeros((key_block, value_block), dtype=tl.float32)
-        for first in tl.range(0, rows, row_block, disable_licm=has_mask):
+        for first in tl.range(0, rows, row_block, disable_licm=not pipelined):
             query, dd_query, grad_output = _load_of_queries(
                 query_of, dd_query_of, grad_output_of, item, first, rows, columns, value_columns, row_block,
                 block, value_block, has_grad_grad_query,
@@ -651,7 +652,7 @@ def tiled_attention_bwd_bwd_kernel(
         delta = tl.zeros((row_block,), dtype=tl.float32)
         alpha = tl.zeros((row_block,), dtype=tl.float32)
         gamma = tl.zeros((row_block,), dtype=tl.float32)
-        for start in tl.range(0, keys, key_block, disable_licm=has_mask):
+        for start in tl.range(0, keys, key_block, disable_licm=not pipelined):
             key, dd_key, value, dd_value = _load_of_keys(
                 key_of, dd_key_of, value_of, dd_value_of, item, start, keys, columns, value_columns,
                 key_block, block, value_block, has_grad_grad_key, has_grad_grad_value,
@@ -685,7 +686,7 @@ def tiled_attention_bwd_bwd_kernel(
         if output_wanted or query_wanted:
             grad_grad_output = tl.zeros((row_block, value_block), dtype=tl.float32)
             grad_query = tl.zeros((row_block, block), dtype=tl.float32)
-            for start in tl.range(0, keys, key_block, disable_licm=has_mask):
+            for start in tl.range(0, keys, key_block, disable_licm=not pipelined):
                 key, dd_key, value, dd_value = _load_of_keys(
                     key_of, dd_key_of, value_of, dd_value_of, item, start, keys, columns, value_columns,
                     key_block, block, value_block, has_grad_grad_key, has_grad_grad_value,
@@ -890,18 +891,19 @@ def _tiles(
     has_mask: bool = False,
 ) -> _Compiled:
     """Of the pass of this order: about the largest tiles that 64 columns a head leave registers for."""
-    warps, stages = 4, 1
+    pipelined, warps = False, 4
     if dtype in _HALF:
         own, other = 64, (64, 32, 16 if has_mask else 32)[order]
-        stages = 1 if has_mask else 2
+        pipelined = not has_mask
     elif precision == "tf32":
-        own, other = (64, 64, 32)[order], (32, 32, 16)[order]
+        own, other = (64, 64, 32 if has_mask else 64)[order], (32, 32, 16)[order]
     else:
-        row_block = (32, 32, 16)[order]
-        own, other, warps = (32, row_block, 8) if of_keys else (row_block, 32, 8)
+        own, other, warps = 32, (32, 32, 16)[order], 8
     row_block, key_block = (other, own) if of_keys else (own, other)
     constants = _constants(row_block, key_block, columns, value_columns, precision)
-    return constants, {"num_warps": warps, "num_stages": stages, **FP_FUSION}
+    if order > 0:
+        constants["pipelined"] = pipelined
+    return constants, {"num_warps": warps, "num_stages": 2 if pipelined else 1, **FP_FUSION}
 
 
 def _matrix_strides(*tensors: Tensor | None) -> Iterator[int]:
@@ -989,7 +991,7 @@ def _launch_tiles(
     tensors: tuple[Tensor, ...],
     inputs: tuple[Tensor, Tensor, Tensor],
     scale: float,
-    statistics: int,
+    order: int,
     strides: tuple[int, ...],
     flags: dict[str, bool],
 ) -> None:
@@ -998,9 +1000,8 @@ def _launch_tiles(
     rows, keys = query.shape[3], key.shape[3]
     items = math.prod(query.shape[:3])
     sizes, precision = (query.shape[4], value.shape[4]), _precision(query.dtype)
-    # The statistics are one more than twice the order of the pass.
-    order = statistics // 2
-    between = torch.empty((statistics, items, rows), dtype=torch.float32, device=query.device)
+    # Highest score, inverse of the sum of weights, delta; in the second order alpha and gamma, too.
+    between = torch.empty((2 * order + 1, items, rows), dtype=torch.float32, device=query.device)
     with torch.cuda.device_of(query):
         for of_keys, size in ((False, rows), (True, keys)):
             if items * size == 0 or (of_keys and not (flags["key_wanted"] or flags["value_wanted"])):
@@ -1048,7 +1049,7 @@ def _attention_bwd(
         _launch_windows(window_attention_bwd_kernel, tensors, inputs, scale, mask_sums, strides, flags)
     else:
         assert mask_sums is None
-        _launch_tiles(tiled_attention_bwd_kernel, tensors, inputs, scale, 3, strides, flags)
+        _launch_tiles(tiled_attention_bwd_kernel, tensors, inputs, scale, 1, strides, flags)
 
 
 def _attention_bwd_bwd(
@@ -1100,7 +1101,7 @@ def _attention_bwd_bwd(
     else:
         assert mask_sums is None
         assert grad_grad_mask is None
-        _launch_tiles(tiled_attention_bwd_bwd_kernel, tensors, inputs, scale, 5, strides, flags)
+        _launch_tiles(tiled_attention_bwd_bwd_kernel, tensors, inputs, scale, 2, strides, flags)
 
 
 def _launch_rows(
