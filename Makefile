@@ -15,8 +15,7 @@ NATIVE := setup.py pyproject.toml $(wildcard csrc/*.* csrc/cpu/*.*)
 LINTERS := clang-format==23.1.5 mypy==2.4.1 pre-commit==4.7.0 ruff==0.17.6
 FORMATTED_CXX := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h tests/cpp/*.cpp)
 INSTALL := pip install --quiet --disable-pip-version-check
-# `pytest`, not `python -m pytest`: the latter would import the source tree, built for another torch.
-CORE_TESTS := tests/test_activation.py tests/test_compile.py tests/test_fuse.py tests/test_package.py
+PYTEST_OPTIONS := --numprocesses auto --dist worksteal
 
 .PHONY: demo test test-all test-python test-cpp test-cpu-only lint format bench clean
 
@@ -25,6 +24,7 @@ demo: $(BIN)/.built
 
 test: test-cpp test-cpu-only test-python
 
+# One test at a time: some take most of the memory.
 test-all: PYTEST_OPTIONS := --run-slow
 test-all: test
 
@@ -37,8 +37,9 @@ test-cpp: $(BIN)/.built
 	$(BIN)/cmake --build build/cmake
 	$(BIN)/ctest --test-dir build/cmake --output-on-failure
 
+# `pytest`, not `python -m pytest`: the latter would import the source tree, built for another torch.
 test-cpu-only: $(CPU_BIN)/.built
-	$(CPU_BIN)/pytest $(CORE_TESTS) -k "not inductor"
+	$(CPU_BIN)/pytest $(PYTEST_OPTIONS) --ignore tests/kernels -k "not inductor"
 
 lint: $(BIN)/.built $(BIN)/.lint
 	$(BIN)/ruff check .
@@ -75,6 +76,6 @@ $(BIN)/.lint: $(BIN)/.installed
 # A package built for another torch must not share the source tree's library: this one is not editable.
 $(CPU_BIN)/.built: $(NATIVE) $(wildcard gradnorm_kernels/*.py gradnorm_kernels/kernels/*.py)
 	$(PYTHON) -m venv $(CPU_VENV)
-	$(CPU_BIN)/$(INSTALL) "$(CPU_TORCH)" "setuptools>=77" ninja hypothesis numpy pytest
+	$(CPU_BIN)/$(INSTALL) "$(CPU_TORCH)" "setuptools>=77" ninja expecttest hypothesis numpy pytest pytest-xdist
 	$(CPU_BIN)/$(INSTALL) --no-build-isolation --no-deps --force-reinstall .
 	touch $@

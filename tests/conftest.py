@@ -1,3 +1,9 @@
+import os
+
+# Before torch reads it. The tensors here are small, and threads waiting for one another would take most of
+# the time; tests of several threads ask for them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 

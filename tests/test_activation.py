@@ -2,9 +2,6 @@
 
 import inspect
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -19,6 +16,7 @@ from activations import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import each_instruction_set, run_under
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -188,29 +186,16 @@ def test_fuzzed_shapes_and_strides(data, act, dtype):
     assert_equal(act, all_orders_by_autograd(act.fused, *mixed), expected)
 
 
-@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+@each_instruction_set
 def test_every_instruction_set(capability):
-    """The kernels of the instruction sets below this machine's, which only they would run."""
-    code = (
-        "import torch, test_activation as t\n"
-        "for act in t.ACTIVATIONS:\n"
-        "    for dtype in t.DTYPES:\n"
-        "        torch.manual_seed(0)\n"
-        "        t.test_error_is_at_most_twice_stocks(act, dtype, 'wide')\n"
-        "        t.test_nan_and_inf_propagate(act, dtype)\n"
-        "print(torch.backends.cpu.get_cpu_capability())\n"
-    )
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=os.path.dirname(__file__),
-        env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    chosen = run.stdout.strip().lower().replace("no avx", "default")
-    if chosen != capability:
-        pytest.skip(f"this processor has no {capability}: torch chose {chosen}")
+    checks = """
+for act in t.ACTIVATIONS:
+    for dtype in t.DTYPES:
+        torch.manual_seed(0)
+        t.test_error_is_at_most_twice_stocks(act, dtype, 'wide')
+        t.test_nan_and_inf_propagate(act, dtype)
+"""
+    run_under(capability, __name__, checks)
 
 
 def away_from_kinks(act, x):
@@ -656,7 +641,11 @@ def test_switch_is_exact_to_fourth_order(act, outlived):
         torch.testing.assert_close(result, wanted, rtol=rtol, atol=1e-11)
 
 
-@pytest.mark.parametrize("function", [F.silu, F.mish, F.elu, F.relu, F.hardswish, F.leaky_relu], ids=str)
+@pytest.mark.parametrize(
+    "function",
+    [F.silu, F.mish, F.elu, F.relu, F.hardswish, F.leaky_relu],
+    ids=lambda function: function.__name__,
+)
 def test_switch_leaves_in_place_ops_alone(function):
     def second():
         x = torch.linspace(-4, 4, 101, dtype=torch.float64, requires_grad=True)

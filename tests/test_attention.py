@@ -1,9 +1,6 @@
 """Attention on the CPU: values, derivatives of every order, the switch, transforms, compilers, bad input."""
 
 import math
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 
 import pytest
@@ -11,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import each_instruction_set, run_under
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -338,28 +336,15 @@ def test_nan_propagates_within_its_problem(dtype):
         assert result.isfinite().all()
 
 
-@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+@each_instruction_set
 def test_every_instruction_set(capability):
-    """The kernels of the instruction sets below this machine's, which only they would run."""
-    code = (
-        "import torch, test_attention as t\n"
-        "for case in t.CASES[:4]:\n"
-        "    for dtype in t.DTYPES[:3]:\n"
-        "        t.test_error_is_at_most_twice_stocks(case, dtype)\n"
-        "t.test_nan_propagates_within_its_problem(torch.float32)\n"
-        "print(torch.backends.cpu.get_cpu_capability())\n"
-    )
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=os.path.dirname(__file__),
-        env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    chosen = run.stdout.strip().lower().replace("no avx", "default")
-    if chosen != capability:
-        pytest.skip(f"this processor has no {capability}: torch chose {chosen}")
+    checks = """
+for case in t.CASES[:4]:
+    for dtype in t.DTYPES[:3]:
+        t.test_error_is_at_most_twice_stocks(case, dtype)
+t.test_nan_propagates_within_its_problem(torch.float32)
+"""
+    run_under(capability, __name__, checks)
 
 
 class CallCounter(TorchDispatchMode):

@@ -1,14 +1,12 @@
 """Batch normalisation on the CPU: values, derivatives of every order, transforms, compilers, bad input."""
 
 import itertools
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.nn.functional as F
+from instruction_sets import each_instruction_set, run_under
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -665,27 +663,14 @@ def test_inference_mode_and_devices_without_a_kernel():
         assert result.device.type == "meta"
 
 
-@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+@each_instruction_set
 def test_every_instruction_set(capability):
-    """The kernels of the instruction sets below this machine's, which only they would run."""
-    code = (
-        "import torch, test_batch_norm as t\n"
-        "for case in t.CASES[4:8]:\n"
-        "    for dtype in t.DTYPES:\n"
-        "        t.check_accuracy(case, dtype, dtype, t.gk.functional.batch_norm)\n"
-        "print(torch.backends.cpu.get_cpu_capability())\n"
-    )
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=os.path.dirname(__file__),
-        env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    chosen = run.stdout.strip().lower().replace("no avx", "default")
-    if chosen != capability:
-        pytest.skip(f"this processor has no {capability}: torch chose {chosen}")
+    checks = """
+for case in t.CASES[4:8]:
+    for dtype in t.DTYPES:
+        t.check_accuracy(case, dtype, dtype, t.gk.functional.batch_norm)
+"""
+    run_under(capability, __name__, checks)
 
 
 def test_switch_leaves_the_rest_to_pytorch():

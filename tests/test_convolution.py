@@ -1,9 +1,6 @@
 """Convolutions on the CPU: values, derivatives of every order, transforms, compilers, bad input."""
 
 import itertools
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 
 import pytest
@@ -11,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import each_instruction_set, run_under
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
@@ -409,28 +407,15 @@ def test_depthwise_weight_gradients_of_infinite_pixels(channels_last, value):
     assert torch.equal(grad_weight.isfinite(), exact.isfinite())
 
 
-@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+@each_instruction_set
 def test_every_instruction_set(capability):
-    """The kernels of the instruction sets below this machine's, which only they would run."""
-    code = (
-        "import torch, test_convolution as t\n"
-        "for conv in t.CONVOLUTIONS:\n"
-        "    if 'depthwise' in conv.name:\n"
-        "        for dtype in (torch.float32, torch.float64):\n"
-        "            t.assert_no_worse_than_stock(conv, conv.fused, dtype, conv.all_operands(dtype))\n"
-        "print(torch.backends.cpu.get_cpu_capability())\n"
-    )
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=os.path.dirname(__file__),
-        env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    chosen = run.stdout.strip().lower().replace("no avx", "default")
-    if chosen != capability:
-        pytest.skip(f"this processor has no {capability}: torch chose {chosen}")
+    checks = """
+for conv in t.CONVOLUTIONS:
+    if 'depthwise' in conv.name:
+        for dtype in (torch.float32, torch.float64):
+            t.assert_no_worse_than_stock(conv, conv.fused, dtype, conv.all_operands(dtype))
+"""
+    run_under(capability, __name__, checks)
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same'")

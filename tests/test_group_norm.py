@@ -2,9 +2,6 @@
 
 import itertools
 import math
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 
 import pytest
@@ -12,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import each_instruction_set, run_under
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -306,27 +304,14 @@ def test_threads_change_no_bit(case):
             assert all(torch.equal(result[name], results[0][name]) for result in results[1:])
 
 
-@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+@each_instruction_set
 def test_every_instruction_set(capability):
-    """The kernels of the instruction sets below this machine's, which only they would run."""
-    code = (
-        "import torch, test_group_norm as t\n"
-        "for name in ('rows', 'large channels_last', 'no inner dimension', 'sequence'):\n"
-        "    for case, dtype in t.itertools.product([t.BY_NAME[name]], t.DTYPES):\n"
-        "        t.test_error_is_at_most_twice_stocks(case, dtype)\n"
-        "print(torch.backends.cpu.get_cpu_capability())\n"
-    )
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=os.path.dirname(__file__),
-        env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    chosen = run.stdout.strip().lower().replace("no avx", "default")
-    if chosen != capability:
-        pytest.skip(f"this processor has no {capability}: torch chose {chosen}")
+    checks = """
+for name in ('rows', 'large channels_last', 'no inner dimension', 'sequence'):
+    for case, dtype in t.itertools.product([t.BY_NAME[name]], t.DTYPES):
+        t.test_error_is_at_most_twice_stocks(case, dtype)
+"""
+    run_under(capability, __name__, checks)
 
 
 SMALL = [Case("small", (2, 4, 3), 2), Case("small channels_last", (2, 4, 1, 2), 2, torch.channels_last)]

@@ -2,9 +2,6 @@
 
 import itertools
 import math
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 
 import pytest
@@ -12,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import each_instruction_set, run_under
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -128,12 +126,13 @@ def assert_no_worse_than_stock(case, dtype, ours, stock, exact):
         assert a.shape == s.shape
         error = (a.double() - e).abs().max().item()
         stock_error = (s.double() - e).abs().max().item()
-        # Sums are rounded in another order than stock's; in float64 the reference rounds as well. With one
-        # column, rstd is over 300 and multiplies what is exactly 0 for stock.
-        scale = 1000 if case.normalized_shape == (1,) else 10
+        # Sums are rounded in another order than stock's, and those over the rows are as many times longer;
+        # in float64 the reference rounds as well. With one column, rstd is over 300 and multiplies what is
+        # exactly 0 for stock.
+        scale = 1000 if case.normalized_shape == (1,) else 30 if "weight" in name or "bias" in name else 10
         floor = scale * torch.finfo(dtype).eps * (1 if dtype != torch.float64 else e.abs().max().item() + 1)
         if dtype in (torch.float16, torch.bfloat16):
-            floor = 0 if scale == 10 else floor
+            floor = 0 if scale < 1000 else floor
         if math.isnan(stock_error):  # of one column in float16
             stock_error = 0
         assert error <= 2 * stock_error + floor, f"{name}: {error:.3e}, stock {stock_error:.3e}"
@@ -362,28 +361,15 @@ def test_fuzzed_shapes(data, dtype):
         assert a.isfinite().all()
 
 
-@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+@each_instruction_set
 def test_every_instruction_set(capability):
-    """The kernels of the instruction sets below this machine's, which only they would run."""
-    code = (
-        "import torch, test_layer_norm as t\n"
-        "for dtype in t.DTYPES:\n"
-        "    for name in ('chunks', 'odd row', 'channels, tiles'):\n"
-        "        t.test_error_is_at_most_twice_stocks(t.NAMED[name], dtype, 'v')\n"
-        "        t.test_error_is_at_most_twice_stocks(t.NAMED[name], dtype, 'vut')\n"
-        "print(torch.backends.cpu.get_cpu_capability())\n"
-    )
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=os.path.dirname(__file__),
-        env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    chosen = run.stdout.strip().lower().replace("no avx", "default")
-    if chosen != capability:
-        pytest.skip(f"this processor has no {capability}: torch chose {chosen}")
+    checks = """
+for dtype in t.DTYPES:
+    for name in ('chunks', 'odd row', 'channels, tiles'):
+        t.test_error_is_at_most_twice_stocks(t.NAMED[name], dtype, 'v')
+        t.test_error_is_at_most_twice_stocks(t.NAMED[name], dtype, 'vut')
+"""
+    run_under(capability, __name__, checks)
 
 
 TINY = [

@@ -2,9 +2,6 @@
 
 import gc
 import math
-import os
-import subprocess
-import sys
 import weakref
 from dataclasses import dataclass
 
@@ -13,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import each_instruction_set, run_under
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
@@ -288,29 +286,15 @@ def test_fuzzed_shapes_dims_biases_and_strides(data, dtype):
         assert (result.double() - truth).abs().max().item() <= 8 * torch.finfo(dtype).eps * scale
 
 
-@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+@each_instruction_set
 def test_every_instruction_set(capability):
-    """The kernels of the instruction sets below this machine's, which only they would run."""
-    code = (
-        "import torch, test_softmax as t\n"
-        "torch.manual_seed(0)\n"
-        "for dtype in t.DTYPES:\n"
-        "    for case in t.CASES[2:]:\n"
-        "        t.test_error_is_at_most_twice_stocks(case, dtype)\n"
-        "    t.test_masks_and_nan(dtype, 49)\n"
-        "print(torch.backends.cpu.get_cpu_capability())\n"
-    )
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=os.path.dirname(__file__),
-        env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    chosen = run.stdout.strip().lower().replace("no avx", "default")
-    if chosen != capability:
-        pytest.skip(f"this processor has no {capability}: torch chose {chosen}")
+    checks = """
+for dtype in t.DTYPES:
+    for case in t.CASES[2:]:
+        t.test_error_is_at_most_twice_stocks(case, dtype)
+    t.test_masks_and_nan(dtype, 49)
+"""
+    run_under(capability, __name__, checks)
 
 
 def test_threads_give_the_same_bits():
