@@ -3,6 +3,8 @@
 import os
 import platform
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
 import setuptools
@@ -52,16 +54,20 @@ class BuildPerCapability(BuildExtension):
     def build_extensions(self) -> None:
         # Without ninja, setuptools would keep a library older than a header, or built for another torch.
         self.force = True
-        for capability, flags in CPU_CAPABILITIES.items():
-            macros = [("CPU_CAPABILITY", capability), (f"CPU_CAPABILITY_{capability}", None)]
-            self.extensions[0].extra_objects += self.compiler.compile(
-                sorted(os.path.relpath(path) for path in (CSRC / "cpu").glob("*.cpp")),
-                output_dir=os.path.join(self.build_temp, capability),
-                macros=macros,
-                include_dirs=include_paths(),
-                extra_postargs=[*CXX_FLAGS, *flags],
-            )
+        sources = sorted(os.path.relpath(path) for path in (CSRC / "cpu").glob("*.cpp"))
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
+            for objects in pool.map(self.compile_for, *zip(*product(CPU_CAPABILITIES, sources), strict=True)):
+                self.extensions[0].extra_objects += objects
         super().build_extensions()
+
+    def compile_for(self, capability: str, source: str) -> list[str]:
+        return self.compiler.compile(
+            [source],
+            output_dir=os.path.join(self.build_temp, capability),
+            macros=[("CPU_CAPABILITY", capability), (f"CPU_CAPABILITY_{capability}", None)],
+            include_dirs=include_paths(),
+            extra_postargs=[*CXX_FLAGS, *CPU_CAPABILITIES[capability]],
+        )
 
 
 setup(
