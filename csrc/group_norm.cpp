@@ -315,25 +315,37 @@ struct Composite {
   };
 };
 
+// Before PyTorch 2.15 the kernels take it for granted that the caller has done this.
+Tensor as_native_kernels_want(const Tensor& tensor, const Tensor& input) {
+#if TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR < 15
+  return tensor.contiguous(
+      input.is_cuda() ? at::MemoryFormat::Contiguous : input.suggest_memory_format());
+#else
+  return tensor;
+#endif
+}
+
 TensorTriple native_group_norm(
     const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias, int64_t num_groups,
     double eps) {
   return at::native_group_norm_symint(
-      input, weight, bias, input.sym_size(0), input.sym_size(1), inner_size(input), num_groups, eps);
+      as_native_kernels_want(input, input), weight, bias, input.sym_size(0), input.sym_size(1),
+      inner_size(input), num_groups, eps);
 }
 
 TensorTriple native_group_norm_backward(
     const Tensor& grad_output, const Tensor& input, const Tensor& mean, const Tensor& rstd,
     const OptionalTensor& weight, int64_t num_groups, Mask output_mask) {
+  OptionalTensor gamma = weight;
 #if TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR < 15
-  // Releases whose kernels take it for granted that the caller, PyTorch's own formula, has done this.
-  const auto format = input.device().is_cpu() ? input.suggest_memory_format() : at::MemoryFormat::Contiguous;
-  const Tensor g = grad_output.contiguous(format), x = input.contiguous(format);
-#else
-  const Tensor &g = grad_output, &x = input;
+  // They take the weight's type for that of both parameters' gradients.
+  if (!is_given(weight) && (output_mask[1] || output_mask[2])) {
+    gamma = at::ones_symint({input.sym_size(1)}, input.options());
+  }
 #endif
   return at::native_group_norm_backward_symint(
-      g, x, mean, rstd, weight, x.sym_size(0), x.sym_size(1), inner_size(x), num_groups, output_mask);
+      as_native_kernels_want(grad_output, input), as_native_kernels_want(input, input), mean, rstd, gamma,
+      input.sym_size(0), input.sym_size(1), inner_size(input), num_groups, output_mask);
 }
 
 // CPU and CUDA.

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import gradnorm_kernels as gk
 
 OPS = torch.ops.gradnorm_kernels
+IS_BEFORE_2_15 = torch.__version__ < "2.15"
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 PARAMETERS = ("weight", "bias")
 
@@ -94,7 +95,12 @@ def fused(case):
 
 
 def stock(case):
-    return lambda x, w, b: F.group_norm(x, case.num_groups, w, b)
+    def call(x, w, b):
+        if IS_BEFORE_2_15 and w is None and b is not None:
+            w = torch.ones_like(b)  # PyTorch's backward raises there
+        return F.group_norm(x, case.num_groups, w, b)
+
+    return call
 
 
 def reference(case):
@@ -181,6 +187,8 @@ def test_half_input_with_float32_parameters(case, dtype):
     operands = case.draw(dtype, mixed=True)
     if case.name != "no weight":
         return assert_no_worse_than_stock(case, operands)
+    if IS_BEFORE_2_15:
+        pytest.skip("handed to PyTorch, whose backward raises there")
     # Which PyTorch's fused backward does not take, and its other one does.
     with gk.set_fused_double_backward(True):
         ours, switched = (all_orders(f(case), operands) for f in (fused, stock))
@@ -534,6 +542,7 @@ class AtenOnly(torch.Tensor):
         return tree_map_only(torch.Tensor, cls, result)
 
 
+@pytest.mark.skipif(IS_BEFORE_2_15, reason="PyTorch's own double backward raises for this subclass")
 def test_tensor_subclasses():
     case = BY_NAME["no parameters"]
 
@@ -590,11 +599,11 @@ def test_switch_differentiates_the_statistics_too():
     with gk.set_fused_double_backward(True):
         for result, wanted in zip(second(native), expected, strict=True):
             torch.testing.assert_close(result, wanted, rtol=1e-9, atol=1e-10)
-        # Only the statistics.
+        # Only a statistic, which PyTorch before 2.15 cannot differentiate by itself.
         (gradient,) = torch.autograd.grad(native(x := operands.x.clone().requires_grad_())[2].sum(), x)
-    torch.testing.assert_close(
-        gradient, torch.autograd.grad(native(x := operands.x.clone().requires_grad_())[2].sum(), x)[0]
-    )
+    x = operands.x.clone().requires_grad_()
+    variance = x.reshape(2, case.num_groups, -1).var(-1, correction=0)
+    torch.testing.assert_close(gradient, torch.autograd.grad((variance + 1e-5).rsqrt().sum(), x)[0])
 
 
 def test_switch_leaves_what_ours_does_not_cover():
