@@ -78,7 +78,7 @@ CASES = [
     Case("no weight", (5, 33), weight=False),
     Case("no parameters", (5, 33), weight=False, bias=False),
     Case("channels", (2, 12, 3, 3), ndim=None),
-    Case("channels, tiles", (3, 70, 9, 13), ndim=None),  # 117 positions: a tile of 64 and a rest
+    Case("channels, tiles", (3, 70, 11, 13), ndim=None),  # 143 positions: a tile of 128 and a rest
     Case("channels, chunks", (20, 6, 8, 8), ndim=None),  # more than 16 tiles
     Case("channels, no bias", (2, 9, 4, 4), ndim=None, bias=False),
     Case("channels, no parameters", (2, 9, 4, 4), ndim=None, weight=False, bias=False),

@@ -14,7 +14,7 @@ struct Rows {
   int64_t outer, columns, inner;
 
   // A kernel's unit of work: one row, or a tile of neighbouring rows that are interleaved in memory.
-  static constexpr int64_t kTile = 64;
+  static constexpr int64_t kTile = 128;
   int64_t tiles() const {
     return (inner + kTile - 1) / kTile;
   }
@@ -24,7 +24,7 @@ struct Rows {
   // Parameter gradients are summed within chunks of at most 1024 rows, and then over the chunks in their
   // order: the number of threads makes no difference to their bits, and few terms follow one another.
   int64_t units_in_chunk() const {
-    return inner == 1 ? 64 : 16;
+    return inner == 1 ? 64 : 1024 / kTile;
   }
   int64_t chunks() const {
     return (units() + units_in_chunk() - 1) / units_in_chunk();
