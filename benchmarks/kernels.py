@@ -353,11 +353,12 @@ class Problem:
         """What to run for each pass; the graphs are recorded here."""
         leaves, inputs, trained = self._recorded_leaves()
         output = self.case.call(functional, **leaves)
-        grad_output = self.grad_output.detach().requires_grad_()
+        # In the layout of the output, as the next layer's gradient is.
+        grad_output = torch.empty_like(output).copy_(self.grad_output).requires_grad_()
         grad_inputs = torch.autograd.grad(output, inputs, grad_output, create_graph=True)
         return {
             "forward": lambda: (self.case.call(functional, **leaves),),
-            "backward": lambda: torch.autograd.grad(output, inputs, self.grad_output, retain_graph=True),
+            "backward": lambda: torch.autograd.grad(output, inputs, grad_output.detach(), retain_graph=True),
             "double_backward": lambda: torch.autograd.grad(
                 grad_inputs,
                 (grad_output, *trained),
