@@ -52,9 +52,10 @@ format: $(BIN)/.lint
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(FORMATTED_CXX)
 
+bench: DEVICE = $(shell $(BIN)/python -c "import torch; print('cuda' if torch.cuda.is_available() else 'cpu')")
 bench: $(BIN)/.built
-	$(BIN)/python -m benchmarks.kernels --op gelu --json benchmarks/results/gelu-$$($(BIN)/python -c \
-		"import torch; print('cuda' if torch.cuda.is_available() else 'cpu')").json
+	$(BIN)/python -m benchmarks.kernels --op all --json benchmarks/results/kernels-$(DEVICE).json
+	$(BIN)/python -m benchmarks.steps --json benchmarks/results/steps-$(DEVICE).json
 
 clean:
 	rm -rf build demo dist *.egg-info gradnorm_kernels/*.so gradnorm_kernels/_built_for.py $(VENV) $(CPU_VENV)

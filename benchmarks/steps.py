@@ -31,8 +31,10 @@ from gradnorm_kernels.training.objective import GradientNormLoss, Objective
 from .measure import alternate, describe_machine, option_parser, parse, summary, wall_time, write_json
 
 MODELS = ["swin_tiny_patch4_window7_224", "resnet50", "convnext_atto", "vit_tiny_patch16_224"]
-# Relative difference from stock's gradients that rounding may cause. What bfloat16 hides, float32 shows.
-TOLERANCE = {"float32": 1e-3, "tf32": 5e-2, "bfloat16": 3e-1}
+# Relative difference from stock's gradients that rounding may cause. What bfloat16 hides, float32 shows. The
+# L1 norm's gradient jumps where rounding changes the sign of a pixel's: of a ResNet-50's gradients, stock's
+# own were up to 4e-3 off float64.
+TOLERANCE = {"float32": 1e-2, "tf32": 5e-2, "bfloat16": 3e-1}
 Step = Callable[[nn.Module, Tensor, Tensor], None]
 
 
