@@ -42,6 +42,7 @@ OptionalTensor if_defined(const Tensor& tensor) {
 
 // Whether oneDNN's gradient of a depthwise convolution's weight is slow: where the kernel has more than 9
 // taps it takes 5 to 30 times the time of the forward, and it has no float64. Shapes are checked by the op.
+// Half types are slower still, and gain by float32.
 bool is_slow_depthwise(
     const Tensor& input, const Tensor& weight, SymIntArrayRef stride, SymIntArrayRef padding,
     SymIntArrayRef dilation, bool transposed, const SymInt& groups) {
@@ -56,8 +57,7 @@ bool is_slow_depthwise(
       return false;
     }
   }
-  const auto dtype = input.scalar_type();
-  return dtype == at::kDouble || (dtype == at::kFloat && weight[0].numel() > 9);
+  return input.scalar_type() == at::kDouble || weight[0].numel() > 9;
 }
 
 Tensor call_depthwise_grad_weight(
@@ -78,7 +78,8 @@ Tensor depthwise_grad_weight(
     return {is_row ? of_row : setting.front(), setting.back()};
   };
   const ConvolutionGeometry geometry{of_both(stride, 1), of_both(padding, 0), of_both(dilation, 1)};
-  const Tensor image = with_height(input), gradient = with_height(grad_output), kernel = with_height(weight);
+  const Tensor image = with_height(to_opmath(input)), gradient = with_height(to_opmath(grad_output));
+  const Tensor kernel = with_height(weight);
   std::vector<int64_t> shape{image.size(0), image.size(1)};
   for (const int64_t i : {0, 1}) {
     const auto [step, margin, spread] =
@@ -99,7 +100,8 @@ Tensor depthwise_grad_weight(
       .depthwise_grad_weight(
           gradient.contiguous(format), image.contiguous(format), format == at::MemoryFormat::ChannelsLast,
           kernel.sizes().slice(2), geometry)
-      .view(weight.sizes());
+      .view(weight.sizes())
+      .to(weight.scalar_type());
 }
 
 Tensor depthwise_grad_weight_meta(
