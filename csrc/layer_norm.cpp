@@ -122,9 +122,6 @@ struct Normalized {
         ended = !dims.empty();
       }
     }
-    if (dims.empty()) {
-      dims.push_back(input.dim() - 1);
-    }
   }
 };
 
@@ -200,7 +197,8 @@ struct Composite {
     }
 
     Tensor mean(const Tensor& tensor) const {
-      return tensor.mean(dims, /*keepdim=*/true);
+      // ATen takes no dimensions for all of them; here they are those of a single element.
+      return dims.empty() ? tensor : tensor.mean(dims, /*keepdim=*/true);
     }
     // The backward is rstd * project(grad_output * weight).
     Tensor project(const Tensor& tensor) const {

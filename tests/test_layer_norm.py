@@ -80,12 +80,14 @@ CASES = [
     Case("channels", (2, 12, 3, 3), ndim=None),
     Case("channels, tiles", (3, 70, 11, 13), ndim=None),  # 143 positions: a tile of 128 and a rest
     Case("channels, chunks", (20, 6, 8, 8), ndim=None),  # more than 16 tiles
+    Case("one channel", (2, 1, 3, 5), ndim=None),
     Case("channels, no bias", (2, 9, 4, 4), ndim=None, bias=False),
     Case("channels, no parameters", (2, 9, 4, 4), ndim=None, weight=False, bias=False),
 ]
 NAMED = {case.name: case for case in CASES}
 SMALL = [
-    NAMED[name] for name in ("odd row", "two dimensions", "no parameters", "channels", "channels, no bias")
+    NAMED[name]
+    for name in ("odd row", "two dimensions", "no parameters", "channels", "one channel", "channels, no bias")
 ]
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 each_small_case = pytest.mark.parametrize("case", SMALL, ids=str)
