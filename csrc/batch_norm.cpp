@@ -123,8 +123,12 @@ void check_forward(
     TORCH_CHECK_VALUE(
         running_mean.has_value() == running_var.has_value(),
         "batch_norm: expected running_mean and running_var to be given together");
+    c10::SymInt values = input.sym_size(0);
+    for (const auto& size : input.sym_sizes().slice(2)) {
+      values = values * size;
+    }
     TORCH_CHECK_VALUE(
-        input.sym_numel() != input.sym_size(1),
+        values != 1,
         "batch_norm: expected input to have more than 1 value per channel where training is True, got shape ",
         input.sym_sizes());
   } else {
@@ -159,8 +163,7 @@ void check_double_backward(
        {"grad_grad_input", grad_grad_input.has_value() ? *grad_grad_input : like}});
   check_dimensions("_double_backward", "grad_output", grad_output);
   check_given(
-      "_double_backward", "input",
-      input.has_value() || (!s.training && grad_grad_input.has_value() && !grad_grad_weight.has_value()),
+      "_double_backward", "input", input.has_value() || (!s.training && !grad_grad_weight.has_value()),
       "where it is read");
   check_channels(
       "_double_backward", like,
@@ -230,9 +233,13 @@ auto aten_forward(
 TensorTriple aten_backward(
     const Tensor& grad_output, const OptionalTensor& input, const OptionalTensor& weight, const Statistics& s,
     Mask output_mask) {
+  // The CPU's takes what it has of each channel for contiguous.
+  const auto dense = [](const OptionalTensor& tensor) {
+    return tensor.has_value() ? OptionalTensor(tensor->contiguous()) : tensor;
+  };
   return at::native_batch_norm_backward(
-      grad_output, value(input), weight, s.running_mean, s.running_var, s.save_mean, s.save_invstd,
-      s.training, s.eps, output_mask);
+      grad_output, value(input), dense(weight), dense(s.running_mean), dense(s.running_var),
+      dense(s.save_mean), dense(s.save_invstd), s.training, s.eps, output_mask);
 }
 
 // Plain ATen ops, differentiable to any order: for torch.func, compilers, the third order, and devices
@@ -574,7 +581,7 @@ struct Backward : torch::autograd::Function<Backward> {
           std::get<0>(call_backward(v, training ? input : std::nullopt, weight, s, {true, false, false}));
       return results;
     }
-    const bool reads_input = training || u.defined() || !v.defined();
+    const bool reads_input = training || u.defined();
     auto [grad_grad_output, grad_input, grad_weight] = call_double_backward(
         optional(v), optional(u), optional(t), grad_output, reads_input ? input : std::nullopt, weight, s);
     results[0] = grad_grad_output;
@@ -651,7 +658,7 @@ struct Forward : torch::autograd::Function<Forward> {
         has_bias && ctx->needs_input_grad(1 + weight.has_value())};
     constexpr int64_t native = 0;
     TensorTriple gradients;
-    if (!training || backend == native || needs_composite({grad_output, input})) {
+    if (!training || backend == native || needs_composite({grad_output, input, value(weight)})) {
       gradients =
           call_backward(grad_output, training || mask[1] ? optional(input) : std::nullopt, weight, s, mask);
     } else {
@@ -685,7 +692,7 @@ struct Autograd {
       return at::batch_norm(
           input, weight, bias, running_mean, running_var, training, momentum, eps, /*cudnn_enabled=*/false);
     }
-    if (needs_composite({input})) {
+    if (needs_composite({input, value(weight), value(bias)})) {
       return Composite::forward(input, weight, bias, running_mean, running_var, training, momentum, eps);
     }
     for (const auto& [name, statistic] :
@@ -707,7 +714,7 @@ struct Autograd {
       const Tensor& grad_output, const OptionalTensor& input, const OptionalTensor& weight,
       const OptionalTensor& running_mean, const OptionalTensor& running_var, const OptionalTensor& save_mean,
       const OptionalTensor& save_invstd, bool training, double eps, Mask output_mask) {
-    if (needs_composite({grad_output, input.value_or(grad_output)})) {
+    if (needs_composite({grad_output, value(input), value(weight)})) {
       return Composite::backward(
           grad_output, input, weight, running_mean, running_var, save_mean, save_invstd, training, eps,
           output_mask);

@@ -216,6 +216,50 @@ def test_layouts(case, fused):
 
 
 @each_case
+@both_ways
+def test_strided_parameters(case, fused):
+    """Of which ATen's own kernels on the CPU get some gradients wrong."""
+    (x, w, b, g), cotangents = case.tensors()
+    running = case.running()
+
+    def run(function, lay):
+        return all_orders(
+            case, case.bind(function, [lay(t) for t in running]), (x, lay(w), lay(b), g), cotangents
+        )
+
+    # detach() keeps strides.
+    ours = run(fused, lambda t: torch.stack([t, t.cos()], -1)[:, 0])
+    for a, e in zip(ours, run(reference_function, lambda t: t), strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-9)
+
+
+@each_case
+@both_ways
+def test_only_some_of_the_first_gradients(case, fused):
+    (x, w, b, _), _ = case.tensors()
+    running = case.running()
+
+    def second(function, wanted, leaves):
+        leaves = [t.clone().requires_grad_(k in leaves) for k, t in enumerate((x, w, b))]
+        output = case.bind(function, running)(*leaves).exp()
+        first = torch.autograd.grad(output.sum(), [leaves[k] for k in wanted], create_graph=True)
+        return torch.autograd.grad(
+            sum(f.square().sum() for f in first),
+            [leaf for leaf in leaves if leaf.requires_grad],
+            allow_unused=True,
+            materialize_grads=True,
+        )
+
+    operands = range(3 if case.affine else 1)
+    for wanted in (c for n in operands for c in itertools.combinations(operands, n + 1)):
+        for leaves in {wanted, tuple(operands)}:
+            for a, e in zip(
+                second(fused, wanted, leaves), second(reference_function, wanted, leaves), strict=True
+            ):
+                torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-9)
+
+
+@each_case
 def test_every_combination_of_gradients(case):
     """Each of the incoming gradients may be undefined, and each result unneeded."""
     operands, (v, u, t) = case.tensors()
@@ -483,18 +527,22 @@ def test_torch_func(case):
 
 
 @each_small_case
-def test_forward_mode(case):
+@pytest.mark.parametrize("argument", range(3), ids=["input", "weight", "bias"])
+def test_forward_mode(case, argument):
     (x, w, b, _), _ = case.tensors()
     running = case.running()
 
     def derivatives(function):
         with torch.autograd.forward_ad.dual_level():
-            leaf = x.clone().requires_grad_()
-            dual = torch.autograd.forward_ad.make_dual(leaf, x.cos())
-            output = case.bind(function, running)(dual, w, b)
+            leaves = [t.clone().requires_grad_() for t in (x, w, b)]
+            operands = list(leaves)
+            operands[argument] = torch.autograd.forward_ad.make_dual(leaves[argument], leaves[argument].cos())
+            output = case.bind(function, running)(*operands)
             tangent = torch.autograd.forward_ad.unpack_dual(output).tangent
             # PyTorch's own is wrong here in training.
-            return tangent, torch.autograd.grad(tangent.square().sum(), leaf)[0]
+            return tangent, *torch.autograd.grad(
+                tangent.square().sum(), leaves, allow_unused=True, materialize_grads=True
+            )
 
     for ours, wanted in zip(
         derivatives(gk.functional.batch_norm), derivatives(reference_function), strict=True
@@ -649,6 +697,14 @@ def test_empty(shape):
                 assert [r.shape for r in results] == [x.shape, x.shape, w.shape]
                 results = OPS.batch_norm_backward(x, x, w, *statistics, [True, True, True])
                 assert [r.shape for r in results] == [x.shape, w.shape, w.shape]
+
+
+def test_no_channels():
+    x = torch.empty(2, 0, 3, requires_grad=True)
+    output = gk.functional.batch_norm(x, None, None, training=True)
+    assert output.shape == x.shape == torch.autograd.grad(output.sum(), x)[0].shape
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        gk.functional.batch_norm(x[:1, :, :1], None, None, training=True)
 
 
 def test_inference_mode_and_devices_without_a_kernel():

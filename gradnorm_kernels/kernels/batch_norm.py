@@ -423,7 +423,7 @@ def batch_norm_double_backward(
         if grad_grad_bias is not None:
             shape = (-1, *[1] * (grad_grad_output.ndim - 2))
             grad_grad_output.add_(grad_grad_bias.reshape(shape))
-        return grad_grad_output, None, sums[1].sum(0).to(dtype)
+        return grad_grad_output, None, None if grad_grad_input is None else sums[1].sum(0).to(dtype)
 
     x = _in_layout(input, interleaved)
     layout = _Layout.of(x, interleaved)

@@ -115,6 +115,9 @@ def test_double_backward(
     exact = reference.batch_norm_double_backward(0 * double[0], *double[1:], training, EPS)
     actual = op(None, u, t, g, x, w, *statistics, training, EPS)
     assert_close(actual, (*exact[:2], None), dtype)
+    if not training:
+        actual = op(None, None, t, g, None, w, *statistics, training, EPS)
+        assert_close(actual, (double[2].view(-1, *[1] * (g.ndim - 2)).expand_as(g), None, None), dtype)
 
 
 @on_every_device
