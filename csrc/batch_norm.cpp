@@ -757,14 +757,13 @@ struct Autograd {
 // stays PyTorch's.
 struct AtenBatchNormBackward {
   static bool is_covered(
-      const Tensor& grad_output, const Tensor& input, const OptionalTensor& weight, const Statistics& s) {
-    const auto is_real = [](const OptionalTensor& tensor) {
-      return tensor.has_value() && at::isFloatingType(tensor->scalar_type()) &&
-             tensor->layout() == at::kStrided;
+      const Tensor& grad_output, const Tensor& input, const Tensor& weight, const Statistics& s) {
+    const auto is_real = [](const Tensor& tensor) {
+      return tensor.defined() && at::isFloatingType(tensor.scalar_type()) && tensor.layout() == at::kStrided;
     };
-    return !needs_composite({grad_output, input}) && is_elementwise_match(grad_output, input) &&
-           input.dim() >= 2 && input.sym_numel() != 0 && (!weight.has_value() || is_real(weight)) &&
-           is_real(s.mean()) && is_real(s.spread());
+    return !needs_composite({grad_output, input, weight}) && is_elementwise_match(grad_output, input) &&
+           input.dim() >= 2 && input.sym_numel() != 0 && (!weight.defined() || is_real(weight)) &&
+           is_real(value(s.mean())) && is_real(value(s.spread()));
   }
 
   struct Native {
@@ -778,13 +777,15 @@ struct AtenBatchNormBackward {
         const OptionalTensor& save_mean, const OptionalTensor& save_invstd, bool train, double eps,
         Mask output_mask) {
       const Statistics s{running_mean, running_var, save_mean, save_invstd, train, eps};
-      if (!is_covered(grad_out, input, weight, s)) {
+      // ATen's own calls have an undefined tensor for an absent weight.
+      const OptionalTensor w = optional(value(weight));
+      if (!is_covered(grad_out, input, value(w), s)) {
         return stock().call<TensorTriple>(
             keys, grad_out, input, weight, running_mean, running_var, save_mean, save_invstd, train, eps,
             output_mask);
       }
       return Backward::record(
-          grad_out, input, weight, s, [&] { return aten_backward(grad_out, input, weight, s, output_mask); });
+          grad_out, input, w, s, [&] { return aten_backward(grad_out, input, w, s, output_mask); });
     }
   };
 

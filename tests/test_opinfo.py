@@ -124,7 +124,8 @@ def is_ours(function, inputs):
 
 
 def check_gradients(op):
-    """Raises unless first and second gradients are right; says for each sample whether ours ran."""
+    """Raises unless first and second gradients are right; says for each sample whether ours ran, but for
+    empty ones: BatchNorm leaves those to PyTorch."""
     options = {
         "check_grad_dtypes": True,
         "nondet_tol": op.gradcheck_nondet_tol,
@@ -143,7 +144,8 @@ def check_gradients(op):
                 check_batched_grad=batched,
                 **options,
             )
-        ours.append(is_ours(function, inputs))
+        if all(variable.numel() for variable in inputs):
+            ours.append(is_ours(function, inputs))
     return ours
 
 
@@ -156,7 +158,7 @@ def test_first_and_second_gradients(name):
         pytest.skip(f"this torch's own first gradients of {name} are wrong")
     with gk.set_fused_double_backward(True):
         # Neither may an op of ours pass by PyTorch's formula, nor the other way round.
-        assert any(check_gradients(INFOS[name])) == (name in FUSED)
+        assert set(check_gradients(INFOS[name])) == {name in FUSED}
 
 
 def test_tables_are_disjoint():
