@@ -56,6 +56,9 @@ struct ActivationOps<Definition, Act (*)(Params...)> {
     return op.call(grad_grad_input, grad_output, input, params...);
   }
 
+  static bool is_covered(const Tensor& input) {
+    return is_elementwise_match(input, input);
+  }
   static void check(const Tensor& input) {
     check_elementwise(Definition::name, "", {{"input", input}});
   }
@@ -71,10 +74,15 @@ struct ActivationOps<Definition, Act (*)(Params...)> {
   // Plain ATen ops, differentiable to any order: for torch.func, compilers, the third order, and devices
   // without a kernel of ours.
   struct Composite {
+    // Takes whatever PyTorch does: integers, complex numbers and other layouts, too, for some activations.
     static Tensor forward(const Tensor& input, Params... params) {
-      check(input);
       Definition::make(params...);
-      return Definition::composite(input, params...);
+      try {
+        return Definition::composite(input, params...);
+      } catch (const c10::Error&) {
+        check(input);
+        throw;
+      }
     }
     static Tensor backward(const Tensor& grad_output, const Tensor& input, Params... params) {
       check(grad_output, input);
@@ -102,7 +110,9 @@ struct ActivationOps<Definition, Act (*)(Params...)> {
       if constexpr (saves_output) {
         return Composite::forward(input, params...);
       } else {
-        check(input);
+        if (!is_covered(input)) {
+          return Composite::forward(input, params...);
+        }
         auto iter = at::TensorIteratorConfig().add_owned_output(Tensor()).add_const_input(input).build();
         GRADNORM_KERNELS(activation_kernels).forward(iter, any(Definition::make(params...)));
         return iter.output();
@@ -136,9 +146,8 @@ struct ActivationOps<Definition, Act (*)(Params...)> {
   // An ATen op of as many operands lays its output out as ours do: by TensorIterator's rule.
   struct Meta {
     static Tensor forward(const Tensor& input, Params... params) {
-      check(input);
       Definition::make(params...);
-      return at::neg(input);
+      return is_covered(input) ? at::neg(input) : Composite::forward(input, params...);
     }
     static Tensor backward(const Tensor& grad_output, const Tensor& input, Params... params) {
       check(grad_output, input);
@@ -156,7 +165,7 @@ struct ActivationOps<Definition, Act (*)(Params...)> {
 
   struct Autograd {
     static Tensor forward(const Tensor& input, Params... params) {
-      if (needs_composite({input})) {
+      if (needs_composite({input}) || !is_covered(input)) {
         return Composite::forward(input, params...);
       }
       return record_forward<&call_forward, &call_backward>(input, params...);
@@ -458,8 +467,11 @@ struct LeakyRelu {
 
 struct Hardsigmoid : WithoutParams<gradnorm_kernels::Hardsigmoid> {
   static constexpr auto name = "hardsigmoid";
-  // PyTorch's own has no second derivative.
   static Tensor composite(const Tensor& input) {
+    if (input.is_nested() || !is_elementwise_match(input, input)) {
+      return at::hardsigmoid(input);
+    }
+    // PyTorch's own has no second derivative.
     return make().f(to_opmath(input)).to(input.scalar_type());
   }
   static Tensor aten_backward(const Tensor& grad_output, const Tensor& input) {

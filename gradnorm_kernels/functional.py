@@ -2,7 +2,9 @@
 
 Every activation takes a tensor of any shape and strides, of float16, bfloat16, float32 or float64, and
 returns one of the same shape, dtype and memory layout. Arithmetic is done in float32 (float64 for float64).
-Another dtype raises ``TypeError``, a bad parameter ``ValueError``. At a kink the derivatives are PyTorch's.
+Other dtypes and layouts are PyTorch's to compute (tanh and sigmoid of integers and complex numbers); where it
+cannot, a dtype raises ``TypeError``. A bad parameter raises ``ValueError``. At a kink the derivatives are
+PyTorch's.
 
 The double backward reads three tensors and writes two in one kernel. The third order and ``torch.func``
 transforms are exact, through plain ATen ops; in a region compiled by ``torch.compile`` each function is its

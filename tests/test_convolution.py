@@ -481,7 +481,9 @@ def test_opcheck(conv):
         tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
         if conv.name == "grouped" and x.dtype == torch.float32:
             # In torch 2.11 the double backward that is traced, PyTorch's own, takes no symbolic shapes.
-            tests.append("test_aot_dispatch_dynamic" if torch.__version__ >= "2.13" else "test_aot_dispatch_static")
+            tests.append(
+                "test_aot_dispatch_dynamic" if torch.__version__ >= "2.13" else "test_aot_dispatch_static"
+            )
         all_wanted = [True, True, True]
         for arguments in (
             (conv.op(), (x, w, b, *conv.settings)),

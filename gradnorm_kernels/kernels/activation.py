@@ -10,6 +10,7 @@ functions and give them a row in `ACTIVATIONS`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
@@ -502,6 +503,10 @@ def _make_op(pass_: Pass, op: str, select: Callable[..., Activation]) -> Callabl
         activation = select(*settings, **options)
         like = inputs[-1]
         if like.dtype not in _BLOCK:
+            if pass_ is FORWARD:
+                # Some of PyTorch's own take integers and complex numbers.
+                with contextlib.suppress(RuntimeError):
+                    return getattr(torch.ops.aten, op)(*args, **options)
             names = ", ".join(str(dtype)[6:] for dtype in _BLOCK)
             raise TypeError(f"{op}: expected input to be one of {names}, got {like.dtype}")
         # empty_like keeps the strides of a dense tensor, and of no other.

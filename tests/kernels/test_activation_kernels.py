@@ -304,6 +304,8 @@ def test_bad_input(device: str) -> None:
         activation.gelu(x, approximate="exact")
     with pytest.raises(TypeError, match="input"):
         activation.gelu(x.int())
+    assert torch.equal(activation.relu(-x.int()), 0 * x.int())
+    assert torch.equal(activation.silu(1j * x), torch.nn.functional.silu(1j * x))
     with pytest.raises(ValueError, match="grad_output"):
         activation.gelu_backward(x[:3], x)
     with pytest.raises(TypeError, match="grad_grad_input"):
