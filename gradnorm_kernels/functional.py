@@ -443,6 +443,7 @@ def scaled_dot_product_attention(
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
+    enable_gqa: bool = False,
 ) -> Tensor:
     r"""Attention, as :func:`torch.nn.functional.scaled_dot_product_attention`, differentiable twice.
 
@@ -467,6 +468,8 @@ def scaled_dot_product_attention(
         dropout_p: the probability of an attention weight to be dropped.
         is_causal: whether query ``i`` attends to the keys up to ``i`` only; without ``attn_mask``.
         scale: the factor of the scores, by default ``E ** -0.5``.
+        enable_gqa: whether each head of ``key`` and ``value`` serves as many consecutive ones of ``query`` as
+            there are for it; heads are the third dimension from the end. They are copied.
 
     Returns:
         ``(..., L, Ev)``. With 4 dimensions or more it lies in memory as ``(..., L, heads, Ev)``, so that
@@ -474,8 +477,8 @@ def scaled_dot_product_attention(
 
     Raises:
         TypeError: if a dtype is not one of the four, or key's or value's is not query's.
-        ValueError: if the shapes do not match, ``dropout_p`` is not a probability, or both ``attn_mask`` and
-            ``is_causal`` are given.
+        ValueError: if the shapes do not match, ``dropout_p`` is not a probability, both ``attn_mask`` and
+            ``is_causal`` are given, or heads that ``enable_gqa`` repeats do not divide ``query``'s.
     """
     if is_causal and attn_mask is not None:
         raise ValueError("scaled_dot_product_attention: expected is_causal=False where attn_mask is given")
@@ -485,8 +488,10 @@ def scaled_dot_product_attention(
         )
     if query.is_nested:
         return torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
+    if enable_gqa:
+        key, value = _repeat_heads("key", key, query), _repeat_heads("value", value, query)
     if is_causal:
         attn_mask = query.new_full((query.shape[-2], key.shape[-2]), -torch.inf).triu(1)
     attn_mask = _additive(attn_mask, query)
@@ -522,6 +527,16 @@ def qkv_attention(qkv: Tensor, attn_mask: Tensor | None = None, scale: float | N
         query, key, value = qkv.transpose(-4, -2).unbind(-3)
         return _plain_attention(query, key, value, attn_mask, 0.0, scale).transpose(-3, -2)
     return torch.ops.gradnorm_kernels.qkv_attention(qkv, attn_mask, scale=scale)
+
+
+def _repeat_heads(name: str, tensor: Tensor, query: Tensor) -> Tensor:
+    if min(tensor.dim(), query.dim()) < 3 or tensor.shape[-3] == 0 or query.shape[-3] % tensor.shape[-3]:
+        raise ValueError(
+            f"scaled_dot_product_attention: expected {name} to have a divisor of query's heads where "
+            f"enable_gqa is True, got shapes {tuple(tensor.shape)} and {tuple(query.shape)}"
+        )
+    times = query.shape[-3] // tensor.shape[-3]
+    return tensor if times == 1 else tensor.repeat_interleave(times, -3)
 
 
 def _additive(attn_mask: Tensor | None, like: Tensor) -> Tensor | None:
@@ -683,11 +698,14 @@ def _convolution(
     """Transposed if there is an ``output_padding``."""
 
     def per_dimension(setting: int | Sequence[int]) -> Sequence[int]:
-        return setting if isinstance(setting, Sequence) else (setting,) * dims
+        if not isinstance(setting, Sequence):
+            return (setting,) * dims
+        return tuple(setting) * dims if len(setting) == 1 else setting
 
     transposed = output_padding is not None
-    strides = per_dimension(stride)
+    strides, dilations = per_dimension(stride), per_dimension(dilation)
     same = padding == "same" and all(step == 1 for step in strides)
+    same = same and len(dilations) == dims == weight.dim() - 2
     ours = input.is_floating_point() and input.layout == torch.strided and input.dim() - dims in (1, 2)
     # Arguments that PyTorch's function rejects are left for it to reject.
     ours = ours and (same or padding == "valid" or not isinstance(padding, str))
@@ -696,7 +714,6 @@ def _convolution(
         return stock(
             input, weight, bias, stride=stride, padding=padding, dilation=dilation, groups=groups, **extra
         )
-    dilations = per_dimension(dilation)
     if same:
         totals = [step * (size - 1) for step, size in zip(dilations, weight.shape[2:], strict=True)]
         if any(total % 2 for total in totals):

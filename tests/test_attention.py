@@ -273,6 +273,27 @@ def test_leading_dimensions_broadcast():
     torch.testing.assert_close(ours, F.scaled_dot_product_attention(query, key, value))
 
 
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"scale": 0.3}], ids=str)
+def test_heads_of_key_and_value_are_repeated(options):
+    query, key, value = (torch.randn(2, heads, 5, 4, requires_grad=True) for heads in (6, 2, 3))
+    expected = F.scaled_dot_product_attention(
+        query, key.repeat_interleave(3, 1), value.repeat_interleave(2, 1), **options
+    )
+    ours = gk.functional.scaled_dot_product_attention(query, key, value, **options, enable_gqa=True)
+    torch.testing.assert_close(ours, expected)
+    first, wanted = (
+        torch.autograd.grad(output.square().sum(), (query, key, value), create_graph=output is ours)
+        for output in (ours, expected)
+    )
+    torch.testing.assert_close(first, wanted)
+    second = torch.autograd.grad(sum(f.square().sum() for f in first), (query, key, value))
+    assert [s.shape for s in second] == [query.shape, key.shape, value.shape]
+    with pytest.raises(ValueError, match="key to have a divisor of query's heads"):
+        gk.functional.scaled_dot_product_attention(query[:, :5], key, value, enable_gqa=True)
+    with pytest.raises(ValueError, match="key to have a divisor of query's heads"):
+        gk.functional.scaled_dot_product_attention(query[0, 0], key[0, 0], value[0, 0], enable_gqa=True)
+
+
 @each_dtype
 def test_masks_of_other_dtypes(dtype):
     query, key, value = (torch.randn(2, 3, 9, 4).to(dtype) for _ in range(3))

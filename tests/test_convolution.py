@@ -429,6 +429,7 @@ def test_signatures_are_pytorchs():
         (x, w, b, 1, "valid"),
         (x[None], w, b, 1, "same"),
         (x, w, b, 1, "same", (1, 2)),
+        (x, w, b, [1], "same", [2]),
         (x, w, b, (1,), (1,)),
     ):
         if len(arguments) < 7:
@@ -680,6 +681,9 @@ def test_bad_input_is_named():
     for bad in ((x[0, 0], w), (x, w[0]), (x, w, b[1:]), (x, w, b, 1, "circular"), (x, w, b, 2, "same")):
         with pytest.raises((RuntimeError, ValueError)):
             gk.functional.conv2d(*bad, groups=2)
+    for function in (gk.functional.conv2d, F.conv2d):
+        with pytest.raises(RuntimeError):
+            function(x, w, b, padding="same", dilation=(1, 1, 1), groups=2)
 
 
 @pytest.mark.parametrize("name", ["depthwise", "depthwise 1d", "depthwise channels_last"])
