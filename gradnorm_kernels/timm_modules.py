@@ -12,6 +12,7 @@ from timm.layers.norm import LayerNormFp32
 from timm.layers.padding import pad_same
 from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from . import functional, modules
 
@@ -101,11 +102,13 @@ def _window_order(
     height: int, width: int, window: tuple[int, int], shift: tuple[int, int], device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """The token of the image that each token of the windows is, and the other way round."""
-    tokens = torch.arange(height * width, device=device).view(height, width)
-    tokens = tokens.roll((-shift[0], -shift[1]), (0, 1))
-    tokens = tokens.view(height // window[0], window[0], width // window[1], window[1])
-    order = tokens.transpose(1, 2).reshape(-1)
-    return order, order.argsort()
+    # The cache outlives every mode, and what these make of a tensor is of no use outside of them.
+    with torch.inference_mode(False), _disable_current_modes(), torch._C._DisableFuncTorch():
+        tokens = torch.arange(height * width, device="cpu").view(height, width)
+        tokens = tokens.roll((-shift[0], -shift[1]), (0, 1))
+        tokens = tokens.view(height // window[0], window[0], width // window[1], window[1])
+        order = tokens.transpose(1, 2).reshape(-1)
+        return order.to(device), order.argsort().to(device)
 
 
 class FusedSwinTransformerBlock(SwinTransformerBlock):
@@ -113,7 +116,9 @@ class FusedSwinTransformerBlock(SwinTransformerBlock):
 
     def _attn(self, x: Tensor) -> Tensor:
         batch, height, width, channels = x.shape
-        if torch.compiler.is_compiling() or height % self.window_size[0] or width % self.window_size[1]:
+        # Tensor subclasses (FakeTensor, DTensor) do not mix with the ordinary tensors of the cache.
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor
+        if traced or height % self.window_size[0] or width % self.window_size[1]:
             return super()._attn(x)
         order, inverse = _window_order(height, width, self.window_size, self.shift_size, x.device)
         windows = torch.ops.gradnorm_kernels.permute_rows(x.flatten(1, 2), order, inverse)

@@ -11,7 +11,10 @@ from torch import nn
 
 timm = pytest.importorskip("timm", reason="timm is not installed")
 
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
+
 import gradnorm_kernels as gk  # noqa: E402
+from gradnorm_kernels import timm_modules  # noqa: E402
 
 # One model of each backbone family; shallow and small: each block is like the next.
 MODELS = {
@@ -116,3 +119,28 @@ def test_fuse_keeps_the_model_and_its_output(name, mode):
     again = pickle.load(io.BytesIO(pickle.dumps(fused)))
     assert [type(m) for m in again.modules()] == [type(m) for m in fused.modules()]
     assert [type(m) for m in gk.fuse(again).modules()] == [type(m) for m in fused.modules()]
+
+
+def in_inference_mode(model, images):
+    with torch.inference_mode():
+        return model(images)
+
+
+def with_fake_tensors(model, images):
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        return model(mode.from_tensor(images))
+
+
+@pytest.mark.parametrize("first", [in_inference_mode, with_fake_tensors])
+def test_swin_works_after_its_first_forward_in_a_mode(first):
+    """What it keeps of a forward is of no mode."""
+    model, images = make_model("swin_tiny_patch4_window7_224")
+    expected, exact = model(images), penalised_gradients(model, images)
+    fused = gk.fuse(copy.deepcopy(model))
+    timm_modules._window_order.cache_clear()
+    output = first(fused, images)
+    assert output.shape == expected.shape
+    if first is not with_fake_tensors:
+        torch.testing.assert_close(output, expected)
+    for gradient, wanted in zip(penalised_gradients(fused, images), exact, strict=True):
+        torch.testing.assert_close(gradient, wanted)
