@@ -27,24 +27,25 @@ def _tile(
     tile,
     outer,
     channels,
-    inner,
+    units,
+    unit: tl.constexpr,
     interleaved: tl.constexpr,
     rows: tl.constexpr,
     columns: tl.constexpr,
 ):
-    """Offsets and mask of a tile, rows x columns."""
+    """Offsets and mask of a tile, rows x columns, which are whole units."""
+    # 64-bit before each product: a tensor, and a dimension, may have more than 2^31 elements.
     if interleaved:
-        row = tile * rows + tl.arange(0, rows)[:, None]
+        row = tl.cast(tile, tl.int64) * rows + tl.arange(0, rows)[:, None]
         column = tl.program_id(0) * columns + tl.arange(0, columns)[None, :]
         width = channels
-        # 64-bit before the product: a tensor may have more than 2^31 elements.
-        start = row.to(tl.int64) * channels
+        start = row * channels
     else:
-        blocks = tl.cdiv(inner, columns)
-        row = tile // blocks * rows + tl.arange(0, rows)[:, None]
-        column = tile % blocks * columns + tl.arange(0, columns)[None, :]
-        width = inner
-        start = (row.to(tl.int64) * channels + tl.program_id(0)) * inner
+        blocks = tl.cdiv(units, columns // unit)
+        row = tl.cast(tile // blocks, tl.int64) * rows + tl.arange(0, rows)[:, None]
+        column = tl.cast(tile % blocks, tl.int64) * columns + tl.arange(0, columns)[None, :]
+        width = tl.cast(units, tl.int64) * unit
+        start = (row * channels + tl.program_id(0)) * width
     return start + column, (row < outer) & (column < width)
 
 
@@ -113,7 +114,7 @@ def batch_norm_sums_kernel(
     gd_sum = v_sum
     vg_sum = v_sum
     for tile in range(tl.program_id(1), tiles, tl.num_programs(1)):
-        offsets, mask = _tile(tile, outer, channels, units * unit, interleaved, rows, columns)
+        offsets, mask = _tile(tile, outer, channels, units, unit, interleaved, rows, columns)
         v = _load(grad_grad_input_ptr, offsets, mask)
         g = _load(grad_output_ptr, offsets, mask)
         d = _load(input_ptr, offsets, mask) - mean
@@ -168,7 +169,6 @@ def batch_norm_bwd_bwd_kernel(
     Moves 5n elements: reads 3, writes 2.
     """
     channel, exists = _channel(channels, interleaved, columns)
-    inner = units * unit
     mean = _per_channel(mean_ptr, channel, exists, 0)
     r = _per_channel(spread_ptr, channel, exists, 1)
     if not training:
@@ -177,7 +177,7 @@ def batch_norm_bwd_bwd_kernel(
     ur = _per_channel(grad_grad_weight_ptr, channel, exists, 0) * r
     t = _per_channel(grad_grad_bias_ptr, channel, exists, 0)
     if training:
-        count = tl.cast(outer, r.dtype) * inner
+        count = tl.cast(outer, r.dtype) * units * unit
         v_mean = _per_channel(sums_ptr, channel, exists, 0) / count
         g_mean = _per_channel(sums_ptr + channels, channel, exists, 0) / count
         vh_mean = _per_channel(sums_ptr + 2 * channels, channel, exists, 0) / count * r
@@ -197,7 +197,7 @@ def batch_norm_bwd_bwd_kernel(
         out_of_1 = t
         vg_sum = _zeros(input_ptr, rows, columns)
     for tile in range(tl.program_id(1), tiles, tl.num_programs(1)):
-        offsets, mask = _tile(tile, outer, channels, inner, interleaved, rows, columns)
+        offsets, mask = _tile(tile, outer, channels, units, unit, interleaved, rows, columns)
         v = _load(grad_grad_input_ptr, offsets, mask)
         g = _load(grad_output_ptr, offsets, mask)
         d = _load(input_ptr, offsets, mask) - mean
@@ -246,7 +246,7 @@ def batch_norm_scale_kernel(
         sum = _zeros(input_ptr, rows, columns)
         product_sum = sum
     for tile in range(tl.program_id(1), tiles, tl.num_programs(1)):
-        offsets, mask = _tile(tile, outer, channels, units * unit, interleaved, rows, columns)
+        offsets, mask = _tile(tile, outer, channels, units, unit, interleaved, rows, columns)
         x = _load(input_ptr, offsets, mask)
         tl.store(output_ptr + offsets, x * scale, mask=mask)
         if factor_ptr is not None:

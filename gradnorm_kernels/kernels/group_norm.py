@@ -22,13 +22,20 @@ from .common import DTYPES, FP_FUSION, Specialization, pointer_type, widen
 
 
 @triton.jit
-def _where(index, rows, columns, row_stride, block_rows: tl.constexpr, block_columns: tl.constexpr):
+def _matrix(rows, column_units, unit: tl.constexpr, block_columns: tl.constexpr):
+    """Its rows and columns, and the tiles of a row, which are whole units."""
+    # 64-bit before each product: a tensor, and a row, may have more than 2^31 elements. A product it is, so
+    # that the compiler knows how rows are aligned.
+    return rows, tl.cast(column_units, tl.int64) * unit, tl.cdiv(column_units, block_columns // unit)
+
+
+@triton.jit
+def _where(index, matrix, row_stride, block_rows: tl.constexpr, block_columns: tl.constexpr):
     """A tile's offsets and mask."""
-    tiles_of_a_row = tl.cdiv(columns, block_columns)
-    row = (index // tiles_of_a_row) * block_rows + tl.arange(0, block_rows)
-    column = (index % tiles_of_a_row) * block_columns + tl.arange(0, block_columns)
-    # 64-bit before the product: a tensor may have more than 2^31 elements.
-    offsets = row.to(tl.int64)[:, None] * row_stride + column[None, :]
+    rows, columns, tiles_of_a_row = matrix
+    row = tl.cast(index // tiles_of_a_row, tl.int64) * block_rows + tl.arange(0, block_rows)
+    column = tl.cast(index % tiles_of_a_row, tl.int64) * block_columns + tl.arange(0, block_columns)
+    offsets = row[:, None] * row_stride + column[None, :]
     return offsets, (row < rows)[:, None] & (column < columns)[None, :]
 
 
@@ -46,14 +53,13 @@ def _parameter(
     ptr,
     absent: tl.constexpr,
     index,
-    rows,
-    columns,
+    matrix,
     channels_last: tl.constexpr,
     block_rows: tl.constexpr,
     block_columns: tl.constexpr,
 ):
     """The elements of a parameter that belong to a tile, or the value that stands for an absent one."""
-    tiles_of_a_row = tl.cdiv(columns, block_columns)
+    rows, columns, tiles_of_a_row = matrix
     if ptr is None:
         return tl.full((1, 1), absent, tl.float32)
     elif channels_last:
@@ -111,11 +117,11 @@ def group_norm_bwd_bwd_kernel(
     Moves 5n elements where groups are whole: reads 3, writes 2. Else 8n, since the inputs are read twice; of
     the second time, what the L2 cache has kept is not from memory.
     """
-    columns = column_units * unit  # so that the compiler knows how rows are aligned
+    matrix = _matrix(rows, column_units, unit, block_columns)
+    _, columns, tiles_of_a_row = matrix
     group = tl.program_id(0) // splits
     split = tl.program_id(0) % splits
     batch = (group // num_groups).to(tl.int64)
-    tiles_of_a_row = tl.cdiv(columns, block_columns)
     tiles_of_a_column = tl.cdiv(rows, block_rows)
     if channels_last:
         channels = columns
@@ -148,16 +154,14 @@ def group_norm_bwd_bwd_kernel(
     sum_pg = 0.0 * one
     sum_pgb = 0.0 * one
     if whole:
-        offsets, mask = _where(0, rows, columns, row_stride, block_rows, block_columns)
+        offsets, mask = _where(0, matrix, row_stride, block_rows, block_columns)
         v, g, b = _read(grad_grad_input_ptr, grad_output_ptr, input_ptr, mean, rstd, offsets, mask)
-        w = _parameter(weight_ptr, 1.0, 0, rows, columns, channels_last, block_rows, block_columns)
+        w = _parameter(weight_ptr, 1.0, 0, matrix, channels_last, block_rows, block_columns)
         a = w * g
         sum_a, sum_ab, sum_va = _total(a), _total(a * b), _total(v * a)
         sum_v, sum_vb = _total(v), _total(v * b)
         if grad_grad_weight_ptr is not None:
-            p = _parameter(
-                grad_grad_weight_ptr, 0.0, 0, rows, columns, channels_last, block_rows, block_columns
-            )
+            p = _parameter(grad_grad_weight_ptr, 0.0, 0, matrix, channels_last, block_rows, block_columns)
             sum_pg, sum_pgb = _total(p * g), _total(p * g * b)
     elif adds:
         # Added up element by element of the tiles: a sum over a tile costs more than reading it.
@@ -165,9 +169,9 @@ def group_norm_bwd_bwd_kernel(
         all_ab, all_va, all_v, all_vb = all_a, all_a, all_a, all_a
         all_pg, all_pgb = all_a, all_a
         for index in range(first, last):
-            offsets, mask = _where(index, rows, columns, row_stride, block_rows, block_columns)
+            offsets, mask = _where(index, matrix, row_stride, block_rows, block_columns)
             v, g, b = _read(grad_grad_input_ptr, grad_output_ptr, input_ptr, mean, rstd, offsets, mask)
-            w = _parameter(weight_ptr, 1.0, index, rows, columns, channels_last, block_rows, block_columns)
+            w = _parameter(weight_ptr, 1.0, index, matrix, channels_last, block_rows, block_columns)
             a = w * g
             all_a += a
             all_ab += a * b
@@ -176,7 +180,7 @@ def group_norm_bwd_bwd_kernel(
             all_vb += v * b
             if grad_grad_weight_ptr is not None:
                 p = _parameter(
-                    grad_grad_weight_ptr, 0.0, index, rows, columns, channels_last, block_rows, block_columns
+                    grad_grad_weight_ptr, 0.0, index, matrix, channels_last, block_rows, block_columns
                 )
                 all_pg += p * g
                 all_pgb += p * g * b
@@ -203,17 +207,15 @@ def group_norm_bwd_bwd_kernel(
         of_one = rstd * (rstd * (mean_vb * mean_a + mean_ab * mean_v) - sum_pg * per_element)
         for index in range(first, last):
             # Of a whole group again, which is cheaper than to keep them in registers meanwhile.
-            offsets, mask = _where(index, rows, columns, row_stride, block_rows, block_columns)
+            offsets, mask = _where(index, matrix, row_stride, block_rows, block_columns)
             if not whole:
                 v, g, b = _read(grad_grad_input_ptr, grad_output_ptr, input_ptr, mean, rstd, offsets, mask)
-            w = _parameter(weight_ptr, 1.0, index, rows, columns, channels_last, block_rows, block_columns)
-            p = _parameter(
-                grad_grad_weight_ptr, 0.0, index, rows, columns, channels_last, block_rows, block_columns
-            )
+            w = _parameter(weight_ptr, 1.0, index, matrix, channels_last, block_rows, block_columns)
+            p = _parameter(grad_grad_weight_ptr, 0.0, index, matrix, channels_last, block_rows, block_columns)
             projected = rstd * (v - mean_v - b * mean_vb)
             if grad_grad_output_ptr is not None:
                 q = _parameter(
-                    grad_grad_bias_ptr, 0.0, index, rows, columns, channels_last, block_rows, block_columns
+                    grad_grad_bias_ptr, 0.0, index, matrix, channels_last, block_rows, block_columns
                 )
                 tl.store(grad_grad_output_ptr + start + offsets, w * projected + (p * b + q), mask=mask)
             if grad_input_ptr is not None:

@@ -56,6 +56,14 @@ def _rows_of_tile(tile, rows, columns, row_stride, block_rows: tl.constexpr):
 
 
 @triton.jit
+def _columns_offsets(column, column_stride, wide: tl.constexpr):
+    """In 64 bits, which take more registers, only where a group is wide: of more than 2^31 elements."""
+    if wide:
+        column = column.to(tl.int64)
+    return column * column_stride
+
+
+@triton.jit
 def layer_norm_fwd_kernel(
     input_ptr,
     weight_ptr,
@@ -69,13 +77,14 @@ def layer_norm_fwd_kernel(
     row_stride,
     column_stride,
     eps: tl.constexpr,
+    wide: tl.constexpr,
     block_rows: tl.constexpr,
     block_columns: tl.constexpr,
 ):
     """output = x_hat * weight + bias, and the statistics. Moves 2N elements: reads 1, writes 1."""
     column = tl.arange(0, block_columns)[None, :]
     row, row_mask, start, offsets = _rows_of_tile(tl.program_id(0), rows, columns, row_stride, block_rows)
-    offsets += column * column_stride
+    offsets += _columns_offsets(column, column_stride, wide)
     mask = row_mask & (column < columns)
     x = _load(input_ptr + start, offsets, mask)
     mean = (tl.sum(x, axis=1) / columns)[:, None]
@@ -104,6 +113,7 @@ def layer_norm_bwd_kernel(
     columns,
     row_stride,
     column_stride,
+    wide: tl.constexpr,
     block_rows: tl.constexpr,
     block_columns: tl.constexpr,
 ):
@@ -118,7 +128,7 @@ def layer_norm_bwd_kernel(
     bias_sum = weight_sum
     for tile in range(tl.program_id(0), groups * tl.cdiv(rows, block_rows), tl.num_programs(0)):
         row, row_mask, start, offsets = _rows_of_tile(tile, rows, columns, row_stride, block_rows)
-        offsets += column * column_stride
+        offsets += _columns_offsets(column, column_stride, wide)
         mask = row_mask & (column < columns)
         g = _load(grad_output_ptr + start, offsets, mask)
         x = _load(input_ptr + start, offsets, mask)
@@ -140,7 +150,7 @@ def layer_norm_bwd_kernel(
 
 
 @triton.jit
-def _operands(pointers, statistics, place, first_column, block_columns: tl.constexpr):
+def _operands(pointers, statistics, place, first_column, wide: tl.constexpr, block_columns: tl.constexpr):
     """Where they are, a mask, and x_hat, v, g, w, u and t."""
     grad_grad_input_ptr, grad_grad_weight_ptr, grad_grad_bias_ptr, grad_output_ptr, input_ptr, weight_ptr = (
         pointers
@@ -148,7 +158,7 @@ def _operands(pointers, statistics, place, first_column, block_columns: tl.const
     mean, rstd = statistics
     row_mask, start, offsets, columns, column_stride = place
     column = (first_column + tl.arange(0, block_columns))[None, :]
-    offsets += column * column_stride
+    offsets += _columns_offsets(column, column_stride, wide)
     column_mask = column < columns
     mask = row_mask & column_mask
     v = _load(grad_grad_input_ptr + start, offsets, mask)
@@ -219,6 +229,7 @@ def layer_norm_bwd_bwd_kernel(
     row_stride,
     column_stride,
     whole: tl.constexpr,
+    wide: tl.constexpr,
     block_rows: tl.constexpr,
     block_columns: tl.constexpr,
 ):
@@ -246,7 +257,9 @@ def layer_norm_bwd_bwd_kernel(
         statistics = (_load(mean_ptr, row, row_mask), rstd)
         place = (row_mask, start, row_offsets, columns, column_stride)
         if whole:
-            offsets, mask, x_hat, v, g, w, u, t = _operands(pointers, statistics, place, 0, block_columns)
+            offsets, mask, x_hat, v, g, w, u, t = _operands(
+                pointers, statistics, place, 0, wide, block_columns
+            )
             sums = _sums(x_hat, v, g, w, u, has_u)
             grad_grad_output, grad_input, weight_term = _results(
                 sums, columns, rstd, x_hat, v, g, w, u, t, has_u
@@ -261,7 +274,7 @@ def layer_norm_bwd_bwd_kernel(
             sums = (zero, zero, zero, zero, zero, zero, zero)
             for first_column in range(0, columns, block_columns):
                 _, _, x_hat, v, g, w, u, _ = _operands(
-                    pointers, statistics, place, first_column, block_columns
+                    pointers, statistics, place, first_column, wide, block_columns
                 )
                 more = _sums(x_hat, v, g, w, u, has_u)
                 sums = (
@@ -275,7 +288,7 @@ def layer_norm_bwd_bwd_kernel(
                 )
             for first_column in range(0, columns, block_columns):
                 offsets, mask, x_hat, v, g, w, u, t = _operands(
-                    pointers, statistics, place, first_column, block_columns
+                    pointers, statistics, place, first_column, wide, block_columns
                 )
                 grad_grad_output, grad_input, weight_term = _results(
                     sums, columns, rstd, x_hat, v, g, w, u, t, has_u
@@ -362,7 +375,9 @@ def _constants(
         wanted = min(most // 256, (most if kernel is layer_norm_fwd_kernel else most // 2) // block_columns)
     wanted = max(wanted, 1024 // block_columns)
     block_rows = max(1, min(wanted, _power_of_2_from(rows.rows)))
-    constants = {"block_rows": block_rows, "block_columns": block_columns}
+    # Neighbouring columns are counted in 64 bits by Triton itself where their number needs them.
+    wide = rows.column_stride > 1 and rows.columns * rows.column_stride > 2**31
+    constants = {"wide": wide, "block_rows": block_rows, "block_columns": block_columns}
     if double_backward:
         constants["whole"] = rows.columns <= block_columns
     elements_in_thread = 8 if block_rows == 1 else 4
@@ -561,7 +576,8 @@ def layer_norm_double_backward(
 
 
 def specializations() -> Iterator[Specialization]:
-    """What the models launch: Swin-B and ViT-B over the last dimension, ConvNeXt-B over channels."""
+    """What the models launch, Swin-B and ViT-B over the last dimension and ConvNeXt-B over channels; and an
+    image that needs 64-bit offsets."""
     lean = ("grad_grad_weight_ptr", "grad_grad_bias_ptr")
     for name, kernel, dtype, shape, channels_first, absent in (
         ("vit", layer_norm_bwd_bwd_kernel, torch.float32, (64, 197, 768), False, lean),
@@ -573,6 +589,7 @@ def specializations() -> Iterator[Specialization]:
         ("convnext", layer_norm_bwd_kernel, torch.float32, (64, 512, 14, 14), True, ()),
         ("convnext", layer_norm_bwd_bwd_kernel, torch.float32, (64, 512, 14, 14), True, lean),
         ("convnext", layer_norm_bwd_bwd_kernel, torch.bfloat16, (64, 128, 56, 56), True, lean),
+        ("huge", layer_norm_bwd_bwd_kernel, torch.bfloat16, (1, 64, 8192, 8192), True, lean),
     ):
         yield _specialization(name, kernel, dtype, shape, channels_first, absent)
 

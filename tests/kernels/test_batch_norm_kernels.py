@@ -145,24 +145,51 @@ def test_empty(training: bool, device: str) -> None:
 
 
 @triton.jit
-def tile_start_kernel(start_ptr, tile, outer, channels, inner, interleaved: tl.constexpr):
-    offsets, _ = batch_norm._tile(tile, outer, channels, inner, interleaved, 4, 256)
-    tl.store(start_ptr, tl.min(offsets))
+def tile_ends_kernel(
+    ends_ptr,
+    tile,
+    outer,
+    channels,
+    units,
+    unit: tl.constexpr,
+    interleaved: tl.constexpr,
+    rows: tl.constexpr,
+    columns: tl.constexpr,
+):
+    offsets, mask = batch_norm._tile(tile, outer, channels, units, unit, interleaved, rows, columns)
+    tl.store(ends_ptr, tl.min(offsets))
+    tl.store(ends_ptr + 1, tl.max(tl.where(mask, offsets, -1)))
 
 
 @pytest.mark.skipif(not INTERPRET, reason="the addresses do not depend on the device")
-@pytest.mark.parametrize("interleaved", [False, True])
-def test_tile_beyond_2_31_elements_in_the_interpreter(interleaved: bool) -> None:
-    start = torch.zeros(1, dtype=torch.int64)
-    outer, channels, inner = 2**16, 2**8, 1 if interleaved else 2**12
-    tile = 2**14 - 1 if interleaved else 2**14
+@pytest.mark.parametrize(
+    ("shape", "interleaved"),
+    [
+        ((2**24, 2**7), True),
+        ((2**32, 1), True),
+        ((2**31 - 2, 2), True),
+        ((2**16, 2**8, 2**12), False),
+        ((2, 1, 2**31), False),
+        ((1, 1, 2**33), False),
+    ],
+    ids=str,
+)
+def test_last_tile_beyond_2_31_elements_in_the_interpreter(shape: tuple[int, ...], interleaved: bool) -> None:
+    """Of the first channel, or block of interleaved ones."""
+    tensor = torch.empty(shape, device="meta")
+    layout = batch_norm._Layout.of(tensor, interleaved)
+    outer, channels, units, tiles = layout.sizes
+    constants = layout.constants
+    inner = units * constants["unit"]
+    ends = torch.zeros(2, dtype=torch.int64)
+    tile_ends_kernel[(1,)](ends, tiles - 1, outer, channels, units, **constants)
+    row = (outer - 1) // constants["rows"] * constants["rows"]
     if interleaved:
-        outer, channels = 2**24, 2**9
-        tile = 2**22 - 1
-    tile_start_kernel[(1,)](start, tile, outer, channels, inner, interleaved=interleaved)
-    row = tile * 4 if interleaved else tile // (inner // 256) * 4
-    expected = row * channels if interleaved else row * channels * inner + tile % (inner // 256) * 256
-    assert start.item() == expected > 2**31
+        expected = [row * channels, tensor.numel() - 1]
+    else:
+        column = (inner - 1) // constants["columns"] * constants["columns"]
+        expected = [row * channels * inner + column, (outer - 1) * channels * inner + inner - 1]
+    assert ends.tolist() == expected and expected[1] > 2**30
 
 
 @pytest.mark.skipif(INTERPRET, reason="the interpreter does not compile")

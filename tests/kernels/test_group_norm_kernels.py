@@ -208,16 +208,44 @@ def test_nan_and_inf_stay_in_their_group(device: str) -> None:
 
 
 @triton.jit
-def tile_end_kernel(end_ptr, row_stride, block_rows: tl.constexpr, block_columns: tl.constexpr):
-    offsets, _ = group_norm._where(0, block_rows, block_columns, row_stride, block_rows, block_columns)
-    tl.store(end_ptr, tl.max(tl.max(offsets, axis=1), axis=0))
+def tile_end_kernel(
+    end_ptr,
+    index,
+    rows,
+    column_units,
+    row_stride,
+    unit: tl.constexpr,
+    block_rows: tl.constexpr,
+    block_columns: tl.constexpr,
+):
+    matrix = group_norm._matrix(rows, column_units, unit, block_columns)
+    offsets, mask = group_norm._where(index, matrix, row_stride, block_rows, block_columns)
+    tl.store(end_ptr, tl.max(tl.max(tl.where(mask, offsets, -1), axis=1), axis=0))
 
 
 @pytest.mark.skipif(not INTERPRET, reason="on a GPU, test_more_than_2_31_elements shows it")
-def test_tile_beyond_2_31_elements_in_the_interpreter() -> None:
+@pytest.mark.parametrize(
+    ("index", "rows", "column_units", "row_stride", "unit", "block_rows", "block_columns", "expected"),
+    [
+        (0, 1024, 1, 2**22, 1, 1024, 1, 1023 * 2**22),
+        (2**25 - 1, 4, 2**30, 2**33, 8, 4, 256, 2**35 - 1),  # the end of long rows
+        (2**21 - 1, 2**31 - 2, 1, 1, 1, 1024, 1, 2**31 - 3),  # the last of many rows, and a rest
+    ],
+)
+def test_tile_beyond_2_31_elements_in_the_interpreter(
+    index: int,
+    rows: int,
+    column_units: int,
+    row_stride: int,
+    unit: int,
+    block_rows: int,
+    block_columns: int,
+    expected: int,
+) -> None:
     end = torch.zeros(1, dtype=torch.int64)
-    tile_end_kernel[(1,)](end, 2**22, block_rows=1024, block_columns=1)
-    assert end.item() == 1023 * 2**22
+    sizes = {"unit": unit, "block_rows": block_rows, "block_columns": block_columns}
+    tile_end_kernel[(1,)](end, index, rows, column_units, row_stride, **sizes)
+    assert end.item() == expected
 
 
 @pytest.mark.gpu

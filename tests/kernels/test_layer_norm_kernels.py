@@ -16,6 +16,7 @@ from torch import Tensor
 from gradnorm_kernels import reference
 
 layer_norm: Any = importlib.import_module("gradnorm_kernels.kernels.layer_norm")
+tl = triton.language
 EPS = 1e-5
 
 
@@ -215,6 +216,39 @@ def test_launch_compiles_what_is_listed(monkeypatch: pytest.MonkeyPatch) -> None
         wide = [load for load in loads if load.endswith("v4.b32")]
         assert len(loads) - len(wide) <= 5
         assert len(wide) in (4, 8)
+
+
+@triton.jit
+def column_starts_kernel(
+    starts_ptr,
+    rows,
+    columns,
+    row_stride,
+    column_stride,
+    wide: tl.constexpr,
+    block_rows: tl.constexpr,
+    block_columns: tl.constexpr,
+):
+    column = tl.arange(0, block_columns)[None, :]
+    _, _, start, offsets = layer_norm._rows_of_tile(0, rows, columns, row_stride, block_rows)
+    offsets += layer_norm._columns_offsets(column, column_stride, wide)
+    first = tl.arange(0, block_rows)[:, None] == 0
+    tl.store(starts_ptr + column + tl.zeros_like(offsets), start + offsets, mask=first & (column < columns))
+
+
+@pytest.mark.skipif(not INTERPRET, reason="the addresses do not depend on the device")
+@pytest.mark.parametrize("side", [5, 8192])
+def test_image_beyond_2_31_elements_in_the_interpreter(side: int) -> None:
+    image = torch.empty(1, 64, side, side, device="meta")
+    rows = layer_norm._rows(image, image[:, :1])
+    for kernel in (layer_norm.layer_norm_fwd_kernel, layer_norm.layer_norm_bwd_bwd_kernel):
+        constants, _ = layer_norm._constants(kernel, rows, torch.bfloat16)
+        constants = {name: constants[name] for name in ("wide", "block_rows", "block_columns")}
+        # No 64-bit offsets where they are not needed.
+        assert constants["wide"] == (side == 8192)
+        starts = torch.zeros(64, dtype=torch.int64)
+        column_starts_kernel[(1,)](starts, *rows[1:], **constants)
+        assert starts.tolist() == [channel * side * side for channel in range(64)]
 
 
 def test_programs_leave_their_sums_small_beside_the_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
