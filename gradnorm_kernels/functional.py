@@ -208,7 +208,8 @@ def layer_norm(
             ``bias``'s is another.
         RuntimeError: if devices differ, or dtypes that PyTorch does not mix.
     """
-    if torch.compiler.is_compiling():
+    # torch.jit.trace gives sizes of its own kind, which our op does not take.
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return torch.nn.functional.layer_norm(input, normalized_shape, weight, bias, eps)  # type: ignore[arg-type]
     return torch.ops.gradnorm_kernels.layer_norm(input, normalized_shape, weight, bias, eps)
 
@@ -709,6 +710,8 @@ def _convolution(
     ours = input.is_floating_point() and input.layout == torch.strided and input.dim() - dims in (1, 2)
     # Arguments that PyTorch's function rejects are left for it to reject.
     ours = ours and (same or padding == "valid" or not isinstance(padding, str))
+    # Traced sizes of the weight are no padding that our op takes.
+    ours = ours and not (same and torch.jit.is_tracing())
     if not ours or torch.compiler.is_compiling():
         extra = {"output_padding": output_padding} if transposed else {}
         return stock(

@@ -418,7 +418,7 @@ for conv in t.CONVOLUTIONS:
     run_under(capability, __name__, checks)
 
 
-@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.filterwarnings("ignore:Using padding='same'", "ignore:`torch.jit.trace")
 def test_signatures_are_pytorchs():
     x, w, b = torch.randn(4, 9, 8), torch.randn(6, 2, 4, 3), torch.randn(6)
     for arguments in (
@@ -436,6 +436,8 @@ def test_signatures_are_pytorchs():
             arguments = (*arguments, *(None, 1, 0, 1)[len(arguments) - 2 :], 2)
         ours, stock = gk.functional.conv2d(*arguments), F.conv2d(*arguments)
         assert torch.equal(ours, stock) and ours.stride() == stock.stride()
+    traced = torch.jit.trace(lambda x: gk.functional.conv2d(x, w, b, padding="same", groups=2), x)
+    assert torch.equal(traced(x), F.conv2d(x, w, b, padding="same", groups=2))
     assert torch.equal(
         gk.functional.conv_transpose2d(x[:2], w[:2], None, 2, 1, 1, 1, 2),
         F.conv_transpose2d(x[:2], w[:2], None, 2, 1, 1, 1, 2),

@@ -144,3 +144,13 @@ def test_swin_works_after_its_first_forward_in_a_mode(first):
         torch.testing.assert_close(output, expected)
     for gradient, wanted in zip(penalised_gradients(fused, images), exact, strict=True):
         torch.testing.assert_close(gradient, wanted)
+
+
+@pytest.mark.parametrize("name", ["convnext_atto", "swin_tiny_patch4_window7_224", "vit_tiny_patch16_224"])
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit.trace")
+def test_fused_models_trace_and_export(name):
+    model, images = make_model(name)
+    fused = gk.fuse(model)
+    expected = fused(images)
+    torch.testing.assert_close(torch.jit.trace(fused, images)(images), expected)
+    torch.testing.assert_close(torch.export.export(fused, (images,)).module()(images), expected)
