@@ -28,6 +28,10 @@ def fuse(model: Model, *, dry_run: bool = False) -> Model:
     parameters and handles of registered hooks stay valid, and calling ``fuse`` again changes nothing.
     Subclasses with a ``forward`` of their own are left alone.
 
+    Activations that worked in place return a new tensor. Submodules whose work moves into their parent's
+    kernel, an attention's ``softmax`` and ``attn_drop``, stay where they are and are no longer called, so
+    that hooks on them do not fire.
+
     Swapped are ``torch.nn``'s BatchNorm, Conv, ELU, GELU, GroupNorm, Hardsigmoid, Hardswish, InstanceNorm,
     LayerNorm, LeakyReLU, Mish, SiLU, Sigmoid, Softmax, Softplus and Tanh, and timm's own activations,
     ``LayerNorm``, ``LayerNorm2d``, ``LayerNormFp32``, ``GroupNorm``, ``GroupNorm1``, ``GroupNormAct``,
