@@ -168,11 +168,11 @@ struct Rows {
 
   Tensor softmax(const Tensor& scores) const {
     if (!attn_mask.defined()) {
-      return at::softmax(scores * scale, -1);
+      return softmax_by_parts(scores * scale, -1);
     }
     const Tensor masked = scores * scale + attn_mask;
     const Tensor nothing = at::eq(masked, -std::numeric_limits<double>::infinity()).all(-1, true);
-    return at::softmax(masked.masked_fill(nothing, 0), -1).masked_fill(nothing, 0);
+    return softmax_by_parts(masked.masked_fill(nothing, 0), -1).masked_fill(nothing, 0);
   }
   TensorPair backward(const Tensor& d_probabilities, const Tensor& scores) const {
     const Tensor probabilities = softmax(scores);

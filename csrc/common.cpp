@@ -82,6 +82,14 @@ Tensor to_opmath(const Tensor& tensor) {
   return at::isReducedFloatingType(tensor.scalar_type()) ? tensor.to(at::kFloat) : tensor;
 }
 
+Tensor softmax_by_parts(const Tensor& input, int64_t dim) {
+  if (input.is_nested() || input.sym_numel() == 0) {
+    return at::softmax(input, dim);
+  }
+  const Tensor exponentials = (input - input.detach().amax(dim, /*keepdim=*/true)).exp();
+  return exponentials / exponentials.sum(dim, /*keepdim=*/true);
+}
+
 namespace {
 
 std::vector<StockOverride::Install>& stock_overrides() {

@@ -36,6 +36,10 @@ void check_elementwise(const char* name, const char* suffix, std::initializer_li
 // float32 for float16 and bfloat16: the dtype arithmetic is done in.
 Tensor to_opmath(const Tensor& tensor);
 
+// at::softmax of a tensor in its arithmetic type, from ops with derivatives of every kind: the gradient of
+// at::softmax's own forward-mode derivative raises, because that changes in place what it needs.
+Tensor softmax_by_parts(const Tensor& input, int64_t dim);
+
 // True for tensors that pass check_elementwise together.
 bool is_elementwise_match(const Tensor& a, const Tensor& b);
 

@@ -87,13 +87,14 @@ Tensor to_dtype(const Tensor& input, std::optional<ScalarType> dtype) {
 // without a kernel of ours.
 struct Composite {
   static Tensor forward(const Tensor& input, int64_t dim, std::optional<ScalarType> dtype) {
-    check(to_dtype(input, dtype));
-    return at::softmax(input, dim, dtype);
+    const Tensor x = to_dtype(input, dtype);
+    check(x);
+    return softmax_by_parts(to_opmath(x), dim).to(x.scalar_type());
   }
   static Tensor with_bias(const Tensor& input, const Tensor& bias, std::optional<ScalarType> dtype) {
     const auto result = check_bias(input, bias, dtype);
     const auto arithmetic = at::toOpMathType(result);
-    return at::softmax(input.to(arithmetic) + bias.to(arithmetic), -1).to(result);
+    return softmax_by_parts(input.to(arithmetic) + bias.to(arithmetic), -1).to(result);
   }
   static Tensor backward(
       const Tensor& grad_output, const Tensor& output, int64_t dim, ScalarType input_dtype) {

@@ -610,6 +610,24 @@ def test_timms_vision_transformer_under_the_switch():
         torch.testing.assert_close(result, wanted, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradient_of_the_forward_mode_derivative(masked):
+    query, key, value, mask = Case("", (2,), 3, 4, 2, 2, (3, 4)).operands()
+    leaf, v = query.detach().clone().requires_grad_(), query.cos()
+
+    def loss(query):
+        output = gk.functional.scaled_dot_product_attention(query, key, value, mask if masked else None)
+        return output.square().sum()
+
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(leaf, v)
+        tangent = torch.autograd.forward_ad.unpack_dual(loss(dual)).tangent
+        (ours,) = torch.autograd.grad(tangent, leaf)
+    (grad,) = torch.autograd.grad(loss(leaf), leaf, create_graph=True)
+    (wanted,) = torch.autograd.grad((grad * v).sum(), leaf)
+    torch.testing.assert_close(ours, wanted, rtol=1e-10, atol=1e-12)
+
+
 def test_torch_func():
     case = Case("", (2,), 3, 4, 2, 2, (3, 4))
     query, key, value, mask = case.operands()

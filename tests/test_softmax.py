@@ -645,6 +645,24 @@ def test_torch_func(biased):
             torch.testing.assert_close(ours, wanted, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("bias", [None, torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)])
+def test_gradient_of_the_forward_mode_derivative(bias):
+    """Where PyTorch's own softmax raises."""
+    x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    v, weights = torch.randn(2, 4, 3, dtype=torch.float64)
+
+    def loss(x):
+        return (gk.functional.softmax(x, -1, bias=bias) * weights).square().sum()
+
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, v)
+        tangent = torch.autograd.forward_ad.unpack_dual(loss(dual)).tangent
+        (ours,) = torch.autograd.grad(tangent, x)
+    (grad,) = torch.autograd.grad(loss(x), x, create_graph=True)
+    (wanted,) = torch.autograd.grad((grad * v).sum(), x)
+    torch.testing.assert_close(ours, wanted, rtol=1e-10, atol=1e-12)
+
+
 class AtenOnly(torch.Tensor):
     """A tensor subclass that knows ATen's ops alone, as DTensor does."""
 
