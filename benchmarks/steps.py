@@ -26,7 +26,7 @@ from torch import Tensor, nn
 import gradnorm_kernels as gk
 from gradnorm_kernels.training.config import TrainingError
 from gradnorm_kernels.training.models import create_model, input_spec
-from gradnorm_kernels.training.objective import GradientNormLoss, Objective
+from gradnorm_kernels.training.objectives import GradientNormLoss, Objective
 
 from .measure import alternate, describe_machine, option_parser, parse, summary, wall_time, write_json
 

@@ -11,9 +11,9 @@ pytest.importorskip("timm", reason="training needs: pip install 'gradnorm_kernel
 
 from gradnorm_kernels import cli
 from gradnorm_kernels.training import trainer
-from gradnorm_kernels.training.config import TrainConfig
+from gradnorm_kernels.training.config import TrainConfig, load_recipe
 
-QUICK = ["train", "--epochs=1", "--batch-size=1437", "--objective=natural"]
+QUICK = ["train", "--set", "epochs=1", "batch_size=1437", "objective=natural"]
 
 
 @pytest.fixture
@@ -31,37 +31,63 @@ def test_defaults(trained_with):
 
 
 def test_options_reach_the_config(trained_with):
-    arguments = shlex.split("""--data images --model resnet50 --activation gelu --pretrained --image-size 160
-        --augment light --objective natural --epsilon 8/255 --ce-weight 0.5 --gn-weight 2 --ramp-epochs 1/2
-        --mode train --no-fused --epochs 7 --batch-size 6 --lr 1e-4 --warmup-epochs 2.5 --warmup-lr 0
-        --min-lr 1e-7 --weight-decay 0.1 --clip-norm 2 --ema-decay 0.9 --label-smoothing 0 --seed 3
-        --device cpu --workers 2""")
+    arguments = shlex.split("""digits --data images --act silu --fused off --init weights.pth --compile
+        --device cpu --set epsilon=8/255 epochs=7 lr=1e-4 --set mode=train clip_norm=none epochs=8""")
     assert cli.main(["train", *arguments]) == 0
     changed = {
-        "data": "images", "model": "resnet50", "activation": "gelu", "pretrained": True, "image_size": 160,
-        "augment": "light", "objective": "natural", "epsilon": 8 / 255, "ce_weight": 0.5, "gn_weight": 2.0,
-        "ramp_epochs": 0.5, "mode": "train", "fused": False, "epochs": 7, "batch_size": 6, "lr": 1e-4,
-        "warmup_epochs": 2.5, "warmup_lr": 0.0, "min_lr": 1e-7, "weight_decay": 0.1, "clip_norm": 2.0,
-        "ema_decay": 0.9, "label_smoothing": 0.0, "seed": 3, "device": "cpu", "workers": 2,
+        "data": "images", "act": "silu", "fused": "off", "init": "weights.pth", "compile": True,
+        "device": "cpu", "epsilon": 8 / 255, "epochs": 8, "lr": 1e-4, "mode": "train", "clip_norm": None,
     }  # fmt: skip
-    assert vars(trained_with[0][0]) == changed
+    assert trained_with[0][0] == TrainConfig(**{**load_recipe("digits"), **changed})
+
+
+def test_a_recipe_file(trained_with, tmp_path):
+    (tmp_path / "mine.yaml").write_text("base: digits\nepochs: 2\n")
+    assert cli.main(["train", str(tmp_path / "mine.yaml")]) == 0
+    assert trained_with[0][0] == TrainConfig(**{**load_recipe("digits"), "epochs": 2})
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--epsilon", "4/0"], "a number or a fraction"),
-        (["--epsilon", "nan"], "a number or a fraction"),
-        (["--epochs", "1.5"], "--epochs"),
-        (["--objective", "other"], "--objective"),
-        (["--no-such-option"], "--no-such-option"),
+        (["train", "--fused", "maybe"], "--fused"),
+        (["train", "--no-such-option"], "--no-such-option"),
+        (["evaluate", "run", "--eps", "4/0"], "a number or a fraction"),
+        (["evaluate", "run", "--eps", "nan"], "a number or a fraction"),
+        (["evaluate", "run", "--n", "0"], "at least 1"),
+        (["evaluate", "run", "--attack", "magic"], "--attack"),
+        (["study", "weather"], "weather"),
     ],
 )
 def test_unsuitable_arguments(arguments, message, capsys):
     with pytest.raises(SystemExit) as exit:
-        cli.main(["train", *arguments])
+        cli.main(arguments)
     assert exit.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--set", "epoch=1"], "there is no option epoch; did you mean epochs?"),
+        (["train", "--set", "epochs"], "--set: expected key=value"),
+        (["train", "digit"], "recipe: there is none called digit; did you mean digits?"),
+        (["study", "objectives", "--only", "natural", "magic"], "only: objectives has no row 'magic'"),
+        (["evaluate", "no_such_run"], "there is no checkpoint no_such_run"),
+        (["recipes", "digit"], "did you mean digits?"),
+    ],
+)
+def test_errors(arguments, message, capsys):
+    assert cli.main(arguments) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("gradnorm: error: ") and message in error
+
+
+def test_recipes(capsys):
+    assert cli.main(["recipes"]) == 0
+    assert {"digits", "swin_b", "resnet50"} <= set(capsys.readouterr().out.split())
+    assert cli.main(["recipes", "digits_relu"]) == 0
+    assert "act: relu" in capsys.readouterr().out.splitlines()
 
 
 def test_help_gives_units_and_defaults(capsys):
@@ -69,7 +95,7 @@ def test_help_gives_units_and_defaults(capsys):
         cli.main(["train", "--help"])
     assert exit.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "in pixel units (pixels lie in [0, 1]) (default: 4/255)" in text
+    assert "epsilon (4/255): perturbation that" in text and "in pixel units (pixels lie in [0, 1])" in text
     assert "directory for the checkpoint, metrics.jsonl and config.json (default: run)" in text
 
 
@@ -83,27 +109,42 @@ def test_arguments_are_parsed_before_the_optional_packages_load(tmp_path):
 
 
 def test_module_is_the_command(tmp_path):
-    command = [sys.executable, "-m", "gradnorm_kernels", "train", "--epochs", "0"]
+    command = [sys.executable, "-m", "gradnorm_kernels", "train", "--set", "epochs=0"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr.endswith("gradnorm: error: --epochs: expected at least 1, got 0\n")
+    assert done.stderr.endswith("gradnorm: error: epochs: expected at least 1, got 0\n")
 
 
 def test_trains_and_resumes(tmp_path, capsys):
     output = ["--output", str(tmp_path / "run")]
     assert cli.main([*QUICK, *output]) == 0
-    assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text())["gradient_norm"] is None
+    assert "gradient_norm" not in json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
     assert cli.main([*QUICK, *output]) == 1
     assert "already holds a run; --resume" in capsys.readouterr().err
     # What is not given again is the run's, not the default.
     assert cli.main(["train", "--resume", *output]) == 0
-    assert cli.main(["train", "--resume", "--batch-size=128", *output]) == 1
-    assert "--batch-size: 128 conflicts with the checkpoint's 1437" in capsys.readouterr().err
+    assert cli.main(["train", "--resume", "--set", "batch_size=128", *output]) == 1
+    assert "batch_size: 128 conflicts with the checkpoint's 1437" in capsys.readouterr().err
+
+
+def test_evaluates(tmp_path, capsys):
+    run = tmp_path / "run"
+    assert cli.main([*QUICK, "--output", str(run)]) == 0
+    arguments = ["evaluate", str(run), "--attack", "fgsm", "--eps", "0", "1/10", "--n", "30"]
+    assert cli.main([*arguments, "--output", str(tmp_path / "out")]) == 0
+    heading, _, clean, attacked = capsys.readouterr().out.splitlines()[-4:]
+    assert heading.split() == ["epsilon", "clean", "fgsm", "images"]
+    assert clean.split()[0] == "0" and attacked.split()[0] == "0.1" and attacked.split()[-1] == "30"
+    report = json.loads((tmp_path / "out" / "evaluation-fgsm.json").read_text())
+    assert [result["eps"] for result in report["results"]] == [0, 0.1] and report["epoch"] == 1
+    # The run's own epsilon, beside the checkpoint.
+    assert cli.main(["evaluate", str(run / "checkpoint.pt"), "--attack", "fgsm", "--n", "30"]) == 0
+    assert json.loads((run / "evaluation-fgsm.json").read_text())["results"][0]["eps"] == 4 / 255
 
 
 def test_resume_without_a_checkpoint(tmp_path, capsys):
     assert cli.main(["train", "--resume", "--output", str(tmp_path)]) == 1
-    assert f"--resume: there is no checkpoint {tmp_path}" in capsys.readouterr().err
+    assert f"there is no checkpoint {tmp_path}" in capsys.readouterr().err
 
 
 def test_unwritable_output(tmp_path, capsys):
@@ -112,12 +153,12 @@ def test_unwritable_output(tmp_path, capsys):
     assert str(tmp_path / "file") in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["train", "demo"])
+@pytest.mark.parametrize("command", [["train"], ["demo"], ["study", "objectives"]])
 def test_missing_package(command, monkeypatch, capsys, tmp_path):
-    for name in ("data", "demo", "models", "trainer"):
+    for name in ("data", "demo", "models", "report", "runs", "study", "trainer"):
         monkeypatch.delitem(sys.modules, f"gradnorm_kernels.training.{name}", raising=False)
     monkeypatch.setitem(sys.modules, "timm", None)
-    assert cli.main([command, "--output", str(tmp_path)]) == 1
+    assert cli.main([*command, "--output", str(tmp_path)]) == 1
     assert (
         capsys.readouterr().err
         == "gradnorm: error: the package timm is missing; run: pip install 'gradnorm_kernels[train]'\n"

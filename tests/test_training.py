@@ -11,10 +11,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
-
-from gradnorm_kernels.training import GradientNormLoss, NaturalLoss
 
 pytest.importorskip("timm", reason="training needs: pip install 'gradnorm_kernels[train]'")
 
@@ -22,7 +19,7 @@ from PIL import Image
 
 from gradnorm_kernels import FusedGeLU
 from gradnorm_kernels.training import trainer as trainer_module
-from gradnorm_kernels.training.config import MAY_CHANGE, TrainConfig, TrainingError
+from gradnorm_kernels.training.config import MAY_CHANGE, TrainConfig, TrainingError, load_recipe
 from gradnorm_kernels.training.data import Data, load_data, seed_everything
 from gradnorm_kernels.training.models import Normalize, create_model, input_spec
 from gradnorm_kernels.training.trainer import (
@@ -37,6 +34,12 @@ from gradnorm_kernels.training.trainer import (
 
 # Four steps an epoch, the least in which the middle of an epoch differs from its ends.
 QUICK = TrainConfig(epochs=3, batch_size=359, lr=4e-3, warmup_epochs=1.0, epsilon=0.1)
+# The published augmentation.
+RECIPE = {
+    name: value
+    for name, value in load_recipe("swin_b").items()
+    if name in ("auto_augment", "color_jitter", "crop_min", "cutmix", "hflip", "mixup", "remode", "reprob")
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -46,140 +49,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def small_model(dtype=torch.float64):
-    """Normalises with channels' different stds, which the published form handles by a scalar."""
-    layers = nn.Sequential(nn.Flatten(), nn.Linear(12, 9), nn.GELU(), nn.Linear(9, 4))
-    return Normalize(layers, mean=(0.4, 0.5, 0.6), std=(0.225, 0.225, 0.225)).to(dtype)
-
-
-def sample_batch(dtype=torch.float64):
-    return torch.rand(5, 3, 2, 2, dtype=dtype), torch.tensor([0, 3, 1, 1, 2])
-
-
-class TestObjective:
-    def test_equals_the_published_form(self):
-        """Gradient of the batch mean with respect to the normalised input, times B, times epsilon / std."""
-        model, (images, targets) = small_model(), sample_batch()
-        loss = GradientNormLoss(0.8, 1.2, 4 / 255, ramp_epochs=5)(model, images, targets, epoch=2)
-
-        normalised = ((images - model.mean) / model.std).requires_grad_()
-        mean = -model.model(normalised).log_softmax(1)[range(5), targets].sum() / 5
-        (gradient,) = torch.autograd.grad(mean, normalised, create_graph=True)
-        norms = [sample.abs().sum() for sample in gradient * 5 * (4 / 255) / model.std]
-        expected = 0.8 * mean + 1.2 * (2 / 5) * sum(norms) / 5
-
-        torch.testing.assert_close(loss.total, expected, rtol=1e-12, atol=0)
-        torch.testing.assert_close(loss.cross_entropy, mean.detach(), rtol=1e-12, atol=0)
-        torch.testing.assert_close(loss.gradient_norm, sum(norms).detach() / 5, rtol=1e-12, atol=0)
-        assert loss.alpha == 2 / 5
-        parameters = list(model.parameters())
-        for actual, wanted in zip(
-            torch.autograd.grad(loss.total, parameters),
-            torch.autograd.grad(expected, parameters),
-            strict=True,
-        ):
-            torch.testing.assert_close(actual, wanted, rtol=1e-11, atol=1e-14)
-
-    def test_norm_predicts_the_loss_under_attack(self):
-        """Moving every pixel by epsilon along its gradient's sign raises the loss by the norm."""
-        model, (images, targets) = small_model(), sample_batch()
-        epsilon = 1e-6
-        norm = GradientNormLoss(epsilon=epsilon)(model, images, targets, epoch=9).gradient_norm
-        pixels = images.requires_grad_()
-        before = F.cross_entropy(model(pixels), targets)
-        (gradient,) = torch.autograd.grad(before, pixels)
-        after = F.cross_entropy(model(images + epsilon * gradient.sign()), targets)
-        torch.testing.assert_close((after - before).detach(), norm, rtol=1e-4, atol=0)
-
-    @pytest.mark.parametrize("objective", [GradientNormLoss(), NaturalLoss()])
-    def test_soft_targets_extend_hard_ones(self, objective):
-        model, (images, targets) = small_model(), sample_batch()
-        hard = objective(model, images, targets, epoch=5)
-        one_hot = F.one_hot(targets, 4).double()
-        soft = objective(model, images, one_hot, epoch=5)
-        torch.testing.assert_close(soft.total, hard.total)
-        mixed = objective(model, images, 0.7 * one_hot + 0.3 / 4, epoch=5)
-        assert not torch.isclose(mixed.total, hard.total)
-
-    @pytest.mark.parametrize(
-        ("ramp_epochs", "epoch", "alpha"),
-        [(5, 0, 0.0), (5, 2.5, 0.5), (5, 5, 1.0), (5, 80, 1.0), (0, 0, 1.0)],
-    )
-    def test_ramp(self, ramp_epochs, epoch, alpha):
-        objective = GradientNormLoss(ramp_epochs=ramp_epochs)
-        model, batch = small_model(), sample_batch()
-        loss = objective(model, *batch, epoch=epoch)
-        assert loss.alpha == alpha
-        penalty = alpha * 1.2 * (loss.gradient_norm or 0)
-        torch.testing.assert_close(loss.total.detach(), 0.8 * loss.cross_entropy + penalty)
-
-    @pytest.mark.parametrize("objective", [GradientNormLoss(), GradientNormLoss(gn_weight=0), NaturalLoss()])
-    def test_no_input_gradient_where_it_has_no_weight(self, objective, monkeypatch):
-        model, batch = small_model(), sample_batch()
-        epoch = 0 if objective == GradientNormLoss() else 10
-
-        def refuse(*args, **kwargs):
-            raise AssertionError("took a gradient")
-
-        monkeypatch.setattr(torch.autograd, "grad", refuse)
-        assert objective(model, *batch, epoch=epoch).gradient_norm is None
-        with pytest.raises(AssertionError, match="took a gradient"):
-            GradientNormLoss()(model, *batch, epoch=1)
-
-    def test_leaves_the_images_alone(self):
-        model, (images, targets) = small_model(), sample_batch()
-        before = images.clone()
-        GradientNormLoss()(model, images, targets, epoch=9).total.backward()
-        assert not images.requires_grad and images.grad is None and torch.equal(images, before)
-
-    def test_half_precision_norm_does_not_overflow(self):
-        model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 224 * 224, 2, bias=False)).half()
-        nn.init.constant_(model[1].weight[0], 1.0)
-        nn.init.constant_(model[1].weight[1], -1.0)
-        images = torch.zeros(1, 3, 224, 224, dtype=torch.float16)
-        loss = GradientNormLoss(epsilon=1.0)(model, images, torch.tensor([1]), epoch=9)
-        # The logits are equal, so d CE / d pixel is (1 - -1) / 2; a float16 ends at 65,504.
-        assert loss.gradient_norm.item() == 3 * 224 * 224
-
-    @pytest.mark.parametrize(
-        ("error", "name", "change"),
-        [
-            (TypeError, "images", {"images": torch.zeros(5, 3, 2, 2, dtype=torch.uint8)}),
-            (TypeError, "images", {"images": [0.5]}),
-            (ValueError, "images", {"images": torch.zeros(0, 3, 2, 2)}),
-            (TypeError, "targets", {"targets": torch.zeros(5, dtype=torch.int32)}),
-            (TypeError, "targets", {"targets": [0, 1, 2, 3, 0]}),
-            (ValueError, "targets", {"targets": torch.zeros(4, dtype=torch.int64)}),
-            (ValueError, "targets", {"targets": torch.full((5, 3), 1 / 3)}),
-            (ValueError, "targets", {"targets": torch.tensor([0, 1, 2, 3, 4])}),
-            # cross_entropy's ignore_index
-            (ValueError, "targets", {"targets": torch.tensor([0, 1, 2, 3, -100])}),
-            (ValueError, "targets", {"targets": torch.zeros(5, dtype=torch.int64, device="meta")}),
-            (ValueError, "model", {"model": lambda images: images}),
-        ],
-    )
-    @pytest.mark.parametrize("objective", [GradientNormLoss(), NaturalLoss()])
-    def test_bad_input_is_named(self, objective, error, name, change):
-        images, targets = sample_batch(torch.float32)
-        arguments = {"model": small_model(torch.float32), "images": images, "targets": targets} | change
-        with pytest.raises(error, match=name):
-            objective(**arguments, epoch=3)
-
-    @pytest.mark.parametrize("name", ["ce_weight", "gn_weight", "epsilon", "ramp_epochs"])
-    @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
-    def test_bad_settings_are_named(self, name, value):
-        with pytest.raises(ValueError, match=name):
-            GradientNormLoss(**{name: value})
-
-    def test_bad_epoch_is_named(self):
-        with pytest.raises(ValueError, match="epoch"):
-            GradientNormLoss()(small_model(), *sample_batch(), epoch=-1)
-
-    def test_disabled_gradients_are_reported(self):
-        with torch.no_grad(), pytest.raises(RuntimeError, match="gradients are disabled"):
-            GradientNormLoss()(small_model(), *sample_batch(), epoch=9)
 
 
 class TestModels:
@@ -196,7 +65,7 @@ class TestModels:
     )
     def test_create_model(self, name, size):
         spec = input_spec(name, 3, size)
-        model = create_model(name, spec, num_classes=7, activation="silu").eval()
+        model = create_model(name, spec, num_classes=7, act="silu").eval()
         assert model(torch.rand(2, 3, size, size)).shape == (2, 7)
         kinds = {type(module).__name__ for module in model.modules()}
         assert "SiLU" in kinds and not kinds & {"GELU", "ReLU"}
@@ -217,20 +86,28 @@ class TestModels:
     @pytest.mark.parametrize(
         ("name", "change"),
         [
-            ("--model", {"model": "no_such_model"}),
-            ("--activation", {"activation": "no_such_activation"}),
-            ("--pretrained", {"pretrained": True}),
-            ("--image-size", {"image_size": 9}),
-            ("--device", {"device": "no_such_device"}),
-            ("--batch-size", {"batch_size": 2000}),
-            ("--augment", {"augment": "light"}),
-            ("--augment", {"augment": "heavy"}),
-            ("--epochs", {"epochs": 0}),
-            ("--lr", {"lr": 0.0}),
-            ("--epsilon", {"epsilon": -1.0}),
-            ("--epsilon", {"epsilon": float("nan")}),
-            ("--ema-decay", {"ema_decay": 1.0}),
-            ("--label-smoothing", {"label_smoothing": 1.0}),
+            ("model", {"model": "no_such_model"}),
+            ("act", {"act": "no_such_activation"}),
+            ("act", {"act": "gelu:3"}),
+            ("act", {"act": "softplus:much"}),
+            ("pretrained", {"pretrained": True}),
+            ("init", {"init": "no_such_file"}),
+            ("init", {"init": "file", "pretrained": True}),
+            ("image_size", {"image_size": 9}),
+            ("device", {"device": "no_such_device"}),
+            ("batch_size", {"batch_size": 2000}),
+            ("batch_size", {"batch_size": 128, "accumulate": 3}),
+            ("mixup", {"mixup": 0.8}),
+            ("objective", {"objective": "other"}),
+            ("epochs", {"epochs": 0}),
+            ("lr", {"lr": 0.0}),
+            ("epsilon", {"epsilon": -1.0}),
+            ("epsilon", {"epsilon": float("nan")}),
+            ("ema_decay", {"ema_decay": 1.0}),
+            ("label_smoothing", {"label_smoothing": 1.0}),
+            ("crop_min", {"crop_min": 1.5, "data": "images"}),
+            ("compile", {"compile": True, "engine": "finite_difference"}),
+            ("engine", {"precision": "bfloat16", "engine": "finite_difference"}),
         ],
     )
     def test_bad_options_are_named(self, name, change, tmp_path):
@@ -249,7 +126,7 @@ def assert_same_run(directory, reference):
         assert [json.loads(line) for line in lines] == state["history"]
         assert [line["epoch"] for line in state["history"]] == list(range(1, len(lines) + 1))
         for item in [*state["history"], state["sums"]]:
-            item.pop("seconds")
+            item.pop("seconds", None)
             item.pop("images_per_second", None)
         cleaned.append(to_bytes(state))
     assert cleaned[0] == cleaned[1]
@@ -365,7 +242,7 @@ class TestRun:
 
         monkeypatch.setattr(trainer_module, "create_model", with_dropout)
         config = TrainConfig(
-            data=str(image_folder), image_size=16, batch_size=4, augment="recipe", workers=1, mode="train",
+            data=str(image_folder), image_size=16, batch_size=4, **RECIPE, workers=1, mode="train",
             epochs=2, lr=4e-3, warmup_epochs=0.5, ramp_epochs=1.0,
         )  # fmt: skip
         train(config, tmp_path / "reference")
@@ -394,7 +271,7 @@ class TestRun:
         assert signal.getsignal(signal.SIGINT) is before
 
     def test_conflicting_option_is_named(self, uninterrupted):
-        with pytest.raises(TrainingError, match=r"--weight-decay: 0\.1 conflicts with .* 0\.05"):
+        with pytest.raises(TrainingError, match=r"weight_decay: 0\.1 conflicts with .* 0\.05"):
             train(replace(QUICK, weight_decay=0.1), uninterrupted, resume=True)
         assert resumed_config(uninterrupted, {"workers": 1}) == replace(QUICK, workers=1)
         train(replace(QUICK, workers=1, device="cpu"), uninterrupted, resume=True)
@@ -421,7 +298,7 @@ class TestRun:
             return loss, norm
 
         monkeypatch.setattr(Trainer, "step", explode)
-        with pytest.raises(TrainingError, match=r"not finite in epoch 2, step 1.*--lr"):
+        with pytest.raises(TrainingError, match=r"not finite in epoch 2, step 1.*lower lr"):
             train(QUICK, tmp_path)
         kept = load_checkpoint(tmp_path / CHECKPOINT)
         assert kept["epoch"] == 1 and all(torch.isfinite(v).all() for v in kept["model"].values())
@@ -444,28 +321,34 @@ class TestRun:
         before = (tmp_path / CHECKPOINT).read_bytes()
         monkeypatch.setattr(trainer_module.torch, "save", fail_half_way)
         with pytest.raises(OSError, match="disk full"):
-            trainer_module._write(tmp_path / CHECKPOINT, lambda file: torch.save({}, file))
+            trainer_module.write_file(tmp_path / CHECKPOINT, lambda file: torch.save({}, file))
         assert (tmp_path / CHECKPOINT).read_bytes() == before
 
-    @pytest.mark.parametrize("fused", [True, False])
+    @pytest.mark.parametrize("fused", ["auto", "on", "off"])
     def test_fused_flag(self, fused):
         trainer = Trainer(replace(QUICK, fused=fused), load_data(QUICK))
         kinds = [type(module) for module in trainer.model.modules()]
-        assert (kinds.count(FusedGeLU) == 6) == fused
+        assert kinds.count(FusedGeLU) == (0 if fused == "off" else 6)
         kinds = [type(module) for module in trainer.ema.module.modules()]
-        assert (kinds.count(FusedGeLU) == 6) == fused
+        assert kinds.count(FusedGeLU) == (0 if fused == "off" else 6)
+
+    def test_nothing_to_fuse_is_reported(self, monkeypatch):
+        config = replace(QUICK, fused="on")
+        monkeypatch.setattr(trainer_module, "fuse", lambda model: model)
+        with pytest.raises(TrainingError, match="fused: there is nothing to fuse"):
+            Trainer(config, load_data(config))
 
     @pytest.mark.parametrize("mode", ["train", "eval"])
     def test_mode(self, mode):
         trainer = Trainer(replace(QUICK, mode=mode), load_data(QUICK))
         assert trainer.model.training == (mode == "train") and not trainer.ema.module.training
 
-    def test_sigint_of_a_process(self, uninterrupted, tmp_path):
-        """What Ctrl-C does to the command, which must then resume to the uninterrupted run."""
-        options = {"epochs": 3, "batch-size": 359, "lr": 4e-3, "warmup-epochs": 1, "epsilon": 0.1}
-        arguments = ["train", "--output", str(tmp_path)]
-        arguments += [f"--{name}={value}" for name, value in options.items()]
-        # Slows the steps, so that the signal falls into the first epoch.
+    @pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGKILL])
+    def test_a_signal_in_the_middle_of_an_epoch(self, kill, uninterrupted, tmp_path):
+        """Ctrl-C loses nothing, kill -9 the current epoch; both resume to the uninterrupted run."""
+        options = ["epochs=3", "batch_size=359", "lr=4e-3", "warmup_epochs=1", "epsilon=0.1"]
+        arguments = ["train", "--output", str(tmp_path), "--set", *options]
+        # Slows the steps, so that the signal falls between them.
         script = f"""
 import sys, time
 from gradnorm_kernels.cli import main
@@ -482,16 +365,196 @@ sys.exit(main({arguments!r}))
         with subprocess.Popen(
             [sys.executable, "-c", script], cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=environment
         ) as process:
+            steps = 0
             for line in process.stderr:
-                if line.startswith("step"):
-                    process.send_signal(signal.SIGINT)
+                steps += line.startswith("step")
+                if steps == 6:
+                    process.send_signal(kill)
                     break
             _, message = process.communicate(timeout=60)
-        assert process.returncode == 130
-        assert "stopped in epoch 1 after step 1" in message
-        assert f"resume with: gradnorm train --resume --output {tmp_path}" in message
+        saved = load_checkpoint(tmp_path / CHECKPOINT)
+        if kill == signal.SIGINT:
+            assert process.returncode == 130
+            assert "stopped in epoch 2 after step 2" in message
+            assert f"resume with: gradnorm train --resume --output {tmp_path}" in message
+            assert (saved["epoch"], saved["step_in_epoch"]) == (1, 2)
+        else:
+            assert process.returncode == -signal.SIGKILL
+            assert (saved["epoch"], saved["step_in_epoch"]) == (1, 0)
         train(resumed_config(tmp_path, {}), tmp_path, resume=True)
         assert_same_run(tmp_path, uninterrupted)
+
+    def test_kill_while_a_checkpoint_is_written(self, tmp_path):
+        """Whatever moment the process dies at, the checkpoint there is whole."""
+        config = replace(QUICK, epochs=1)
+        train(config, tmp_path)
+        before = load_checkpoint(tmp_path / CHECKPOINT)
+        script = f"""
+import os, pathlib, torch
+from gradnorm_kernels.training.trainer import write_file
+path = pathlib.Path({str(tmp_path / CHECKPOINT)!r})
+def write(file):
+    file.write(b"half a checkpoint")
+    file.flush()
+    os.kill(os.getpid(), 9)
+write_file(path, write)
+"""
+        done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path)
+        assert done.returncode == -signal.SIGKILL
+        assert to_bytes(load_checkpoint(tmp_path / CHECKPOINT)) == to_bytes(before)
+
+
+class TestOptions:
+    def test_accumulated_parts_give_the_whole_batchs_gradient(self):
+        gradients = []
+        for parts in (1, 7):
+            config = replace(QUICK, batch_size=350, accumulate=parts, ramp_epochs=0.0, clip_norm=None)
+            data = load_data(config)
+            trainer = Trainer(config, data)
+            # The head starts at 0, where the norm has no gradient.
+            nn.init.normal_(trainer.model.model.head.weight)
+            batch = data.soften(*next(data.training_batches(epoch=0, start=0)))
+            loss, norm = trainer.step(*batch)
+            gradients.append(
+                [loss.total, norm, loss.parts["gradient_norm"], *(p.grad for p in trainer.model.parameters())]
+            )
+        for whole, accumulated in zip(*gradients, strict=True):
+            torch.testing.assert_close(accumulated, whole, rtol=1e-4, atol=1e-6)
+
+    def test_bfloat16_keeps_the_penalty_finite_and_close(self):
+        losses = {}
+        for precision in ("float32", "bfloat16"):
+            config = replace(QUICK, precision=precision, ramp_epochs=0.0)
+            data = load_data(config)
+            trainer = Trainer(config, data)
+            nn.init.normal_(trainer.model.model.head.weight)
+            loss = trainer.loss(*data.soften(*next(data.training_batches(epoch=0, start=0))))
+            assert all(
+                p.dtype == torch.float32 and p.grad.isfinite().all() for p in trainer.model.parameters()
+            )
+            losses[precision] = loss
+        assert losses["bfloat16"].parts["gradient_norm"].dtype == torch.float32
+        for name, part in losses["float32"].parts.items():
+            torch.testing.assert_close(losses["bfloat16"].parts[name], part, rtol=0.05, atol=0)
+            assert not torch.equal(losses["bfloat16"].parts[name], part)
+
+    def test_channels_last(self):
+        config = replace(QUICK, channels_last=True, model="preact_resnet10", batch_size=16, epochs=1)
+        trainer = Trainer(config, load_data(config))
+        layouts = []
+        hook = trainer.model.model.blocks[0].conv1.register_forward_pre_hook(
+            lambda module, inputs: layouts.append(inputs[0].is_contiguous(memory_format=torch.channels_last))
+        )
+        trainer.loss(torch.rand(16, 1, 8, 8), torch.randint(10, (16,)))
+        hook.remove()
+        assert layouts == [True]
+
+    @pytest.mark.skipif(
+        not hasattr(torch._dynamo.config, "trace_autograd_ops"),
+        reason="this torch cannot trace autograd.grad",
+    )
+    def test_compiled_step_equals_the_eager_one(self, monkeypatch):
+        """One graph for all epochs of the ramp; run by ATen, because generating code takes half a minute."""
+        compile = torch.compile
+        monkeypatch.setattr(torch, "compile", lambda f, **options: compile(f, backend="aot_eager", **options))
+        steps = []
+        for compiled in (False, True):
+            config = replace(QUICK, compile=compiled)
+            data = load_data(config)
+            trainer = Trainer(config, data)
+            batch = data.soften(*next(data.training_batches(epoch=0, start=0)))
+            for trainer.epoch in range(5):
+                loss, _ = trainer.step(*batch)
+            steps.append([loss.total, *trainer.model.state_dict().values()])
+        for eager, whole in zip(*steps, strict=True):
+            torch.testing.assert_close(whole, eager, rtol=1e-4, atol=1e-6)
+
+    def test_a_step_that_does_not_compile_is_reported(self):
+        config = replace(QUICK, compile=True)
+        data = load_data(config)
+        trainer = Trainer(config, data)
+        trainer.model.register_forward_pre_hook(lambda *args: torch._dynamo.graph_break())
+        with pytest.raises(TrainingError, match="compile: "):
+            trainer.loss(*data.soften(*next(data.training_batches(epoch=0, start=0))))
+
+    def test_watched_robustness(self, tmp_path):
+        lines = train(replace(QUICK, epochs=2, robust_every=2, robust_images=20), tmp_path)
+        assert "eval_apgd_accuracy" not in lines[0]
+        assert 0 <= lines[1]["eval_apgd_accuracy"] <= 1 and lines[1]["eval_gradient_norm"] > 0
+
+    def test_init(self, uninterrupted, tmp_path):
+        """From a run's averaged weights, from a state_dict, and with another number of classes."""
+        averaged = load_model(uninterrupted).model.state_dict()
+        spec = input_spec("gelu_mixer", 1, 8)
+        for path in (uninterrupted / CHECKPOINT, tmp_path / "weights.pth"):
+            torch.save(averaged, tmp_path / "weights.pth")
+            own = create_model("gelu_mixer", spec, 10, init=str(path)).model.state_dict()
+            assert all(torch.equal(own[key], value) for key, value in averaged.items())
+            other = create_model("gelu_mixer", spec, 3, init=str(path)).model.state_dict()
+            assert other["head.weight"].shape[0] == 3
+            assert torch.equal(
+                other["blocks.0.mlp_channels.fc1.weight"], own["blocks.0.mlp_channels.fc1.weight"]
+            )
+        with pytest.raises(TrainingError, match="does not fit the model"):
+            create_model("preact_resnet10", spec, 10, init=str(path))
+        (tmp_path / "weights.pth").write_bytes(b"no weights")
+        with pytest.raises(TrainingError, match="init: cannot read"):
+            create_model("gelu_mixer", spec, 10, init=str(path))
+
+    def test_weights_are_loaded_without_running_code(self, tmp_path):
+        class Payload:
+            def __reduce__(self):
+                return (os.mkdir, (str(tmp_path / "ran"),))
+
+        path = tmp_path / CHECKPOINT
+        torch.save({"ema": Payload()}, path)
+        with pytest.raises(TrainingError, match="cannot read"):
+            load_checkpoint(path)
+        with pytest.raises(TrainingError, match="cannot read"):
+            create_model("gelu_mixer", input_spec("gelu_mixer", 1, 8), 10, init=str(path))
+        assert not (tmp_path / "ran").exists()
+
+    @pytest.mark.parametrize(
+        ("act", "kind", "attributes"),
+        [
+            ("relu", nn.ReLU, {}),
+            ("leaky_relu:0.3", nn.LeakyReLU, {"negative_slope": 0.3}),
+            ("elu", nn.ELU, {"alpha": 1.0}),
+            ("softplus:10", nn.Softplus, {"beta": 10.0}),
+            ("mish", nn.Mish, {}),
+            ("silu", nn.SiLU, {}),
+        ],
+    )
+    @pytest.mark.parametrize(
+        "name", ["preact_resnet10", "resnet10t", "efficientnet_b0", "vit_tiny_patch16_224"]
+    )
+    def test_activations(self, name, act, kind, attributes):
+        """Every ReLU-like module gives way, the gates of squeeze-and-excitation stay."""
+        before = create_model(name, input_spec(name, 3, 32), 4)
+        after = create_model(name, input_spec(name, 3, 32), 4, act=act)
+        kinds = (nn.ReLU, nn.SiLU, nn.GELU)
+        swapped = [
+            (a, b) for a, b in zip(before.modules(), after.modules(), strict=True) if isinstance(a, kinds)
+        ]
+        assert swapped
+        for _, module in swapped:
+            assert type(module) is kind
+            assert all(getattr(module, key) == value for key, value in attributes.items())
+        gates = [sum(isinstance(m, nn.Sigmoid) for m in model.modules()) for model in (before, after)]
+        assert gates[0] == gates[1]
+        assert after(torch.rand(2, 3, 32, 32)).shape == (2, 4)
+
+    def test_preact_resnet18(self):
+        model = create_model("preact_resnet18", input_spec("preact_resnet18", 3), 10).model
+        # As in Rice et al.'s "Overfitting in adversarially robust deep learning" (arXiv 2002.11569).
+        assert sum(p.numel() for p in model.parameters()) == 11_172_170
+        assert sum(isinstance(m, nn.Conv2d) for m in model.modules()) == 20
+
+    def test_tensorboard(self, tmp_path, monkeypatch):
+        monkeypatch.setitem(sys.modules, "tensorboard", None)
+        monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+        with pytest.raises(TrainingError, match="run: pip install tensorboard"):
+            train(replace(QUICK, tensorboard=True), tmp_path)
 
 
 @pytest.fixture
@@ -515,9 +578,9 @@ class TestData:
         assert images.shape == (1437, 1, 8, 8) and images.min() == 0 and images.max() == 1
         assert len(data.evaluation) == 360 and targets.unique().tolist() == list(range(10))
 
-    @pytest.mark.parametrize("augment", ["recipe", "light", "none"])
-    def test_batches_depend_on_seed_epoch_and_index_alone(self, augment, image_folder):
-        config = TrainConfig(data=str(image_folder), batch_size=4, image_size=16, augment=augment, workers=0)
+    @pytest.mark.parametrize("augmentation", [RECIPE, {"crop_min": 0.5, "hflip": 0.5}, {}])
+    def test_batches_depend_on_seed_epoch_and_index_alone(self, augmentation, image_folder):
+        config = TrainConfig(data=str(image_folder), batch_size=4, image_size=16, workers=0, **augmentation)
         reference = [image for image, _ in load_data(config).training_batches(epoch=1, start=0)]
         assert len(reference) == 4
         for workers in (0, 2):
@@ -552,19 +615,19 @@ class TestData:
 
     def test_soft_targets(self, image_folder):
         images, labels = torch.rand(4, 3, 16, 16), torch.tensor([0, 1, 1, 1])
-        config = TrainConfig(data=str(image_folder), batch_size=4, image_size=16, augment="light")
+        config = TrainConfig(data=str(image_folder), batch_size=4, image_size=16)
         same, targets = load_data(config).soften(images.clone(), labels)
         assert torch.equal(same, images)
         torch.testing.assert_close(targets[0], torch.tensor([0.95, 0.05]))
         seed_everything(0)
-        mixed, targets = load_data(replace(config, augment="recipe")).soften(images.clone(), labels)
+        mixed, targets = load_data(replace(config, **RECIPE)).soften(images.clone(), labels)
         assert not torch.equal(mixed, images)
         torch.testing.assert_close(targets.sum(1), torch.ones(4))
         assert 0.05 < targets[0, 0] < 0.95
 
     def test_trains_on_an_image_folder(self, image_folder, tmp_path):
         config = TrainConfig(
-            data=str(image_folder), model="resnet10t", activation="gelu", image_size=32, augment="light",
+            data=str(image_folder), model="resnet10t", act="gelu", image_size=32, hflip=0.5,
             batch_size=8, epochs=2, workers=1, mode="train", warmup_epochs=0.0, ramp_epochs=0.0,
         )  # fmt: skip
         lines = train(config, tmp_path / "run")
@@ -607,7 +670,7 @@ class TestData:
     )
     def test_unusable_folder_is_named(self, change, message, image_folder):
         change(image_folder)
-        with pytest.raises(TrainingError, match="--data: .*" + message.format(root=image_folder)):
+        with pytest.raises(TrainingError, match="data: .*" + message.format(root=image_folder)):
             load_data(TrainConfig(data=str(image_folder), image_size=16, batch_size=4))
 
     def test_classes_of_the_held_out_folder_are_those_of_training(self, image_folder):
@@ -618,8 +681,10 @@ class TestData:
         assert {target for _, target in data.evaluation} == {1}
 
     def test_recipe_needs_an_even_batch(self, image_folder):
-        with pytest.raises(TrainingError, match="--batch-size: mixup needs an even one, got 5"):
-            load_data(TrainConfig(data=str(image_folder), batch_size=5, image_size=16))
+        with pytest.raises(
+            TrainingError, match="batch_size: mixup and cutmix need an even one a process, got 5"
+        ):
+            load_data(TrainConfig(data=str(image_folder), batch_size=5, image_size=16, **RECIPE))
 
 
 def test_demo(tmp_path):
@@ -632,7 +697,7 @@ def test_demo(tmp_path):
     for result in outcome.results.values():
         assert result.step_seconds > 0
         assert result.accuracy[0.0] >= result.accuracy[0.1] >= result.accuracy[0.3]
-    assert outcome.results[NATURAL].history[0]["gradient_norm"] is None
+    assert "gradient_norm" not in outcome.results[NATURAL].history[0]
     table = outcome.table()
     assert f"{outcome.results[STOCK].step_seconds * 1e3:.1f}" in table and "1.00" in table
     report = (tmp_path / "report.html").read_text()

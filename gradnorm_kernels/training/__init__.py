@@ -1,9 +1,9 @@
 """Gradient-norm training: the objective here, and a trainer that stands on timm.
 
-:mod:`~gradnorm_kernels.training.objective` needs torch alone. The data, models, trainer and demo need
+:mod:`~gradnorm_kernels.training.objectives` needs torch alone. The data, models, trainer and demo need
 ``pip install 'gradnorm_kernels[train]'``.
 """
 
-from .objective import GradientNormLoss, Loss, NaturalLoss
+from .objectives import AdversarialLoss, EdgeLoss, GradientNormLoss, Loss, NaturalLoss
 
-__all__ = ["GradientNormLoss", "Loss", "NaturalLoss"]
+__all__ = ["AdversarialLoss", "EdgeLoss", "GradientNormLoss", "Loss", "NaturalLoss"]

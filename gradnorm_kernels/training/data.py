@@ -1,7 +1,8 @@
 """Training and evaluation data whose order and augmentation depend on (seed, epoch, index) alone.
 
 So a run that resumes in the middle of an epoch sees what the uninterrupted run would have seen, with any
-number of workers. Reading, transforms and mixing are timm's; scikit-learn bundles the default data.
+number of workers. Of several processes each is given its part of every batch. Reading, transforms and mixing
+are timm's; scikit-learn bundles the default data.
 """
 
 import random
@@ -19,9 +20,10 @@ from timm.data import Mixup, create_transform
 from timm.data.mixup import mixup_target
 from timm.data.readers import create_reader
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset, TensorDataset
 
 from .config import TrainConfig, TrainingError
+from .distributed import rank, world_size
 from .models import InputSpec, input_spec
 
 __all__ = ["Data", "load_data", "load_digits", "seed_everything"]
@@ -68,16 +70,23 @@ class Data:
 
     def training_batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of ``epoch`` (from 0), from the step ``start`` on, in an order of its own."""
-        self._order.epoch, self._order.start = epoch, start * self.config.batch_size
+        self._order.epoch, self._order.start = epoch, start
         return iter(self._training_loader)
 
     def evaluation_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The held-out set, in its order."""
-        return iter(self._loader(self.evaluation))
+        """The held-out set, in its order; of several processes, each has its share of it."""
+        own = range(rank(), len(self.evaluation), world_size())
+        return iter(self._loader(self.evaluation if world_size() == 1 else Subset(self.evaluation, own)))
+
+    def first_evaluated(self, count: int) -> tuple[Tensor, Tensor]:
+        """The first ``count`` held-out images (N, C, H, W) and classes (N,), or all if there are fewer."""
+        subset = Subset(self.evaluation, range(min(count, len(self.evaluation))))
+        images, labels = zip(*self._loader(subset), strict=True)
+        return torch.cat(images), torch.cat(labels)
 
     @cached_property
     def _order(self) -> "_EpochOrder":
-        return _EpochOrder(len(self.train), self.config.seed)
+        return _EpochOrder(self.config.seed, len(self.train), self.config.batch_size)
 
     @cached_property
     def _training_loader(self) -> DataLoader[Any]:
@@ -88,7 +97,7 @@ class Data:
         workers = self.config.workers if self.config.data else 0
         return DataLoader(
             items,
-            self.config.batch_size,
+            self.config.batch_size // world_size(),
             num_workers=workers,
             persistent_workers=persistent and workers > 0,
             worker_init_fn=_ignore_interrupts,
@@ -104,9 +113,15 @@ def load_data(config: TrainConfig) -> Data:
         TrainingError: if there is none; the message names the path or the option.
     """
     data = _digits(config) if config.data is None else _image_folder(config, Path(config.data))
+    parts = config.accumulate * world_size()
+    if config.batch_size % parts:
+        raise TrainingError(
+            f"batch_size: {config.batch_size} does not split into {world_size()} processes times"
+            f" {config.accumulate} parts"
+        )
     if not data.steps_per_epoch:
         raise TrainingError(
-            f"--batch-size: {config.batch_size} exceeds the number of training images, {len(data.train)}"
+            f"batch_size: {config.batch_size} exceeds the number of training images, {len(data.train)}"
         )
     return data
 
@@ -131,7 +146,7 @@ def load_digits() -> tuple[TensorDataset, TensorDataset]:
 
 def _digits(config: TrainConfig) -> Data:
     if config.image_size not in (None, 8):
-        raise TrainingError(f"--image-size: the digits have 8 pixels, got {config.image_size}")
+        raise TrainingError(f"image_size: the digits have 8 pixels, got {config.image_size}")
     train, evaluation = load_digits()
     return Data(config, train, evaluation, 10, input_spec(config.model, 1, 8))
 
@@ -139,37 +154,41 @@ def _digits(config: TrainConfig) -> Data:
 def _image_folder(config: TrainConfig, root: Path) -> Data:
     spec = input_spec(config.model, 3, config.image_size)
     if not root.is_dir():
-        raise TrainingError(f"--data: {root} is no folder")
+        raise TrainingError(f"data: {root} is no folder")
     held_out = [root / name for name in EVALUATION_FOLDERS if (root / name).is_dir()]
     if not held_out:
-        raise TrainingError(f"--data: {root} has none of the folders {', '.join(EVALUATION_FOLDERS)}")
+        raise TrainingError(f"data: {root} has none of the folders {', '.join(EVALUATION_FOLDERS)}")
     classes = _classes(root / "train")
     if unknown := _classes(held_out[0]).keys() - classes.keys():
-        raise TrainingError(f"--data: {root / 'train'} lacks the classes {sorted(unknown)} of {held_out[0]}")
+        raise TrainingError(f"data: {root / 'train'} lacks the classes {sorted(unknown)} of {held_out[0]}")
 
-    recipe = config.augmentation == "recipe"
-    if recipe and config.batch_size % 2:
-        raise TrainingError(f"--batch-size: mixup needs an even one, got {config.batch_size}")
+    mixes = config.mixup > 0 or config.cutmix > 0
+    if mixes and config.batch_size // world_size() % 2:
+        raise TrainingError(
+            f"batch_size: mixup and cutmix need an even one a process, got {config.batch_size}"
+        )
     return Data(
         config,
-        _ImageFolder(root / "train", classes, _training_transform(config.augmentation, spec)),
+        _ImageFolder(root / "train", classes, _training_transform(config, spec)),
         _ImageFolder(held_out[0], classes, _evaluation_transform(spec)),
         len(classes),
         spec,
-        Mixup(0.8, 1.0, label_smoothing=config.label_smoothing, num_classes=len(classes)) if recipe else None,
+        Mixup(config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=len(classes))
+        if mixes
+        else None,
     )
 
 
 def _classes(folder: Path) -> dict[str, int]:
     """Class name to index, of a folder laid out as <class>/*."""
     if not folder.is_dir():
-        raise TrainingError(f"--data: {folder} is no folder")
+        raise TrainingError(f"data: {folder} is no folder")
     try:
         classes = create_reader("", root=str(folder)).class_to_idx
     except RuntimeError as error:  # names the folder and the file types
-        raise TrainingError(f"--data: {error}") from error
+        raise TrainingError(f"data: {error}") from error
     if "" in classes:
-        raise TrainingError(f"--data: {folder} holds images outside folders that name their class")
+        raise TrainingError(f"data: {folder} holds images outside folders that name their class")
     return classes
 
 
@@ -194,19 +213,23 @@ class _ImageFolder(Dataset[tuple[Tensor, int]]):
         return self.transform(image), target
 
 
-def _training_transform(augmentation: str, spec: InputSpec) -> Any:
-    if augmentation == "none":
-        return _evaluation_transform(spec)
-    if augmentation == "light":
-        return create_transform(
-            spec.size, is_training=True, color_jitter=0.0, interpolation=spec.interpolation,
-            mean=_ZERO, std=_ONE,
-        )  # fmt: skip
-    published = create_transform(
-        spec.size, is_training=True, auto_augment="rand-m9-mstd0.5-inc1", color_jitter=0.4,
-        interpolation="bicubic", re_prob=0.25, re_mode="pixel", mean=spec.mean, std=spec.std,
-    )  # fmt: skip
-    return _InPixels(published, spec)
+def _training_transform(config: TrainConfig, spec: InputSpec) -> Any:
+    crops = config.crop_min < 1
+    augmented = create_transform(
+        spec.size,
+        is_training=True,
+        scale=(config.crop_min, 1.0),
+        ratio=(3 / 4, 4 / 3) if crops else (1.0, 1.0),
+        hflip=config.hflip,
+        color_jitter=config.color_jitter,
+        auto_augment=config.auto_augment,
+        interpolation=config.interpolation or spec.interpolation,
+        re_prob=config.reprob,
+        re_mode=config.remode,
+        mean=spec.mean,
+        std=spec.std,
+    )
+    return _InPixels(augmented, spec)
 
 
 def _evaluation_transform(spec: InputSpec) -> Any:
@@ -242,20 +265,23 @@ class _Seeded(Dataset[tuple[Tensor, int]]):
 
 
 class _EpochOrder(Sampler[tuple[int, int]]):
-    """A permutation an epoch, from the image ``start`` on."""
+    """A permutation an epoch, from the step ``start`` on: of each step's images, this process's part."""
 
     epoch = 0
     start = 0
 
-    def __init__(self, length: int, seed: int) -> None:
-        self.length, self.seed = length, seed
+    def __init__(self, seed: int, images: int, batch_size: int) -> None:
+        self.seed, self.images, self.batch_size = seed, images, batch_size
 
     def __len__(self) -> int:
-        return self.length - self.start
+        return (self.images // self.batch_size - self.start) * (self.batch_size // world_size())
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        order = np.random.default_rng((self.seed, _ORDER, self.epoch)).permutation(self.length)
-        return ((self.epoch, int(index)) for index in order[self.start :])
+        order = np.random.default_rng((self.seed, _ORDER, self.epoch)).permutation(self.images)
+        share = self.batch_size // world_size()
+        for step in range(self.start, self.images // self.batch_size):
+            first = step * self.batch_size + rank() * share
+            yield from ((self.epoch, int(index)) for index in order[first : first + share])
 
 
 # Tell apart the streams drawn from one seed.

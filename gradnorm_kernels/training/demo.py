@@ -3,32 +3,21 @@
 Four minutes at most on two CPU cores; the report states the hardware, versions, seed and number of runs.
 """
 
-import base64
-import html
-import io
-import os
-import platform
-import statistics
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyautoattack
-import timm
 import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
-from pyautoattack.autopgd_base import APGDAttack
 from torch import Tensor, nn
 
-from .. import __version__
-from .._machine import processor_name
 from .config import TrainConfig
 from .data import load_data, load_digits
+from .evaluation import evaluate
+from .report import conditions, curves, gradient_figure, page, text_table
+from .runs import input_gradients, step_seconds
 from .trainer import CHECKPOINT, Trainer, load_checkpoint, load_model, train
 
 __all__ = ["Demo", "Result", "demo"]
@@ -36,9 +25,9 @@ __all__ = ["Demo", "Result", "demo"]
 EPSILON = 0.1  # of the objective and of the attack in the table, in pixel units
 CURVE = (0.025, 0.05, 0.1, 0.15)
 VARIANTS: dict[str, dict[str, Any]] = {
-    "cross-entropy": {"objective": "natural", "fused": False},
-    "gradient norm, stock": {"objective": "gradient_norm", "fused": False},
-    "gradient norm, fused": {"objective": "gradient_norm", "fused": True},
+    "cross-entropy": {"objective": "natural", "fused": "off"},
+    "gradient norm, stock": {"objective": "gradient_norm", "fused": "off"},
+    "gradient norm, fused": {"objective": "gradient_norm", "fused": "on"},
 }
 NATURAL, STOCK, FUSED = VARIANTS
 # The two gradient-norm runs nearly coincide, so one is dashed over the other.
@@ -104,10 +93,7 @@ class Demo:
 
     def table(self) -> str:
         """The table as text."""
-        rows = self.rows()
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
-        return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+        return text_table(self.rows())
 
 
 def demo(
@@ -151,7 +137,7 @@ def demo(
     data = trainers[STOCK].data
     batch = data.soften(*next(data.training_batches(epoch=0, start=0)))
     difference = _gradient_difference(trainers[STOCK], trainers[FUSED], *batch)
-    seconds = _step_seconds(trainers, *batch, timed_steps)
+    seconds = step_seconds(trainers, *batch, timed_steps)
 
     results = {}
     for name, model in models.items():
@@ -160,7 +146,7 @@ def demo(
             seconds[name],
             histories[name],
             {epsilon: _accuracy(model, images, targets, epsilon, attack_steps) for epsilon in epsilons},
-            _input_gradients(model, images[shown], targets[shown]),
+            input_gradients(model, images[shown], targets[shown]),
         )
     outcome = Demo(results, difference, attack_steps, len(targets))
     report = _report(outcome, configs[FUSED], images[shown])
@@ -177,47 +163,13 @@ def _gradient_difference(stock: Trainer, fused: Trainer, images: Tensor, targets
     return max(((a - b).abs().max() / a.abs().max()).item() for a, b in zip(*gradients, strict=True))
 
 
-def _step_seconds(
-    trainers: dict[str, Trainer], images: Tensor, targets: Tensor, count: int
-) -> dict[str, float]:
-    """Median time of a whole training step, the trainers taking turns so that all see the same machine."""
-    seconds: dict[str, list[float]] = {name: [] for name in trainers}
-    warm_up = 3
-    for _ in range(warm_up + count):
-        for name, trainer in trainers.items():
-            images, targets = images.to(trainer.device), targets.to(trainer.device)
-            _synchronize(trainer.device)
-            start = time.perf_counter()
-            trainer.step(images, targets)
-            _synchronize(trainer.device)
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times[warm_up:]) for name, times in seconds.items()}
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def _accuracy(model: nn.Module, images: Tensor, targets: Tensor, epsilon: float, steps: int) -> float:
     """Accuracy under APGD-CE (Croce and Hein, 2020) with one start, as in AutoAttack's standard version."""
-    if epsilon:
-        attack = APGDAttack(
-            model, n_iter=steps, norm="Linf", n_restarts=1, eps=epsilon, seed=0, loss="ce", device="cpu"
-        )
-        images = attack.perturb(images, targets)
-    with torch.no_grad():
-        return (model(images).argmax(1) == targets).float().mean().item()
-
-
-def _input_gradients(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
-    pixels = images.clone().requires_grad_()
-    loss = F.cross_entropy(model(pixels), targets, reduction="sum")
-    return torch.autograd.grad(loss, pixels)[0]
+    return evaluate(model, images, targets, attack="apgd-ce", eps=epsilon, steps=steps).robust_accuracy
 
 
 def _report(outcome: Demo, config: TrainConfig, shown: Tensor) -> str:
-    heading, *rows = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in outcome.rows())
+    gradients = {name: result.input_gradients for name, result in outcome.results.items()}
     sections = [
         ("Accuracy against epsilon", "Held-out images under attack.", _accuracy_figure(outcome)),
         ("Loss curves", "", _loss_figure(outcome)),
@@ -225,33 +177,13 @@ def _report(outcome: Demo, config: TrainConfig, shown: Tensor) -> str:
             "Input gradients",
             "Held-out images, and below them the gradient of the cross-entropy with respect to their pixels,"
             " each in a colour scale of its own; above it its L1 norm.",
-            _gradient_figure(outcome, shown),
+            gradient_figure({"image": shown}, gradients),
         ),
     ]
-    return f"""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<title>gradnorm demo</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }}
-table {{ border-collapse: collapse; }}
-td {{ padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #ccc; }}
-td:first-child {{ text-align: left; }}
-tr:first-child {{ font-weight: bold; }}
-img {{ max-width: 100%; }}
-</style>
-<h1>One network, trained three ways</h1>
-<table><tr>{heading}</tr>{"".join(f"<tr>{row}</tr>" for row in rows)}</table>
-<p>{html.escape(_conditions(outcome, config))}</p>
-{"".join(f"<h2>{title}</h2><p>{text}</p>{_image(figure)}" for title, text, figure in sections)}
-</html>
-"""
+    return page("One network, trained three ways", outcome.rows(), _conditions(outcome, config), sections)
 
 
 def _conditions(outcome: Demo, config: TrainConfig) -> str:
-    device = f"{processor_name()} ({os.cpu_count()} CPUs), {torch.get_num_threads()} threads"
-    if torch.cuda.is_available():
-        device += f", {torch.cuda.get_device_name()}"
     return (
         f"{config.model} on scikit-learn's digits (8x8 pixels in [0, 1]), {config.epochs} epochs in batches"
         f" of {config.batch_size}, learning rate {config.lr:g}, label smoothing {config.label_smoothing:g},"
@@ -260,22 +192,22 @@ def _conditions(outcome: Demo, config: TrainConfig) -> str:
         " taking turns in one process; stock and fused start from the same weights. Gradient difference: over"
         " the parameter tensors, the largest max|stock - fused| / max|stock| for the same weights and batch."
         f" Accuracies: averaged weights on {outcome.held_out} held-out images; APGD-CE with"
-        f" {outcome.attack_steps} iterations and one start, L-infinity. {device}; Python"
-        f" {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}, pyautoattack"
-        f" {pyautoattack.__version__}, gradnorm_kernels {__version__}."
+        f" {outcome.attack_steps} iterations and one start, L-infinity. {conditions()}"
     )
 
 
 def _accuracy_figure(outcome: Demo) -> Figure:
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    for name, result in outcome.results.items():
-        epsilons = list(result.accuracy)
-        accuracies = [100 * result.accuracy[epsilon] for epsilon in epsilons]
-        axes.plot(epsilons, accuracies, STYLES[name], marker="o", label=name)
-    axes.set(xlabel="APGD-CE's epsilon (pixels in [0, 1])", ylabel="accuracy, %", ylim=(0, 100))
-    axes.legend()
-    return figure
+    points = {
+        name: [(epsilon, 100 * accuracy) for epsilon, accuracy in result.accuracy.items()]
+        for name, result in outcome.results.items()
+    }
+    return curves(
+        points,
+        styles=STYLES,
+        xlabel="APGD-CE's epsilon (pixels in [0, 1])",
+        ylabel="accuracy, %",
+        ylim=(0, 100),
+    )
 
 
 def _loss_figure(outcome: Demo) -> Figure:
@@ -285,35 +217,11 @@ def _loss_figure(outcome: Demo) -> Figure:
         "eval_cross_entropy": "cross-entropy held out, nats",
         "gradient_norm": "epsilon x gradient norm in training, nats",
     }
-    for axes, (key, label) in zip(figure.subplots(1, 3), panels.items(), strict=True):
-        for name, result in outcome.results.items():
-            points = [(line["epoch"], line[key]) for line in result.history if line[key] is not None]
-            if points:
-                axes.plot(*zip(*points, strict=True), STYLES[name], label=name)
-        axes.set(xlabel="epoch", ylim=(0, None))
-        axes.set_title(label, fontsize="small")
-    figure.axes[0].legend()
+    for which, (key, label) in enumerate(panels.items()):
+        points = {
+            name: [(line["epoch"], line[key]) for line in result.history if key in line]
+            for name, result in outcome.results.items()
+        }
+        panel = (figure, len(panels), which)
+        curves(points, styles=STYLES, panel=panel, title=label, xlabel="epoch", ylim=(0, None))
     return figure
-
-
-def _gradient_figure(outcome: Demo, shown: Tensor) -> Figure:
-    figure = Figure(figsize=(1.5 * len(shown), 1.6 * (1 + len(outcome.results))), layout="constrained")
-    rows = {"image": shown} | {name: r.input_gradients for name, r in outcome.results.items()}
-    grid: np.ndarray = figure.subplots(len(rows), len(shown))
-    for cells, (name, tensors) in zip(grid, rows.items(), strict=True):
-        for axes, values in zip(cells, tensors[:, 0].numpy(), strict=True):
-            if name == "image":
-                axes.imshow(values, cmap="gray", vmin=0, vmax=1)
-            else:
-                largest = np.abs(values).max() or 1.0
-                axes.imshow(values, cmap="RdBu", vmin=-largest, vmax=largest)
-                axes.set_title(f"L1 {np.abs(values).sum():.2g}", fontsize="small")
-            axes.set(xticks=[], yticks=[])
-        cells[0].set_ylabel(name.replace(", ", ",\n"), fontsize="small")
-    return figure
-
-
-def _image(figure: Figure) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'

@@ -1,21 +1,26 @@
-"""Models that take pixels in [0, 1]: timm's, and a small GELU network for small images."""
+"""Models that take pixels in [0, 1]: timm's, PreActResNet-18, and a small GELU network for small images."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import timm
+import timm.layers
 import torch
-from timm.layers import get_act_layer
 from timm.models import PretrainedCfg, get_pretrained_cfg
+from timm.models import load_state_dict as load_weights
 from timm.models.mlp_mixer import MlpMixer
 from torch import Tensor, nn
 
 from .config import TrainingError
+from .preact_resnet import PreActResNet
 
-__all__ = ["SMALL_MODEL", "InputSpec", "Normalize", "create_model", "input_spec"]
+__all__ = ["InputSpec", "Normalize", "create_model", "input_spec", "swap_activations"]
 
 SMALL_MODEL = "gelu_mixer"
+# Blocks a stage, channels of the first, and stride of the first convolution.
+PREACT_RESNETS = {"preact_resnet18": (2, 64, 1), "preact_resnet10": (1, 16, 2)}
 
 
 class Normalize(nn.Module):
@@ -68,12 +73,12 @@ def input_spec(name: str, channels: int, size: int | None = None) -> InputSpec:
     Raises:
         TrainingError: if timm knows no such model.
     """
-    if name == SMALL_MODEL:
+    if name == SMALL_MODEL or name in PREACT_RESNETS:
         cfg = PretrainedCfg(input_size=(3, 32, 32), crop_pct=1.0)
     elif timm.is_model(name):
         cfg = get_pretrained_cfg(name) or PretrainedCfg()
     else:
-        raise TrainingError(f"--model: timm knows no model called {name}")
+        raise TrainingError(f"model: timm knows no model called {name}")
     own = cfg.input_size[-1]
     half = (0.5,) * channels
     return InputSpec(
@@ -90,19 +95,24 @@ def create_model(
     spec: InputSpec,
     num_classes: int,
     *,
-    activation: str | None = None,
+    act: str | None = None,
     pretrained: bool = False,
+    init: str | None = None,
 ) -> Normalize:
     """Builds a model of pixels in [0, 1], with random weights from torch's global generator.
 
     Args:
-        name: ``"gelu_mixer"`` or a timm model. ``gelu_mixer`` is timm's MLP-Mixer, three blocks of width 32
-            on 4x4 patches, without normalisation or dropout: smooth in its input, and the same function in
-            train and eval mode.
+        name: ``"gelu_mixer"``, ``"preact_resnet18"``, ``"preact_resnet10"`` or a timm model. ``gelu_mixer``
+            is timm's MLP-Mixer, three blocks of width 32 on 4x4 patches, without normalisation or dropout:
+            smooth in its input, and the same function in train and eval mode. ``preact_resnet10`` has half
+            the blocks of PreActResNet-18, a quarter of its channels and half its resolution.
         spec: from :func:`input_spec`; its mean and std are the wrapper's.
         num_classes: C.
-        activation: timm's name of the activation to use instead of the model's own.
+        act: as :func:`swap_activations` takes it.
         pretrained: load timm's pretrained weights.
+        init: path of weights to load: a checkpoint of a run, whose averaged weights are taken, or a
+            state_dict of the unwrapped model (``.pth``, ``.safetensors``). Of another number of classes, the
+            last layer is left out.
 
     Returns:
         A module from pixels (B, channels, size, size) to logits (B, C).
@@ -110,33 +120,120 @@ def create_model(
     Raises:
         TrainingError: if the model cannot be built so; the message names the option.
     """
+    if pretrained and (name == SMALL_MODEL or name in PREACT_RESNETS):
+        raise TrainingError(f"pretrained: there are no weights for {name}")
     channels = len(spec.mean)
-    options: dict[str, Any] = {"num_classes": num_classes, "in_chans": channels}
-    if activation:
-        try:
-            options["act_layer"] = get_act_layer(activation)
-        except (AssertionError, KeyError):
-            raise TrainingError(f"--activation: timm knows none called {activation}") from None
     if name == SMALL_MODEL:
-        if pretrained:
-            raise TrainingError(f"--pretrained: there are no weights for {name}")
-        if spec.size % 4:
-            raise TrainingError(f"--image-size: {name} needs a multiple of 4, got {spec.size}")
-        model: nn.Module = MlpMixer(
-            img_size=spec.size,
-            patch_size=spec.size // 4,
-            num_blocks=3,
-            embed_dim=32,
-            mlp_ratio=(2.0, 4.0),
-            norm_layer=nn.Identity,
-            **options,
-        )
+        model = _gelu_mixer(spec.size, channels, num_classes)
+    elif name in PREACT_RESNETS:
+        model = PreActResNet(*PREACT_RESNETS[name], num_classes, channels)
     else:
+        options: dict[str, Any] = {"num_classes": num_classes, "in_chans": channels}
         cfg = get_pretrained_cfg(name)
         if cfg is not None and cfg.fixed_input_size:
             options["img_size"] = spec.size
         try:
             model = timm.create_model(name, pretrained=pretrained, **options)
         except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-            raise TrainingError(f"--model: timm cannot build {name} with {options}: {error}") from error
-    return Normalize(model, spec.mean, spec.std)
+            raise TrainingError(f"model: timm cannot build {name} with {options}: {error}") from error
+    if act:
+        swap_activations(model, act)
+    wrapped = Normalize(model, spec.mean, spec.std)
+    if init:
+        _load(wrapped, Path(init))
+    return wrapped
+
+
+def _gelu_mixer(size: int, channels: int, num_classes: int) -> nn.Module:
+    if size % 4:
+        raise TrainingError(f"image_size: {SMALL_MODEL} needs a multiple of 4, got {size}")
+    return MlpMixer(
+        img_size=size,
+        patch_size=size // 4,
+        num_blocks=3,
+        embed_dim=32,
+        mlp_ratio=(2.0, 4.0),
+        norm_layer=nn.Identity,
+        in_chans=channels,
+        num_classes=num_classes,
+    )
+
+
+# By name: the module, and the argument that a number after the name sets.
+ACTIVATIONS: dict[str, tuple[Callable[..., nn.Module], str | None]] = {
+    "relu": (nn.ReLU, None),
+    "leaky_relu": (nn.LeakyReLU, "negative_slope"),
+    "elu": (nn.ELU, "alpha"),
+    "softplus": (nn.Softplus, "beta"),
+    "mish": (nn.Mish, None),
+    "silu": (nn.SiLU, None),
+    "gelu": (nn.GELU, None),
+    "gelu_tanh": (timm.layers.GELUTanh, None),
+}
+# Gates (sigmoid and its like) are no activations to swap.
+_RELU_LIKE = (
+    nn.CELU, nn.ELU, nn.GELU, nn.Hardswish, nn.LeakyReLU, nn.Mish, nn.PReLU, nn.ReLU, nn.ReLU6, nn.SELU,
+    nn.SiLU, nn.Softplus, timm.layers.GELU, timm.layers.GELUTanh, timm.layers.HardMish,
+    timm.layers.HardSwish, timm.layers.Mish, timm.layers.PReLU, timm.layers.QuickGELU, timm.layers.Swish,
+)  # fmt: skip
+
+
+def swap_activations(model: nn.Module, act: str) -> None:
+    """Puts one activation in place of all of a model's modules that are like ReLU, and not of its gates.
+
+    Args:
+        act: ``relu``, ``leaky_relu``, ``elu``, ``softplus``, ``mish``, ``silu``, ``gelu`` or ``gelu_tanh``; a
+            number may follow for Leaky ReLU's slope, ELU's alpha or Softplus's beta, as in ``softplus:10``.
+
+    Raises:
+        TrainingError: if there is no such activation, or nothing to swap.
+    """
+    name, _, number = act.partition(":")
+    if name not in ACTIVATIONS:
+        raise TrainingError(f"act: expected one of {', '.join(ACTIVATIONS)}, got {name}")
+    make, argument = ACTIVATIONS[name]
+    arguments = {}
+    if number:
+        if argument is None:
+            raise TrainingError(f"act: {name} takes no number, got {number}")
+        try:
+            arguments[argument] = float(number)
+        except ValueError:
+            raise TrainingError(f"act: expected a number after {name}:, got {number}") from None
+    found = [(parent, key) for parent in model.modules() for key, child in parent.named_children()
+             if isinstance(child, _RELU_LIKE)]  # fmt: skip
+    if not found:
+        raise TrainingError("act: the model has no activation modules to swap")
+    for parent, key in found:
+        setattr(parent, key, make(**arguments))
+
+
+def _load(model: Normalize, path: Path) -> None:
+    if not path.is_file():
+        raise TrainingError(f"init: there is no file {path}")
+    try:
+        if path.suffix == ".safetensors":
+            saved = load_weights(str(path))
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            saved = next((state[key] for key in _WEIGHTS if key in state), state)
+    except Exception as error:  # torch.load raises many kinds
+        raise TrainingError(f"init: cannot read {path}: {error}") from error
+    own = model.model.state_dict()
+    # Of Normalize, of DistributedDataParallel and of torch.compile.
+    wrappers = ("model.", "module.", "_orig_mod.")
+    saved = {key: value for key, value in saved.items() if key not in ("mean", "std")}
+    while not own.keys() & saved.keys() and any(key.startswith(wrappers) for key in saved):
+        saved = {key.partition(".")[2]: value for key, value in saved.items()}
+    last = list(own)[-1].rpartition(".")[0]
+    for key in [key for key in saved if key.rpartition(".")[0] == last]:
+        if key in own and saved[key].shape != own[key].shape:
+            saved[key] = own[key]
+    try:
+        model.model.load_state_dict(saved)
+    except RuntimeError as error:
+        raise TrainingError(f"init: {path} does not fit the model: {error}") from error
+
+
+# Where checkpoints keep their weights: a run of this package, timm's trainer, and others.
+_WEIGHTS = ("ema", "state_dict_ema", "state_dict", "model")

@@ -1,0 +1,136 @@
+"""What is done with finished runs: attacking their models, timing their steps, looking at their gradients."""
+
+import json
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import TrainConfig, TrainingError
+from .data import load_data
+from .evaluation import Robustness, robustness_curve
+from .report import text_table
+from .trainer import CHECKPOINT, Trainer, load_checkpoint, load_model, write_file
+
+__all__ = ["Evaluation", "evaluate_run", "input_gradients", "step_seconds"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A run's model under attack, at one epsilon or several."""
+
+    checkpoint: Path
+    results: list[Robustness]
+
+    def table(self) -> str:
+        """Accuracies, a line an epsilon, clean and after each attack."""
+        attacks = list(dict.fromkeys(name for result in self.results for name in result.accuracies))
+        rows = [["epsilon", "clean", *attacks, "images"]]
+        for result in self.results:
+            cells = (result.accuracies.get(name) for name in attacks)
+            rows.append(
+                [
+                    f"{result.eps:.4g}",
+                    f"{result.clean_accuracy:.2%}",
+                    *("" if cell is None else f"{cell:.2%}" for cell in cells),
+                    str(result.images),
+                ]
+            )
+        return text_table(rows)
+
+
+def evaluate_run(
+    checkpoint: Path,
+    output: Path | None = None,
+    *,
+    data: str | None = None,
+    attack: str = "autoattack",
+    eps: Sequence[float] | None = None,
+    norm: str = "Linf",
+    n: int | None = None,
+    batch_size: int = 250,
+    seed: int = 0,
+    device: str | None = None,
+    progress: bool = True,
+) -> Evaluation:
+    """Attacks the averaged model of a run on the first ``n`` held-out images, or on all of them.
+
+    Writes ``evaluation-<attack>.json`` to ``output`` (the checkpoint's directory) and, while it runs, states
+    from which an interrupted AutoAttack goes on.
+
+    Args:
+        checkpoint: a run's directory or its checkpoint.
+        data: image folder to take instead of the run's.
+        eps: radii in pixel units; without them the run's epsilon.
+        attack, norm, batch_size, seed, device: as :func:`~.evaluation.evaluate` takes them.
+
+    Raises:
+        TrainingError: if the checkpoint or the data cannot be used.
+    """
+    path = checkpoint / CHECKPOINT if checkpoint.is_dir() else checkpoint
+    saved = load_checkpoint(path)
+    config = TrainConfig(**saved["config"])
+    if data is not None:
+        config = replace(config, data=data)
+    held_out = load_data(config)
+    if held_out.num_classes != saved["num_classes"]:
+        raise TrainingError(
+            f"data: {config.data} has {held_out.num_classes} classes, the checkpoint {saved['num_classes']}"
+        )
+    images, labels = held_out.first_evaluated(n or len(held_out.evaluation))
+    output = output or path.parent
+    progress_made = f"epoch{saved['epoch']}-step{saved['step_in_epoch']}"
+    states = output / "evaluation" / f"{progress_made}-images{len(images)}-batch{batch_size}-seed{seed}"
+    states.mkdir(parents=True, exist_ok=True)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(path, device)
+    results = robustness_curve(
+        model,
+        images,
+        labels,
+        eps or [config.epsilon],
+        attack=attack,
+        norm=norm,
+        batch_size=batch_size,
+        seed=seed,
+        state_dir=states,
+        progress=progress,
+    )
+    report = {"checkpoint": path.name, "epoch": saved["epoch"], "results": [r.to_dict() for r in results]}
+    text = json.dumps(report, indent=1).encode()
+    write_file(output / f"evaluation-{attack}.json", lambda file: file.write(text))
+    return Evaluation(path, results)
+
+
+def step_seconds(
+    trainers: Mapping[str, Trainer], images: Tensor, targets: Tensor, count: int, warm_up: int = 3
+) -> dict[str, float]:
+    """Median time of a whole training step, the trainers taking turns so that all see the same machine."""
+    seconds: dict[str, list[float]] = {name: [] for name in trainers}
+    for _ in range(warm_up + count):
+        for name, trainer in trainers.items():
+            batch = images.to(trainer.device), targets.to(trainer.device)
+            _synchronize(trainer.device)
+            start = time.perf_counter()
+            trainer.step(*batch)
+            _synchronize(trainer.device)
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times[warm_up:]) for name, times in seconds.items()}
+
+
+def input_gradients(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+    """Of the cross-entropy with respect to the pixels, image by image: (N, C, H, W)."""
+    device = next(model.parameters()).device
+    pixels = images.to(device).requires_grad_()
+    loss = F.cross_entropy(model(pixels), targets.to(device), reduction="sum")
+    return torch.autograd.grad(loss, pixels)[0].cpu()
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,167 @@
+"""Every recipe that ships, and how options are read."""
+
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+pytest.importorskip("timm", reason="training needs: pip install 'gradnorm_kernels[train]'")
+
+from gradnorm_kernels.training.config import (
+    TrainConfig,
+    TrainingError,
+    load_recipe,
+    parse_settings,
+    recipe_names,
+)
+from gradnorm_kernels.training.data import Data
+from gradnorm_kernels.training.models import input_spec
+from gradnorm_kernels.training.trainer import Trainer
+
+# The sides of the smallest images that the models take.
+SIZES = {"swin_base_patch4_window7_224": 56, "resnet50": 32, "gelu_mixer": 8}
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_two_steps(name):
+    """The model, optimiser and loss of every recipe, on small synthetic images."""
+    options = {"data": None if name.startswith("digits") else "images"} | load_recipe(name)
+    config = TrainConfig(**{**options, "pretrained": False})
+    size = SIZES.get(config.model, 16)
+    channels = 1 if config.data is None else 3
+    # An edge needs a neighbourhood, a mixup pair a partner.
+    config = replace(config, image_size=size, batch_size=2, ramp_epochs=0.0, epochs=1, warmup_epochs=0.0)
+    images = TensorDataset(torch.rand(4, channels, size, size), torch.tensor([0, 1, 2, 3]))
+    data = Data(config, images, images, 4, input_spec(config.model, channels, size))
+    trainer = Trainer(config, data)
+    before = [p.clone() for p in trainer.model.parameters()]
+    for _ in range(2):
+        loss, norm = trainer.step(torch.rand(2, channels, size, size), torch.tensor([1, 3]))
+        assert loss.total.isfinite() and norm.isfinite() and norm > 0
+    changed = [not torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True)]
+    assert sum(changed) > len(changed) / 2
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        (
+            "swin_b",
+            {
+                "model": "swin_base_patch4_window7_224", "pretrained": True, "objective": "gradient_norm",
+                "ce_weight": 0.8, "gn_weight": 1.2, "epsilon": 4 / 255, "ramp_epochs": 5, "mode": "eval",
+                "epochs": 100, "warmup_epochs": 5, "batch_size": 532, "lr": 0.625e-3, "lr_batch": 512,
+                "warmup_lr": 1e-5, "min_lr": 1e-5,
+            },
+        ),
+        (
+            "resnet50",
+            {
+                "model": "resnet50", "act": "gelu", "pretrained": False, "epochs": 83, "warmup_epochs": 5,
+                "batch_size": 256, "lr": 1.25e-3, "lr_batch": 512, "warmup_lr": 1e-6, "min_lr": 1e-5,
+                "mode": "eval",
+            },
+        ),
+        ("resnet50_start", {"epochs": 4, "objective": "natural", "pretrained": True, "act": "gelu"}),
+        ("resnet50_silu", {"act": "silu", "epochs": 83}),
+        ("resnet50_relu", {"act": "relu", "epochs": 83, "pretrained": True}),
+        (
+            "swin_b_edge",
+            {
+                "objective": "edge", "mode": "train", "edge_start": 1, "edge_rate": 0.09, "edge_max": 19,
+                "edge_temperature": 0.5,
+            },
+        ),
+        ("swin_b_pgd3", {"objective": "adversarial", "attack_steps": 3, "mode": "train"}),
+        ("swin_b_natural", {"objective": "natural"}),
+        (
+            "cifar10",
+            {
+                "model": "preact_resnet18", "act": "gelu", "batch_size": 128, "epochs": 300,
+                "image_size": 32,
+            },
+        ),
+    ],
+)  # fmt: skip
+def test_published_numbers(name, published):
+    """The table of the published recipe, and what all its runs have in common."""
+    common = {
+        "opt": "adamw", "weight_decay": 0.05, "clip_norm": 1.0, "ema_decay": 0.9998, "label_smoothing": 0.1,
+        "auto_augment": "rand-m9-mstd0.5-inc1", "color_jitter": 0.4, "reprob": 0.25, "remode": "pixel",
+        "interpolation": "bicubic", "mixup": 0.8, "cutmix": 1.0, "precision": "float32",
+    }  # fmt: skip
+    config = asdict(TrainConfig(data="images", **load_recipe(name)))
+    assert {key: config[key] for key in common | published} == common | published
+
+
+def test_peak_learning_rate():
+    assert TrainConfig(data="images", **load_recipe("swin_b")).peak_lr == pytest.approx(0.625e-3 * 532 / 512)
+    assert TrainConfig(lr=2e-3).peak_lr == 2e-3
+
+
+@pytest.mark.parametrize("objective", ["gradient_norm", "silu", "relu", "natural", "edge", "pgd3"])
+@pytest.mark.parametrize("small", ["digits", "cifar10_fast"])
+def test_laptop_versions(small, objective):
+    name = small if objective == "gradient_norm" else f"{small}_{objective}"
+    options = load_recipe(name)
+    expected = {"silu": "gradient_norm", "relu": "gradient_norm", "pgd3": "adversarial"}.get(
+        objective, objective
+    )
+    assert options.get("objective", "gradient_norm") == expected
+    if objective in ("silu", "relu"):
+        assert options["act"] == objective
+
+
+class TestFiles:
+    def test_base(self, tmp_path):
+        path = tmp_path / "mine.yaml"
+        path.write_text("base: digits\nepochs: 3\nfused: off\nact: softplus:10\nclip_norm: none\n")
+        digits = load_recipe("digits")
+        assert load_recipe(str(path)) == {
+            **digits, "epochs": 3, "fused": "off", "act": "softplus:10", "clip_norm": None,
+        }  # fmt: skip
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("epoch: 3", "there is no option epoch; did you mean epochs?"),
+            ("epochs: 1.5", "epochs: expected a whole number, got 1.5"),
+            ("epochs: many", "epochs: expected a whole number, got 'many'"),
+            ("epsilon: 4/0", "epsilon: expected a number or a fraction"),
+            ("compile: 1", "compile: expected true or false"),
+            ("model: 18", "model: expected a text"),
+            ("- epochs", "is no table of options"),
+            ("a: [", "is no YAML"),
+            ("base: mine", "recipe: there is none called mine"),
+            ("base: digit", "did you mean digits?"),
+        ],
+    )
+    def test_unsuitable(self, text, message, tmp_path):
+        path = tmp_path / "mine.yaml"
+        path.write_text(text)
+        with pytest.raises(TrainingError) as error:
+            load_recipe(str(path))
+        assert message in str(error.value)
+
+    def test_a_base_that_leads_back(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "a.yaml").write_text("base: b.yaml")
+        (tmp_path / "b.yaml").write_text("base: a.yaml")
+        with pytest.raises(TrainingError, match="leads back"):
+            load_recipe("a.yaml")
+
+    def test_absent(self, tmp_path):
+        with pytest.raises(TrainingError, match="there is no file"):
+            load_recipe(str(tmp_path / "mine.yaml"))
+
+
+def test_settings():
+    texts = ["epsilon=8/255", "epochs=7", "act=none", "compile=true", "lr=1e-4", "model=x=y"]
+    assert parse_settings(texts) == {
+        "epsilon": 8 / 255, "epochs": 7, "act": None, "compile": True, "lr": 1e-4, "model": "x=y",
+    }  # fmt: skip
+    with pytest.raises(TrainingError, match="--set: expected key=value, got 'epochs'"):
+        parse_settings(["epochs"])
+    with pytest.raises(TrainingError, match="no option epsilom; did you mean epsilon"):
+        parse_settings(["epsilom=1"])
