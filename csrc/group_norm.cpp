@@ -318,8 +318,7 @@ struct Composite {
 // Before PyTorch 2.15 the kernels take it for granted that the caller has done this.
 Tensor as_native_kernels_want(const Tensor& tensor, const Tensor& input) {
 #if TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR < 15
-  return tensor.contiguous(
-      input.is_cuda() ? at::MemoryFormat::Contiguous : input.suggest_memory_format());
+  return tensor.contiguous(input.is_cuda() ? at::MemoryFormat::Contiguous : input.suggest_memory_format());
 #else
   return tensor;
 #endif
