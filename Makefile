@@ -56,6 +56,8 @@ bench: DEVICE = $(shell $(BIN)/python -c "import torch; print('cuda' if torch.cu
 bench: $(BIN)/.built
 	$(BIN)/python -m benchmarks.kernels --op all --json benchmarks/results/kernels-$(DEVICE).json
 	$(BIN)/python -m benchmarks.steps --json benchmarks/results/steps-$(DEVICE).json
+	$(BIN)/python -m benchmarks.penalties --json benchmarks/results/penalties-$(DEVICE).json
+	$(BIN)/python -m benchmarks.report
 
 clean:
 	rm -rf build demo dist *.egg-info gradnorm_kernels/*.so gradnorm_kernels/_built_for.py $(VENV) $(CPU_VENV)

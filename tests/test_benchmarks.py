@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 
 import gradnorm_kernels as gk
+from gradnorm_kernels.training import GradientNormLoss
 
 ROOT = Path(__file__).parents[1]
 # `pytest` alone, unlike `python -m pytest`, does not look here. Last, so that an installed package wins.
 sys.path.append(str(ROOT))
 pytest.importorskip("timm", reason="benchmarks.steps needs: pip install 'gradnorm_kernels[train]'")
 
-from benchmarks import kernels, measure, steps  # noqa: E402
+from benchmarks import kernels, measure, penalties, report, steps  # noqa: E402
 
 QUICK = ["--device=cpu", "--rounds=2"]
 SMALL_KERNEL = [*QUICK, "--shape", "4", "9", "32"]
@@ -174,7 +175,8 @@ def test_steps_json(tmp_path, capsys):
     assert [row["variant"] for row in written["rows"]] == ["stock", "fuse", "switch"] * 2
     shared = {
         "model", "relu_replaced_by", "batch_norm", "unfused_attentions", "dtype", "shape", "variant",
-        "milliseconds", "milliseconds_min", "milliseconds_max", "time_over_stock",
+        "milliseconds", "milliseconds_min", "milliseconds_max", "time_over_stock", "first_step_seconds",
+        "images_per_second",
     }  # fmt: skip
     for row in written["rows"]:
         assert row.keys() - {"gradient_difference"} == shared
@@ -207,7 +209,8 @@ def test_out_of_memory_is_a_row(monkeypatch, tmp_path, capsys, failing):
     def exhausted(model, images, targets):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setitem(steps.VARIANTS, failing, lambda model, step: (model, exhausted))
+    variant = steps.Variant(lambda *_: exhausted, steps.PENALTY)
+    monkeypatch.setitem(steps.VARIANTS, failing, variant)
     file = tmp_path / "out.json"
     steps.main([*SMALL_STEP, "--model", "vit_tiny_patch16_224", "--json", str(file)])
     rows = {row["variant"]: row for row in json.loads(file.read_text())["rows"]}
@@ -247,3 +250,108 @@ def test_unsuitable_step_arguments(arguments, message, capsys):
 def test_unknown_model():
     with pytest.raises(SystemExit, match="timm knows no model called nothing"):
         steps.main([*QUICK, "--model", "nothing"])
+
+
+def test_rivals(tmp_path, monkeypatch, capsys):
+    """Compiled steps have stock's gradients; run by ATen, because generating code takes minutes."""
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compile(f, backend="aot_eager", **options))
+    file = tmp_path / "out.json"
+    exact = ["compiled", "compiled_func", "fuse_compiled"]
+    if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
+        exact = ["compiled_func"]
+    others = ["finite_difference", "natural", "pgd3"]
+    arguments = [
+        *SMALL_STEP,
+        "--model",
+        "vit_tiny_patch16_224",
+        "--json",
+        str(file),
+        "--variants",
+        *exact,
+        *others,
+    ]
+    steps.main(arguments)
+    rows = {row["variant"]: row for row in json.loads(file.read_text())["rows"]}
+    assert list(rows) == ["stock", *exact, *others]
+    assert not any("error" in row for row in rows.values())
+    assert all(rows[name]["gradient_difference"] < 1e-4 for name in exact)
+    assert "gradient_difference" not in rows["pgd3"] and "pgd3" in capsys.readouterr().out
+
+
+def test_what_does_not_run_is_a_row(monkeypatch, tmp_path):
+    """An approximation that is off, and a compiler that gives up."""
+
+    def refuse(model, images, targets):
+        raise RuntimeError("not today\nbecause")
+
+    coarse = GradientNormLoss(ramp_epochs=0, engine="finite_difference", difference_step=0.5)
+    monkeypatch.setattr(steps, "DIFFERENCE", coarse)
+    monkeypatch.setitem(steps.VARIANTS, "finite_difference", steps.Variant(steps.backward_step, coarse))
+    monkeypatch.setitem(steps.VARIANTS, "compiled", steps.Variant(lambda *_: refuse, steps.PENALTY))
+    file = tmp_path / "out.json"
+    variants = ["finite_difference", "compiled"]
+    steps.main([*SMALL_STEP, "--model", "vit_tiny_patch16_224", "--json", str(file), "--variants", *variants])
+    rows = {row["variant"]: row for row in json.loads(file.read_text())["rows"]}
+    assert "off stock's" in rows["finite_difference"]["error"]
+    assert rows["compiled"]["error"] == "refused: not today"
+    assert not any("milliseconds" in rows[name] for name in variants)
+
+
+def test_penalties(tmp_path, capsys):
+    file = tmp_path / "out.json"
+    penalties.main([*QUICK, "--json", str(file)])
+    written = json.loads(file.read_text())
+    assert [row["code"] for row in written["rows"]] == [code for code in penalties.CODES for _ in range(2)]
+    assert all(row["gradient_difference"] < 1e-3 for row in written["rows"] if row["variant"] == "switch")
+    assert "force_field" in capsys.readouterr().out and not gk.is_fused_double_backward_enabled()
+
+
+def test_a_penalty_that_disagrees_stops_the_run(monkeypatch):
+    def wrong_under_the_switch(device):
+        model = torch.nn.Linear(2, 1)
+
+        def step():
+            model.zero_grad()
+            (model(torch.ones(1, 2)).sum() * (2 if gk.is_fused_double_backward_enabled() else 1)).backward()
+
+        return model, step
+
+    monkeypatch.setitem(penalties.CODES, "pinn", wrong_under_the_switch)
+    with pytest.raises(SystemExit, match="pinn: under the switch, gradients are"):
+        penalties.main(QUICK)
+
+
+class TestReport:
+    def test_the_page_is_that_of_the_committed_results(self):
+        """Else: python -m benchmarks.report"""
+        assert report.main(["--check"]) == 0
+
+    def test_a_page_that_differs(self, monkeypatch, tmp_path, capsys):
+        monkeypatch.setattr(report, "PAGE", tmp_path / "results.md")
+        assert report.main(["--check"]) == 1
+        assert "run python -m benchmarks.report" in capsys.readouterr().err
+        assert report.main([]) == 0 and report.main(["--check"]) == 0
+        report.PAGE.write_text(report.PAGE.read_text().replace("ms", "s", 1))
+        assert report.main(["--check"]) == 1
+
+    def test_what_is_not_there_is_not_measured(self, tmp_path):
+        page = report.page(tmp_path)
+        assert page.count("cpu: not measured.") == page.count("cuda: not measured.") == 3
+
+    def test_every_row_is_shown(self, tmp_path):
+        machine = COMMITTED["machine"] | {"hardware": "a machine", "commit": "1234567"}
+        row = {
+            "model": "vit", "shape": [8, 3, 32, 32], "dtype": "float32", "variant": "stock",
+            "milliseconds": 12.34, "milliseconds_min": 11.0, "milliseconds_max": 13.0, "time_over_stock": 1.0,
+        }  # fmt: skip
+        failed = {k: row[k] for k in ("model", "shape", "dtype")} | {
+            "variant": "fuse",
+            "error": "out of memory",
+        }
+        steps = {"machine": machine, "rounds": 3, "rows": [row, failed]}
+        (tmp_path / "steps-cuda.json").write_text(json.dumps(steps))
+        page = report.page(tmp_path)
+        assert "a machine" in page and "commit 1234567" in page
+        assert "| vit | 8 at 32² | float32 | stock | 12.3 | 11.0 to 13.0 | 1.000 |  |  |" in page
+        assert "| vit | 8 at 32² | float32 | fuse | out of memory |" in page

@@ -1,0 +1,141 @@
+"""Gradient penalties beyond vision: three codes that know nothing of this library, stock and switched.
+
+    python -m benchmarks.penalties [--json FILE]
+
+- a critic's step of WGAN-GP (Gulrajani et al., https://arxiv.org/abs/1704.00028): a convolutional critic of
+  32x32 images, with InstanceNorm and SiLU, whose gradient between real and generated images is to have
+  norm 1;
+- the residual of a physics-informed network (Raissi et al., https://arxiv.org/abs/1711.10561): Burgers'
+  equation by a tanh network, whose second derivative is differentiated by the parameters;
+- a force field: an energy of distances by a SiLU network, whose negative gradient is fitted to forces.
+
+Each step runs with stock PyTorch and under ``set_fused_double_backward(True)``, alternating in one process,
+after the parameters' gradients were compared: a difference stops the run.
+"""
+
+import argparse
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import gradnorm_kernels as gk
+
+from .measure import alternate, describe_machine, option_parser, parse, summary, wall_time, write_json
+from .steps import gradients, relative_difference
+
+TOLERANCE = 1e-3
+Step = Callable[[], None]
+
+
+def wgan_gp(device: str) -> tuple[nn.Module, Step]:
+    def block(inputs: int, outputs: int) -> list[nn.Module]:
+        return [nn.Conv2d(inputs, outputs, 4, 2, 1), nn.InstanceNorm2d(outputs, affine=True), nn.SiLU()]
+
+    critic = nn.Sequential(
+        nn.Conv2d(3, 64, 4, 2, 1), nn.SiLU(), *block(64, 128), *block(128, 256), nn.Conv2d(256, 1, 4)
+    ).to(device)
+    real, generated = (torch.rand(64, 3, 32, 32, device=device) for _ in range(2))
+    share = torch.rand(64, 1, 1, 1, device=device)
+
+    def step() -> None:
+        critic.zero_grad()
+        between = (share * real + (1 - share) * generated).requires_grad_()
+        (gradient,) = torch.autograd.grad(critic(between).sum(), between, create_graph=True)
+        penalty = (gradient.flatten(1).norm(dim=1) - 1).square().mean()
+        (critic(generated).mean() - critic(real).mean() + 10 * penalty).backward()
+
+    return critic, step
+
+
+def pinn(device: str) -> tuple[nn.Module, Step]:
+    width = 256
+    layers = [layer for _ in range(4) for layer in (nn.Linear(width, width), nn.Tanh())]
+    network = nn.Sequential(nn.Linear(2, width), nn.Tanh(), *layers, nn.Linear(width, 1)).to(device)
+    points = torch.rand(4096, 2, device=device)
+
+    def step() -> None:
+        network.zero_grad()
+        at = points.clone().requires_grad_()
+        u = network(at)
+        (first,) = torch.autograd.grad(u.sum(), at, create_graph=True)
+        (second,) = torch.autograd.grad(first[:, 0].sum(), at, create_graph=True)
+        residual = first[:, 1] + u[:, 0] * first[:, 0] - 0.01 / torch.pi * second[:, 0]
+        residual.square().mean().backward()
+
+    return network, step
+
+
+def force_field(device: str) -> tuple[nn.Module, Step]:
+    atoms, features = 24, 64
+    pair = nn.Sequential(
+        nn.Linear(features, 256), nn.SiLU(), nn.Linear(256, 256), nn.SiLU(), nn.Linear(256, 1)
+    ).to(device)
+    positions, forces = (torch.randn(32, atoms, 3, device=device) for _ in range(2))
+    centres = torch.linspace(0, 6, features, device=device)
+    i, j = torch.triu_indices(atoms, atoms, 1, device=device)
+
+    def step() -> None:
+        pair.zero_grad()
+        at = positions.clone().requires_grad_()
+        distances = (at[:, i] - at[:, j]).norm(dim=-1, keepdim=True)
+        energy = pair(torch.exp(-(distances - centres).square())).sum()
+        (gradient,) = torch.autograd.grad(energy, at, create_graph=True)
+        F.mse_loss(-gradient, forces).backward()
+
+    return pair, step
+
+
+CODES = {"wgan_gp": wgan_gp, "pinn": pinn, "force_field": force_field}
+
+
+def measure(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    torch.manual_seed(0)
+    model, step = CODES[name](args.device)
+    runs = {"stock": step, "switch": functools.partial(_switched, step)}
+    found: dict[str, list[Tensor]] = {}
+    for variant, run in runs.items():
+        run()
+        found[variant] = gradients(model)
+    difference = relative_difference(found["switch"], found["stock"])
+    if difference > TOLERANCE:
+        raise SystemExit(f"{name}: under the switch, gradients are {difference:.1e} off stock's")
+    seconds = alternate(runs, wall_time, args.rounds)
+    rows = [
+        {"code": name, "variant": variant, **summary(taken, seconds["stock"])}
+        for variant, taken in seconds.items()
+    ]
+    rows[1]["gradient_difference"] = difference
+    return rows
+
+
+def _switched(step: Step) -> None:
+    with gk.set_fused_double_backward(True):
+        step()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(option_parser(__doc__ or "", rounds=15), arguments)
+    machine = describe_machine(args.device)
+    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    print(f"\n{'code':12} {'variant':8} {'ms':>9} {'/ stock':>8} {'difference':>10}")
+    rows = []
+    for name in CODES:
+        for row in measure(name, args):
+            rows.append(row)
+            difference = row.get("gradient_difference")
+            print(
+                f"{row['code']:12} {row['variant']:8} {row['milliseconds']:9.1f}"
+                f" {row['time_over_stock']:8.3f} "
+                + (f"{difference:10.1e}" if difference is not None else f"{'-':>10}"),
+                flush=True,
+            )
+    if args.json:
+        write_json(args.json, machine, args.rounds, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,307 @@
+"""Writes docs/results.md from the JSON files in benchmarks/results: its numbers were measured or counted.
+
+    python -m benchmarks.report [--check]
+
+The page is a function of those files alone. ``--check`` writes nothing and fails where the page on disk
+differs.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "results.md"
+DEVICES = ("cpu", "cuda")
+NOT_MEASURED = "not measured"
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def page(results: Path = RESULTS) -> str:
+    """The page's text."""
+    parts = [
+        "# Results",
+        "Written by `python -m benchmarks.report` from the JSON files in `benchmarks/results/`, which hold"
+        " the commands, spreads and commits as well. Times are medians of rounds in which the variants take"
+        " turns in one process; ratios are medians of the rounds' ratios.",
+    ]
+    for title, section in SECTIONS.items():
+        parts += [f"## {title}", *section(results)]
+    return "\n\n".join(parts) + "\n"
+
+
+def steps(results: Path) -> Iterable[str]:
+    yield (
+        "Forward, input gradient and backward of 0.8 CE + 1.2 ε ‖∂CE/∂x‖₁; the gradient is compared with"
+        " stock's before it is timed."
+    )
+    for device, measured in _by_device(results, "steps"):
+        if measured is None:
+            yield f"{device}: {NOT_MEASURED}."
+            continue
+        yield _conditions(measured)
+        rows = measured["rows"]
+        yield _table(
+            [
+                "model",
+                "batch",
+                "dtype",
+                "variant",
+                "ms",
+                "range",
+                "/ stock",
+                "gradient off stock's",
+                "peak, GiB",
+            ],
+            [
+                [
+                    row["model"],
+                    f"{row['shape'][0]} at {row['shape'][-1]}²",
+                    row["dtype"],
+                    row["variant"],
+                    *_time(row),
+                    _number(row.get("time_over_stock"), ".3f"),
+                    _number(row.get("gradient_difference"), ".1e"),
+                    _number(row.get("peak_memory_bytes", math.nan) / 2**30, ".2f"),
+                ]
+                for row in rows
+            ],
+        )
+        bars = [(f"{row['model']} {row['variant']}", row.get("time_over_stock") or math.nan) for row in rows]
+        yield _bars("step time, stock = 1", [bar for bar in bars if not bar[0].endswith("stock")], "")
+
+
+def kernels(results: Path) -> Iterable[str]:
+    for device, measured in _by_device(results, "kernels"):
+        if measured is None:
+            yield f"{device}: {NOT_MEASURED}."
+            continue
+        yield _conditions(measured)
+        cases: dict[tuple[str, ...], dict[tuple[str, str], Mapping[str, Any]]] = defaultdict(dict)
+        for row in measured["rows"]:
+            name = f"{row['op']} {row['setting']}".strip()
+            key = (row["dtype"], name, "x".join(map(str, row["shape"])))
+            cases[key][row["pass"], row["variant"]] = row
+        for dtype in dict.fromkeys(key[0] for key in cases):
+            yield f"### {dtype}, {device}"
+            yield _table(
+                [
+                    "op",
+                    "input",
+                    "forward, fused / stock",
+                    "backward",
+                    "double backward",
+                    "stock, ms",
+                    "fused, ms",
+                    "fused, GB/s",
+                    "of a copy's",
+                ],
+                [
+                    [name, shape, *_case(passes)]
+                    for (kind, name, shape), passes in cases.items()
+                    if kind == dtype
+                ],
+            )
+
+
+def _case(passes: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[str]:
+    stock, fused = (passes["double_backward", variant] for variant in ("stock", "fused"))
+    return [
+        *(
+            _number(passes[which, "fused"]["time_over_stock"], ".2f")
+            for which in ("forward", "backward", "double_backward")
+        ),
+        _number(stock["milliseconds"], ".1f"),
+        _number(fused["milliseconds"], ".1f"),
+        _number(fused["gigabytes_per_second"], ".1f"),
+        _number(fused["fraction_of_copy"], ".2f"),
+    ]
+
+
+def traffic(results: Path) -> Iterable[str]:
+    yield (
+        "Counted on meta tensors, not measured: every op that is not a view reads its inputs and writes its"
+        " outputs; kernels of several passes are charged for each. One step, fused by `fuse(model)`."
+    )
+    counted = [json.loads(path.read_text()) for path in sorted(results.glob("traffic-*.json"))]
+    summary, bars = [], []
+    for count in counted:
+        name = _model(count)
+        totals = {
+            variant: [
+                sum(row[what] for row in count["rows"] if row["variant"] == variant) for what in _COUNTS
+            ]
+            for variant in ("stock", "fuse")
+        }
+        (moved, launches), (fused_moved, fused_launches) = totals["stock"], totals["fuse"]
+        summary.append(
+            [
+                name,
+                f"{count['batch']}",
+                f"{moved / 1e9:.0f}",
+                f"{fused_moved / 1e9:.0f}",
+                f"{fused_moved / moved:.3f}",
+                f"{launches:,}",
+                f"{fused_launches:,}",
+                f"{fused_launches / launches:.3f}",
+            ]
+        )
+        bars += [(f"{name} stock", moved / 1e9), (f"{name} fused", fused_moved / 1e9)]
+    yield _table(
+        ["model", "batch", "stock, GB", "fused, GB", "ratio", "stock, launches", "fused, launches", "ratio"],
+        summary,
+    )
+    yield _bars("memory traffic of one step, GB", bars, " GB")
+    for count in counted:
+        yield f"### {_model(count)}, by op"
+        by_op: dict[str, dict[str, int]] = defaultdict(lambda: dict.fromkeys(("stock", "fuse"), 0))
+        for row in count["rows"]:
+            by_op[row["op"]][row["variant"]] += row["bytes"]
+        largest = sorted(by_op.items(), key=lambda item: (-max(item[1].values()), item[0]))[:12]
+        yield _table(
+            ["op", "stock, GB", "fused, GB"],
+            [[f"`{op}`", f"{of['stock'] / 1e9:.1f}", f"{of['fuse'] / 1e9:.1f}"] for op, of in largest],
+        )
+
+
+_COUNTS = ("bytes", "launches")
+
+
+def penalties(results: Path) -> Iterable[str]:
+    yield "Code that knows nothing of this library, stock and under `set_fused_double_backward(True)`."
+    for device, measured in _by_device(results, "penalties"):
+        if measured is None:
+            yield f"{device}: {NOT_MEASURED}."
+            continue
+        yield _conditions(measured)
+        yield _table(
+            ["code", "variant", "ms", "range", "/ stock", "gradient off stock's"],
+            [
+                [
+                    row["code"],
+                    row["variant"],
+                    *_time(row),
+                    _number(row["time_over_stock"], ".3f"),
+                    _number(row.get("gradient_difference"), ".1e"),
+                ]
+                for row in measured["rows"]
+            ],
+        )
+
+
+def studies(results: Path) -> Iterable[str]:
+    yield "Means over the seeds, and their range; step times of the rows taking turns in one process."
+    for path in sorted(results.glob("study-*.json")):
+        measured = json.loads(path.read_text())
+        config = measured["config"]
+        yield f"### {measured['study']}"
+        yield (
+            f"{config['model']} on {config['data'] or 'scikit-learn digits'}, {config['epochs']} epochs;"
+            f" {measured['attack']} at ε = {config['epsilon']:.4g} on {measured['attacked']} held-out images."
+            f" {measured['conditions']}"
+        )
+        yield _table(
+            ["training", "clean", measured["attack"], "step, ms"],
+            [
+                [name, _spread(row["clean"]), _spread(row["robust"]), f"{row['step_seconds'] * 1e3:.1f}"]
+                for name, row in measured["rows"].items()
+            ],
+        )
+
+
+SECTIONS: dict[str, Callable[[Path], Iterable[str]]] = {
+    "Whole gradient-norm steps": steps,
+    "Memory traffic of a step": traffic,
+    "Kernels": kernels,
+    "Gradient penalties beyond vision": penalties,
+    "Training studies": studies,
+}
+
+
+def _by_device(results: Path, name: str) -> Iterable[tuple[str, dict[str, Any] | None]]:
+    for device in DEVICES:
+        path = results / f"{name}-{device}.json"
+        yield device, json.loads(path.read_text()) if path.exists() else None
+
+
+def _conditions(measured: Mapping[str, Any]) -> str:
+    machine = measured["machine"]
+    facts = [
+        machine["hardware"],
+        *([f"{machine['threads']} threads"] if "threads" in machine else []),
+        *(f"{name} {machine[name]}" for name in ("python", "torch", "triton") if machine[name]),
+        f"commit {machine['commit']}",
+        machine["date"],
+        f"{measured['rounds']} rounds",
+    ]
+    return ", ".join(facts) + "."
+
+
+def _model(count: Mapping[str, Any]) -> str:
+    details = [count["act"]] if count["act"] else []
+    if count["model"].startswith("resnet"):
+        details.append(f"BatchNorm in {count['bn']} mode")
+    return ", ".join([count["model"], *details])
+
+
+def _time(row: Mapping[str, Any]) -> list[str]:
+    if "error" in row:
+        return [row["error"], ""]
+    least, most = row["milliseconds_min"], row["milliseconds_max"]
+    return [f"{row['milliseconds']:.1f}", f"{least:.1f} to {most:.1f}"]
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None or math.isnan(value) else format(value, form)
+
+
+def _spread(shares: Sequence[float]) -> str:
+    mean = f"{sum(shares) / len(shares):.1%}"
+    return mean if len(shares) == 1 else f"{mean} ({min(shares):.1%} to {max(shares):.1%})"
+
+
+def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [heading, ["---"] * len(heading), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _bars(title: str, bars: Sequence[tuple[str, float]], unit: str) -> str:
+    """A plot in text, which is the same wherever it is drawn."""
+    bars = [(label, value) for label, value in bars if not math.isnan(value)]
+    if not bars:
+        return f"{title}: {NOT_MEASURED}."
+    longest = max(len(label) for label, _ in bars)
+    largest = max(value for _, value in bars)
+    lines = [
+        f"{label:{longest}}  {'█' * round(40 * value / largest)} {value:.3g}{unit}" for label, value in bars
+    ]
+    return "\n".join(["```text", title, *lines, "```"])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where the page differs")
+    args = parser.parse_args(arguments)
+    text = page()
+    if args.check:
+        if not PAGE.exists() or PAGE.read_text() != text:
+            print(f"{PAGE} differs: run python -m benchmarks.report", file=sys.stderr)
+            return 1
+        return 0
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text(text)
+    print(f"wrote {PAGE}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
