@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from .training.config import (
+    Interrupted,
     TrainConfig,
     TrainingError,
+    as_options,
     describe_options,
     load_recipe,
     parse_settings,
@@ -47,8 +49,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return command(**options)
     except (OSError, TrainingError) as error:
-        print(f"gradnorm: error: {error}", file=sys.stderr)
+        print(f"gradnorm: error: {_without_traceback(error)}", file=sys.stderr)
         return 1
+    except Interrupted as interrupted:
+        print(f"gradnorm: {interrupted}\nthe same command goes on from there", file=sys.stderr)
+        return 130
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] not in OPTIONAL_PACKAGES:
             raise
@@ -63,10 +68,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _train(recipe: str | None, output: Path, resume: bool, settings: list[str], **options: Any) -> int:
-    from .training.trainer import Interrupted, resumed_config, train
+def _without_traceback(error: Exception) -> str:
+    """The message, without what a data loader's process puts before it."""
+    message = str(error)
+    if message.startswith("Caught "):
+        return message.strip().splitlines()[-1].partition(": ")[2]
+    return message
 
-    changes = {**(load_recipe(recipe) if recipe else {}), **parse_settings(settings), **options}
+
+def _train(recipe: str | None, output: Path, resume: bool, settings: list[str], **options: Any) -> int:
+    from .training.trainer import resumed_config, train
+
+    changes = {**(load_recipe(recipe) if recipe else {}), **parse_settings(settings), **as_options(options)}
     config = resumed_config(output, changes) if resume else TrainConfig(**changes)
     try:
         train(config, output, resume=resume)
@@ -88,9 +101,10 @@ def _evaluate(checkpoint: Path, output: Path | None, **options: Any) -> int:
     return 0
 
 
-def _study(name: str, output: Path, settings: list[str], **options: Any) -> int:
+def _study(name: str, output: Path | None, settings: list[str], **options: Any) -> int:
     from .training.study import study
 
+    output = output or Path("study") / name
     outcome = study(name, output, changes=parse_settings(settings), **options)
     print(outcome.table())
     print(f"\nplots and details: {output / 'report.html'}")
@@ -181,7 +195,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--norm", choices=("Linf", "L2"), default="Linf", help="(default: %(default)s)")
     evaluate.add_argument(
-        "--n", type=_count, metavar="N", help="held-out images to attack, the first (default: all)"
+        "--n", type=_count, metavar="N", help="held-out images to attack, a fixed sample (default: all)"
     )
     evaluate.add_argument(
         "--batch-size", type=_count, default=250, metavar="N", help="(default: %(default)s)"
@@ -216,9 +230,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     study.add_argument("--only", nargs="+", metavar="NAME", help="only these rows of the study")
     _add_settings(study)
-    study.add_argument(
-        "--output", type=Path, default=Path("study"), metavar="DIR", help="(default: %(default)s)"
-    )
+    study.add_argument("--output", type=Path, metavar="DIR", help="(default: study/ and the study's name)")
 
     recipes = commands.add_parser("recipes", help="list the recipes, or print one")
     recipes.set_defaults(command=_recipes)

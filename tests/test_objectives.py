@@ -283,10 +283,35 @@ class TestEngines:
         loss = objective(model, *sample_batch(), epoch=0)
         assert all(g.isfinite().all() for g in torch.autograd.grad(loss.total, list(model.parameters())))
 
+    @pytest.mark.filterwarnings("ignore")
+    @pytest.mark.parametrize("engine", ["finite_difference", "forward_over_reverse"])
+    @pytest.mark.parametrize("kind", ["spectral_norm", "old_spectral_norm", "scripted", "exported"])
+    def test_models_that_are_more_than_their_layers(self, kind, engine):
+        """Parametrised weights with a state of their own, and graphs of no Python."""
+        model = network("depthwise")
+        batch = torch.rand(5, 3, 5, 5, dtype=torch.float64), torch.tensor([0, 3, 1, 1, 2])
+        if kind == "spectral_norm":
+            nn.utils.parametrizations.spectral_norm(model[-1])
+        elif kind == "old_spectral_norm":
+            nn.utils.spectral_norm(model[-1])
+        elif kind == "scripted":
+            model = nn.Sequential(torch.jit.script(model[:2]), *model[2:])
+        else:
+            model = torch.export.export(nn.Sequential(*model[:2], *model[3:]), (batch[0],)).module()
+        options = {"ramp_epochs": 0, "epsilon": 0.1}
+        with gk.set_fused_double_backward(True):
+            wanted = gradients_of(GradientNormLoss(**options), model, *batch)
+            objective = GradientNormLoss(**options, engine=engine, difference_step=1e-7)
+            loss, gradient, buffers = gradients_of(objective, model, *batch)
+        torch.testing.assert_close(loss, wanted[0], rtol=1e-8, atol=0)
+        assert (gradient - wanted[1]).norm() <= 1e-4 * wanted[1].norm()
+        for buffer, expected in zip(buffers, wanted[2], strict=True):
+            assert torch.equal(buffer, expected)
+
     def test_finite_difference_refuses_coarse_arithmetic(self):
         images, targets = sample_batch(torch.float32)
         objective = GradientNormLoss(ramp_epochs=0, engine="finite_difference")
-        with pytest.raises(RuntimeError, match="bfloat16 would round the difference away"):
+        with pytest.raises(RuntimeError, match="bfloat16 in model or images would round the difference away"):
             objective(small_model(torch.bfloat16), images.bfloat16(), targets, epoch=0)
         with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="autocast"):
             objective(small_model(torch.float32), images, targets, epoch=0)
@@ -304,9 +329,10 @@ class TestEngines:
         objective = GradientNormLoss(ramp_epochs=0, engine="forward_over_reverse")
         with pytest.raises(RuntimeError, match="layer_norm wrongly"):
             objective(Direct().double(), *sample_batch(), epoch=0)
-        scripted = nn.Sequential(torch.jit.script(nn.Flatten()), nn.Linear(12, 4)).double()
-        with pytest.raises(RuntimeError, match="0 is TorchScript"):
-            objective(scripted, *sample_batch(), epoch=0)
+        normalised = torch.jit.script(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))
+        scripted = nn.Sequential(normalised, nn.Flatten())
+        with pytest.raises(RuntimeError, match="native_batch_norm wrongly"):
+            objective(scripted.double(), *sample_batch(), epoch=0)
         constant = nn.Parameter(torch.zeros(5, 4, dtype=torch.float64))
         with pytest.raises(RuntimeError):
             objective(lambda x: constant, *sample_batch(), epoch=0)

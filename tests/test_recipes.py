@@ -33,7 +33,7 @@ def test_two_steps(name):
     # An edge needs a neighbourhood, a mixup pair a partner.
     config = replace(config, image_size=size, batch_size=2, ramp_epochs=0.0, epochs=1, warmup_epochs=0.0)
     images = TensorDataset(torch.rand(4, channels, size, size), torch.tensor([0, 1, 2, 3]))
-    data = Data(config, images, images, 4, input_spec(config.model, channels, size))
+    data = Data(config, images, images, list("abcd"), input_spec(config.model, channels, size))
     trainer = Trainer(config, data)
     before = [p.clone() for p in trainer.model.parameters()]
     for _ in range(2):

@@ -11,7 +11,17 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-__all__ = ["MAY_CHANGE", "TrainConfig", "TrainingError", "describe_options", "load_recipe", "recipe_names"]
+__all__ = [
+    "MAY_CHANGE",
+    "Interrupted",
+    "TrainConfig",
+    "TrainingError",
+    "as_options",
+    "describe_options",
+    "load_recipe",
+    "parse_settings",
+    "recipe_names",
+]
 
 # Options that do not change what a run computes, and so may differ when it resumes.
 MAY_CHANGE = frozenset({"device", "workers", "tensorboard"})
@@ -19,6 +29,13 @@ MAY_CHANGE = frozenset({"device", "workers", "tensorboard"})
 
 class TrainingError(RuntimeError):
     """Training cannot start or go on; the message says why, and names the option or path to mend."""
+
+
+class Interrupted(Exception):  # noqa: N818 (no error: the run was asked to stop)
+    """SIGINT stopped the run after it wrote a checkpoint, from which it can resume."""
+
+    def __init__(self, checkpoint: Path, epoch: int, step: int) -> None:
+        super().__init__(f"stopped in epoch {epoch + 1} after step {step}; wrote {checkpoint}")
 
 
 def _option(
@@ -157,7 +174,7 @@ class TrainConfig:
         0.9998, "decay per step of the averaged weights, which are the ones evaluated", minimum=0, below=1
     )
     robust_every: int = _option(0, "epochs between evaluations under APGD-CE at epsilon; 0: none", minimum=0)
-    robust_images: int = _option(256, "held-out images, the first, that are attacked there", minimum=1)
+    robust_images: int = _option(256, "held-out images, a fixed sample, that are attacked there", minimum=1)
     seed: int = _option(0, "seed of everything random", minimum=0)
     device: str | None = _option(None, "torch device; without it, cuda where there is one, else cpu")
     workers: int = _option(4, "processes that load an image folder (digits need none)", minimum=0)
@@ -193,7 +210,7 @@ class TrainConfig:
             for name in _AUGMENTATION:
                 if getattr(self, name) != type(self).__dataclass_fields__[name].default:
                     raise TrainingError(
-                        f"{name}: the digits are not augmented; an image folder (data) can be"
+                        f"{name}: the digits are not augmented; give an image folder (--data)"
                     )
 
     @property
@@ -234,10 +251,10 @@ def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
         if not equals:
             raise TrainingError(f"--set: expected key=value, got {key!r}")
         options[key.strip()] = value.strip()
-    return _coerced(options)
+    return as_options(options)
 
 
-def load_recipe(name: str) -> dict[str, Any]:
+def load_recipe(name: str, folder: Path = Path()) -> dict[str, Any]:
     """The options that a recipe sets.
 
     A recipe is a YAML table of options; its key ``base`` names another recipe, whose options it takes
@@ -245,6 +262,7 @@ def load_recipe(name: str) -> dict[str, Any]:
 
     Args:
         name: one of :func:`recipe_names`, or the path of a YAML file.
+        folder: where a relative path begins; a base's begins where the recipe is.
 
     Raises:
         TrainingError: if there is no such recipe, or an option in it is unknown or unsuitable.
@@ -252,26 +270,26 @@ def load_recipe(name: str) -> dict[str, Any]:
     import yaml
 
     try:
-        options = yaml.safe_load(_recipe_text(name)) or {}
-    except yaml.YAMLError as error:
+        options = yaml.safe_load(_recipe_text(name, folder)) or {}
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise TrainingError(f"recipe: {name} is no YAML: {error}") from error
     if not isinstance(options, dict):
         raise TrainingError(f"recipe: {name} is no table of options")
     base = options.pop("base", None)
     try:
-        own = _coerced(options)
+        own = as_options(options)
     except TrainingError as error:
         raise TrainingError(f"recipe {name}: {error}") from error
     if base is None:
         return own
     try:
-        return {**load_recipe(str(base)), **own}
+        return {**load_recipe(str(base), (folder / name).parent), **own}
     except RecursionError:
         raise TrainingError(f"recipe {name}: its base {base} leads back to it") from None
 
 
-def _recipe_text(name: str) -> str:
-    path = Path(name)
+def _recipe_text(name: str, folder: Path) -> str:
+    path = folder / name
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise TrainingError(f"recipe: there is no file {path}")
@@ -300,7 +318,12 @@ def _shown(item: "Field[Any]") -> str:
     return "none" if item.default is None else str(item.default).lower()
 
 
-def _coerced(options: Mapping[Any, Any]) -> dict[str, Any]:
+def as_options(options: Mapping[Any, Any]) -> dict[str, Any]:
+    """Options of :class:`TrainConfig` with the types that it wants, from texts or what YAML makes of them.
+
+    Raises:
+        TrainingError: if one is unknown or unsuitable.
+    """
     hints = get_type_hints(TrainConfig)
     unknown = [key for key in options if key not in hints]
     if unknown:
@@ -311,7 +334,8 @@ def _coerced(options: Mapping[Any, Any]) -> dict[str, Any]:
 def _as_type(key: str, value: Any, hint: Any) -> Any:
     optional = isinstance(hint, types.UnionType)
     kind = get_args(hint)[0] if optional else hint
-    if optional and (value is None or value in ("none", "null")):
+    # YAML reads no as false.
+    if optional and (value is None or value is False or value in ("none", "null")):
         return None
     text = str(value)
     try:

@@ -52,9 +52,14 @@ class Data:
     config: TrainConfig
     train: "TensorDataset | _ImageFolder"
     evaluation: "TensorDataset | _ImageFolder"
-    num_classes: int
+    classes: list[str]
     spec: InputSpec
     mixup: Mixup | None = None
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are."""
+        return len(self.classes)
 
     def soften(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Mixes a batch, in place, and turns its classes (B,) into probabilities (B, C), as configured."""
@@ -78,9 +83,13 @@ class Data:
         own = range(rank(), len(self.evaluation), world_size())
         return iter(self._loader(self.evaluation if world_size() == 1 else Subset(self.evaluation, own)))
 
-    def first_evaluated(self, count: int) -> tuple[Tensor, Tensor]:
-        """The first ``count`` held-out images (N, C, H, W) and classes (N,), or all if there are fewer."""
-        subset = Subset(self.evaluation, range(min(count, len(self.evaluation))))
+    def evaluation_sample(self, count: int) -> tuple[Tensor, Tensor]:
+        """``count`` held-out images (N, C, H, W) and classes (N,), or all if there are fewer.
+
+        A fixed sample in the folder's order, because the first would be of few classes.
+        """
+        order = np.random.default_rng(0).permutation(len(self.evaluation))
+        subset = Subset(self.evaluation, sorted(order[:count].tolist()))
         images, labels = zip(*self._loader(subset), strict=True)
         return torch.cat(images), torch.cat(labels)
 
@@ -148,7 +157,8 @@ def _digits(config: TrainConfig) -> Data:
     if config.image_size not in (None, 8):
         raise TrainingError(f"image_size: the digits have 8 pixels, got {config.image_size}")
     train, evaluation = load_digits()
-    return Data(config, train, evaluation, 10, input_spec(config.model, 1, 8))
+    classes = [str(digit) for digit in range(10)]
+    return Data(config, train, evaluation, classes, input_spec(config.model, 1, 8))
 
 
 def _image_folder(config: TrainConfig, root: Path) -> Data:
@@ -171,7 +181,7 @@ def _image_folder(config: TrainConfig, root: Path) -> Data:
         config,
         _ImageFolder(root / "train", classes, _training_transform(config, spec)),
         _ImageFolder(held_out[0], classes, _evaluation_transform(spec)),
-        len(classes),
+        list(classes),
         spec,
         Mixup(config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=len(classes))
         if mixes
@@ -215,7 +225,15 @@ class _ImageFolder(Dataset[tuple[Tensor, int]]):
 
 def _training_transform(config: TrainConfig, spec: InputSpec) -> Any:
     crops = config.crop_min < 1
-    augmented = create_transform(
+    try:
+        augmented = _augmented(config, spec, crops)
+    except Exception as error:  # timm's parser of it raises many kinds
+        raise TrainingError(f"auto_augment: timm cannot use {config.auto_augment}: {error!r}") from error
+    return _InPixels(augmented, spec)
+
+
+def _augmented(config: TrainConfig, spec: InputSpec, crops: bool) -> Any:
+    return create_transform(
         spec.size,
         is_training=True,
         scale=(config.crop_min, 1.0),
@@ -229,7 +247,6 @@ def _training_transform(config: TrainConfig, spec: InputSpec) -> Any:
         mean=spec.mean,
         std=spec.std,
     )
-    return _InPixels(augmented, spec)
 
 
 def _evaluation_transform(spec: InputSpec) -> Any:

@@ -216,23 +216,37 @@ def _load(model: Normalize, path: Path) -> None:
             saved = load_weights(str(path))
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            saved = next((state[key] for key in _WEIGHTS if key in state), state)
+            saved = next((state[key] for key in _WEIGHTS if isinstance(state.get(key), dict)), state)
+        saved = {key: value for key, value in saved.items() if isinstance(value, Tensor)}
     except Exception as error:  # torch.load raises many kinds
         raise TrainingError(f"init: cannot read {path}: {error}") from error
     own = model.model.state_dict()
     # Of Normalize, of DistributedDataParallel and of torch.compile.
     wrappers = ("model.", "module.", "_orig_mod.")
-    saved = {key: value for key, value in saved.items() if key not in ("mean", "std")}
     while not own.keys() & saved.keys() and any(key.startswith(wrappers) for key in saved):
-        saved = {key.partition(".")[2]: value for key, value in saved.items()}
-    last = list(own)[-1].rpartition(".")[0]
-    for key in [key for key in saved if key.rpartition(".")[0] == last]:
-        if key in own and saved[key].shape != own[key].shape:
+        saved = {key.removeprefix(_first(key, wrappers)): value for key, value in saved.items()}
+    for key in ("mean", "std"):
+        if key not in own:
+            saved.pop(key, None)
+    for key in _classifier_keys(model.model):
+        if key in saved and saved[key].shape != own[key].shape:
             saved[key] = own[key]
     try:
         model.model.load_state_dict(saved)
     except RuntimeError as error:
         raise TrainingError(f"init: {path} does not fit the model: {error}") from error
+
+
+def _first(key: str, prefixes: tuple[str, ...]) -> str:
+    return next((prefix for prefix in prefixes if key.startswith(prefix)), "")
+
+
+def _classifier_keys(model: nn.Module) -> list[str]:
+    """Of the last layer's weights, or of several such layers', as timm names them."""
+    keys = list(model.state_dict())
+    named = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or keys[-1].rpartition(".")[0]
+    layers = (named,) if isinstance(named, str) else tuple(named)
+    return [key for key in keys if key.rpartition(".")[0] in layers]
 
 
 # Where checkpoints keep their weights: a run of this package, timm's trainer, and others.

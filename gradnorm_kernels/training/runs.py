@@ -1,11 +1,13 @@
 """What is done with finished runs: attacking their models, timing their steps, looking at their gradients."""
 
+import hashlib
 import json
 import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +17,7 @@ from .config import TrainConfig, TrainingError
 from .data import load_data
 from .evaluation import Robustness, robustness_curve
 from .report import text_table
-from .trainer import CHECKPOINT, Trainer, load_checkpoint, load_model, write_file
+from .trainer import CHECKPOINT, Trainer, find_device, load_checkpoint, load_model, write_file
 
 __all__ = ["Evaluation", "evaluate_run", "input_gradients", "step_seconds"]
 
@@ -58,7 +60,7 @@ def evaluate_run(
     device: str | None = None,
     progress: bool = True,
 ) -> Evaluation:
-    """Attacks the averaged model of a run on the first ``n`` held-out images, or on all of them.
+    """Attacks the averaged model of a run on ``n`` held-out images, a fixed sample, or on all of them.
 
     Writes ``evaluation-<attack>.json`` to ``output`` (the checkpoint's directory) and, while it runs, states
     from which an interrupted AutoAttack goes on.
@@ -73,35 +75,40 @@ def evaluate_run(
         TrainingError: if the checkpoint or the data cannot be used.
     """
     path = checkpoint / CHECKPOINT if checkpoint.is_dir() else checkpoint
+    where = find_device(device)
     saved = load_checkpoint(path)
     config = TrainConfig(**saved["config"])
     if data is not None:
         config = replace(config, data=data)
     held_out = load_data(config)
-    if held_out.num_classes != saved["num_classes"]:
-        raise TrainingError(
-            f"data: {config.data} has {held_out.num_classes} classes, the checkpoint {saved['num_classes']}"
-        )
-    images, labels = held_out.first_evaluated(n or len(held_out.evaluation))
+    if held_out.classes != saved["classes"]:
+        raise TrainingError(f"data: the classes of {config.data} are not those that {path} was trained on")
+    images, labels = held_out.evaluation_sample(n or len(held_out.evaluation))
     output = output or path.parent
-    progress_made = f"epoch{saved['epoch']}-step{saved['step_in_epoch']}"
-    states = output / "evaluation" / f"{progress_made}-images{len(images)}-batch{batch_size}-seed{seed}"
+    states = output / "evaluation" / _digest(*saved["ema"].values(), images, labels, [batch_size, seed])
     states.mkdir(parents=True, exist_ok=True)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_model(path, device)
-    results = robustness_curve(
-        model,
-        images,
-        labels,
-        eps or [config.epsilon],
-        attack=attack,
-        norm=norm,
-        batch_size=batch_size,
-        seed=seed,
-        state_dir=states,
-        progress=progress,
-    )
-    report = {"checkpoint": path.name, "epoch": saved["epoch"], "results": [r.to_dict() for r in results]}
+    model = load_model(path, where)
+    try:
+        results = robustness_curve(
+            model,
+            images,
+            labels,
+            eps or [config.epsilon],
+            attack=attack,
+            norm=norm,
+            batch_size=batch_size,
+            seed=seed,
+            state_dir=states,
+            progress=progress,
+        )
+    except ValueError as error:
+        raise TrainingError(str(error)) from error
+    report = {
+        "checkpoint": path.name,
+        "epoch": saved["epoch"],
+        "data": config.data,
+        "results": [result.to_dict() for result in results],
+    }
     text = json.dumps(report, indent=1).encode()
     write_file(output / f"evaluation-{attack}.json", lambda file: file.write(text))
     return Evaluation(path, results)
@@ -134,3 +141,14 @@ def input_gradients(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def _digest(*values: Any) -> str:
+    """Of tensors and what JSON can hold: tells apart evaluations of different models and images."""
+    digest = hashlib.sha256()
+    for value in values:
+        if isinstance(value, Tensor):
+            digest.update(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        else:
+            digest.update(json.dumps(value).encode())
+    return digest.hexdigest()[:16]

@@ -3,6 +3,7 @@
 Each asks a question that Rodríguez-Muñoz et al. (https://arxiv.org/abs/2409.20139) leave open.
 """
 
+import hashlib
 import json
 import statistics
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from .config import TrainConfig, TrainingError, load_recipe
+from .config import MAY_CHANGE, TrainConfig, TrainingError, load_recipe
 from .data import Data, load_data
 from .objectives.edge import edges
 from .report import conditions, curves, gradient_figure, page, text_table
@@ -38,13 +39,13 @@ class Study:
     per_epoch: bool = False
 
 
-# Adversarial training sees BatchNorm's and dropout's training behaviour; with a gradient norm the published
-# runs do not.
+# With a gradient norm the mode is the recipe's: eval as published, train where a run begins with random
+# weights.
 _ADVERSARIAL = {"objective": "adversarial", "mode": "train"}
 _FGSM = {**_ADVERSARIAL, "attack_steps": 1, "attack_random_start": False}
 _FGSM_RANDOM = {**_ADVERSARIAL, "attack_steps": 1, "attack_random_start": True}
-_NORM = {"objective": "gradient_norm", "mode": "eval"}
-_HYBRID = {"objective": "hybrid", "attack_steps": 1, "attack_random_start": True, "mode": "eval"}
+_NORM = {"objective": "gradient_norm"}
+_HYBRID = {"objective": "hybrid", "attack_steps": 1, "attack_random_start": True}
 
 STUDIES = {
     "activations": Study(
@@ -72,7 +73,7 @@ STUDIES = {
             "natural": {"objective": "natural", "mode": "train"},
             "gradient norm": _NORM,
             "edge": {"objective": "edge", "mode": "train"},
-            "edge + gradient norm": {"objective": "edge_gradient_norm", "mode": "eval"},
+            "edge + gradient norm": {"objective": "edge_gradient_norm"},
             "FGSM": _FGSM,
             "FGSM, random start": _FGSM_RANDOM,
             "PGD-3": {**_ADVERSARIAL, "attack_steps": 3},
@@ -100,8 +101,8 @@ class Row:
 
     Attributes:
         step_seconds: median time of a training step.
-        collapsed: by seed, the epoch in which the run collapsed, where it did: accuracy under APGD-CE below
-            half of the best before.
+        collapsed: by seed, the epoch in which the run collapsed, where it did: from which accuracy under
+            APGD-CE stays below half of its best.
     """
 
     clean: list[float]
@@ -183,7 +184,7 @@ def study(
         changes: options over the recipe's.
         seeds: runs of each row, with seeds from the recipe's on.
         attack: as :func:`~.evaluation.evaluate` takes it, at the recipe's epsilon.
-        n: held-out images to attack, the first.
+        n: held-out images to attack, a fixed sample.
         only: names of rows, to leave out the others.
         timed_steps: training steps to time of each row, the rows taking turns.
 
@@ -196,6 +197,10 @@ def study(
     unknown = [row for row in only or () if row not in chosen.rows]
     if unknown:
         raise TrainingError(f"only: {name} has no row {unknown[0]!r}; it has {', '.join(chosen.rows)}")
+    varied = {key for row in chosen.rows.values() for key in row}
+    fixed = varied & (changes or {}).keys()
+    if fixed:
+        raise TrainingError(f"{min(fixed)}: the rows of {name} set it themselves")
     options = {**load_recipe(recipe), **(changes or {})}
     if data is not None:
         options["data"] = data
@@ -222,7 +227,7 @@ def study(
             [result.robust_accuracy for result in results],
             seconds[row],
             histories,
-            [_collapse(history) for history in histories],
+            [_collapse(history, held_out.num_classes) for history in histories],
         )
     attacked = min(n, len(held_out.evaluation))
     outcome = Outcome(chosen, shared, attack, attacked, rows)
@@ -235,11 +240,10 @@ def study(
 
 def _trained(config: TrainConfig, runs: Path) -> Path:
     """The directory of the run, which is trained as far as it is not."""
-    varied = {"objective": config.objective, "act": config.act, "seed": config.seed}
-    if config.objective in ("adversarial", "hybrid"):
-        start = "random" if config.attack_random_start else "plain"
-        varied |= {"attack": f"{start}{config.attack_steps}"}
-    path = runs / "-".join(str(value).replace(":", "_") for value in varied.values() if value is not None)
+    facts = {key: value for key, value in asdict(config).items() if key not in MAY_CHANGE}
+    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]
+    named = [config.objective, *([config.act.replace(":", "_")] if config.act else []), f"seed{config.seed}"]
+    path = runs / "-".join([*named, digest])
     train(config, path, resume=(path / CHECKPOINT).exists())
     return path
 
@@ -249,24 +253,27 @@ def _step_seconds(
 ) -> dict[str, float]:
     trainers = {}
     for row, config in configs.items():
-        trainers[row] = Trainer(config, load_data(config))
         # A fresh run's ramp would begin without the gradient norm.
-        trainers[row].load_state_dict(load_checkpoint(runs[row] / CHECKPOINT))
+        saved = load_checkpoint(runs[row] / CHECKPOINT)
+        trainers[row] = Trainer(config, load_data(config), saved=saved)
     data = next(iter(trainers.values())).data
     batch = data.soften(*next(data.training_batches(epoch=0, start=0)))
     return step_seconds(trainers, *batch, count)
 
 
-def _collapse(history: list[dict[str, Any]]) -> int | None:
-    best = 0.0
-    for line in history:
-        accuracy = line.get("eval_apgd_accuracy")
-        if accuracy is None:
-            continue
-        if accuracy < best / 2:
-            return line["epoch"]
-        best = max(best, accuracy)
-    return None
+def _collapse(history: list[dict[str, Any]], num_classes: int) -> int | None:
+    """The epoch from which accuracy under attack stays below half its best, that having been above chance."""
+    watched = [
+        (line["epoch"], line["eval_apgd_accuracy"]) for line in history if "eval_apgd_accuracy" in line
+    ]
+    best = max((accuracy for _, accuracy in watched), default=0.0)
+    if best <= 2 / num_classes:
+        return None
+    low: list[int] = []
+    for epoch, accuracy in watched:
+        low = [*low, epoch] if accuracy < best / 2 else []
+    reached = next(epoch for epoch, accuracy in watched if accuracy == best)
+    return low[0] if low and low[0] > reached else None
 
 
 def _spread(shares: list[float]) -> str:
@@ -285,7 +292,7 @@ def _report(outcome: Outcome, data: Data, runs: Mapping[str, Path]) -> str:
         f" the rows taking turns in one process. {conditions()}"
     )
     sections = [_history_section(outcome, keys) for keys in _panels(outcome)]
-    images, labels = data.first_evaluated(6)
+    images, labels = data.evaluation_sample(6)
     gradients = {row: input_gradients(load_model(path), images, labels) for row, path in runs.items()}
     sections.append(
         (

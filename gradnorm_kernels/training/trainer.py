@@ -16,7 +16,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, BinaryIO
@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from ..fuse import fuse
-from .config import TrainConfig, TrainingError
+from .config import Interrupted, TrainConfig, TrainingError
 from .data import Data, load_data, seed_everything
 from .distributed import any_process, process_group, rank, summed, world_size
 from .models import InputSpec, create_model
@@ -42,6 +42,7 @@ __all__ = [
     "Interrupted",
     "Trainer",
     "accuracy",
+    "find_device",
     "load_checkpoint",
     "load_model",
     "make_objective",
@@ -54,13 +55,6 @@ CHECKPOINT = "checkpoint.pt"
 
 # One stream of random numbers for the initial weights and one for the steps, apart from the data's.
 _INITIAL, _STEP = 0, 3
-
-
-class Interrupted(Exception):  # noqa: N818 (no error: the run was asked to stop)
-    """SIGINT stopped the run after it wrote a checkpoint, from which it can resume."""
-
-    def __init__(self, checkpoint: Path, epoch: int, step: int) -> None:
-        super().__init__(f"stopped in epoch {epoch + 1} after step {step}; wrote {checkpoint}")
 
 
 def train(config: TrainConfig, output: Path, *, resume: bool = False) -> list[dict[str, Any]]:
@@ -85,24 +79,27 @@ def train(config: TrainConfig, output: Path, *, resume: bool = False) -> list[di
         TrainingError: if the run cannot start, or the loss is not finite; an earlier checkpoint is kept.
         Interrupted: on SIGINT.
     """
-    device = _device(config)
+    device = find_device(config.device)
     with process_group(device):
         return _train(config, output, device, resume)
 
 
 def _train(config: TrainConfig, output: Path, device: torch.device, resume: bool) -> list[dict[str, Any]]:
     path = output / CHECKPOINT
-    if resume:
-        saved = load_checkpoint(path)
-        config.check_same_run(saved["config"])
+    saved = load_checkpoint(path) if resume else None
+    if saved:
+        try:
+            config.check_same_run(saved["config"])
+        except TrainingError as error:
+            raise TrainingError(f"{error} in {output}") from None
     elif path.exists():
         raise TrainingError(f"--output: {output} already holds a run; --resume goes on with it")
-    trainer = Trainer(config, load_data(config), device)
-    if resume:
-        trainer.load_state_dict(saved)
+    trainer = Trainer(config, load_data(config), device, saved)
 
     def write_checkpoint() -> None:
         state = trainer.state_dict()
+        if not all(value.isfinite().all() for value in (*state["model"].values(), *state["ema"].values())):
+            raise TrainingError(_not_finite(trainer, "weights that are not finite"))
         if rank() == 0:
             write_file(path, lambda file: torch.save(state, file))
 
@@ -134,18 +131,28 @@ def _train(config: TrainConfig, output: Path, device: torch.device, resume: bool
 class Trainer:
     """One run's model, averaged model, optimiser and progress, and the steps that change them."""
 
-    def __init__(self, config: TrainConfig, data: Data, device: torch.device | None = None) -> None:
-        self.config, self.data, self.device = config, data, device or _device(config)
-        _set_precision(config)
+    def __init__(
+        self,
+        config: TrainConfig,
+        data: Data,
+        device: torch.device | None = None,
+        saved: dict[str, Any] | None = None,
+    ) -> None:
+        """From the start, or from a state that :meth:`state_dict` gave."""
+        self.config, self.data, self.device = config, data, device or find_device(config.device)
         seed_everything(config.seed, _INITIAL)
-        self.model: nn.Module = _build_model(config, data.spec, data.num_classes, self.device)
+        begins = replace(config, pretrained=False, init=None) if saved else config
+        self.model: nn.Module = _build_model(begins, data.spec, data.num_classes, self.device)
         self.model.train(config.mode == "train")
         self.trained = _for_training(self.model, config, self.device)
         # Short runs would otherwise evaluate little but their initial weights.
         self.ema = ModelEmaV3(self.model, decay=config.ema_decay, use_warmup=True)
-        self.optimizer = create_optimizer_v2(
-            self.model, opt=config.opt, lr=config.peak_lr, weight_decay=config.weight_decay
-        )
+        try:
+            self.optimizer = create_optimizer_v2(
+                self.model, opt=config.opt, lr=config.peak_lr, weight_decay=config.weight_decay
+            )
+        except (AssertionError, TypeError, ValueError) as error:
+            raise TrainingError(f"opt: timm cannot make {config.opt}: {error}") from error
         self.scheduler, _ = create_scheduler_v2(
             self.optimizer,
             sched="cosine",
@@ -162,6 +169,8 @@ class Trainer:
         self.step_in_epoch = 0
         self.sums: defaultdict[str, float] = defaultdict(float)
         self.history: list[dict[str, Any]] = []
+        if saved:
+            self.load_state_dict(saved)
 
     def run_epoch(self, after_step: Callable[[], None] = lambda: None) -> None:
         """Does what is left of the epoch, evaluates, and adds the epoch to ``history``.
@@ -196,7 +205,11 @@ class Trainer:
                 bar.set_postfix(loss=f"{self.sums['loss'] / self.sums['images']:.4f}", refresh=False)
                 bar.update()
 
-        held_out = accuracy(self.ema.module, self.data, self.device, after_step)
+        # Of several processes each has its own number of batches, between which none may wait for another.
+        alone = world_size() == 1
+        held_out = accuracy(self.ema.module, self.data, self.device, after_step if alone else lambda: None)
+        if not math.isfinite(held_out["eval_cross_entropy"]):
+            raise TrainingError(_not_finite(self, "held-out cross-entropy that is not finite"))
         if self.config.robust_every and (self.epoch + 1) % self.config.robust_every == 0:
             held_out |= self._robustness()
         self.history.append(self._summary() | held_out)
@@ -211,6 +224,10 @@ class Trainer:
             The loss before the update, of this process's images, and the norm of the gradient of all
             processes' before clipping.
         """
+        with _precision(self.config):
+            return self._step(images, targets)
+
+    def _step(self, images: Tensor, targets: Tensor) -> tuple[Loss, Tensor]:
         self.optimizer.zero_grad()
         losses = []
         parts = self.config.accumulate
@@ -243,7 +260,7 @@ class Trainer:
         from .evaluation import evaluate
         from .runs import input_gradients
 
-        images, labels = self.data.first_evaluated(self.config.robust_images)
+        images, labels = self.data.evaluation_sample(self.config.robust_images)
         model, epsilon, seed = self.ema.module, self.config.epsilon, self.config.seed
         gradients = input_gradients(model, images, labels)
         result = evaluate(model, images, labels, attack="apgd-ce", eps=epsilon, seed=seed)
@@ -256,7 +273,7 @@ class Trainer:
         """All that changes in a run, as tensors and built-in types. The step determines the schedule."""
         return {
             "config": asdict(self.config),
-            "num_classes": self.data.num_classes,
+            "classes": self.data.classes,
             "spec": asdict(self.data.spec),
             "model": self.model.state_dict(),
             "ema": self.ema.module.state_dict(),
@@ -285,9 +302,9 @@ class Trainer:
         total = sums[0]
         if not (math.isfinite(total) and math.isfinite(gradient_norm_value)):
             raise TrainingError(
-                f"the loss is not finite in epoch {self.epoch + 1}, step {self.step_in_epoch + 1}:"
-                f" loss {total / images_now}, gradient's norm {gradient_norm_value}."
-                " No checkpoint was written since; a lower lr or a longer warmup_epochs may help"
+                _not_finite(
+                    self, f"loss {total / images_now} and gradient's norm {gradient_norm_value}, not finite"
+                )
             )
         named = dict(zip(("loss", *loss.parts, "train_accuracy"), sums, strict=True))
         named["parameter_gradient_norm"] = images_now * gradient_norm_value
@@ -308,6 +325,13 @@ class Trainer:
             "seconds": seconds,
             "images_per_second": images / seconds,
         }
+
+
+def _not_finite(trainer: Trainer, what: str) -> str:
+    return (
+        f"{what}, in epoch {trainer.epoch + 1}, step {trainer.step_in_epoch + 1}. No checkpoint was written"
+        " since; a lower lr or a longer warmup_epochs may help"
+    )
 
 
 def _backward(
@@ -356,7 +380,7 @@ def load_model(path: Path, device: str | torch.device = "cpu") -> nn.Module:
     """
     saved = load_checkpoint(path / CHECKPOINT if path.is_dir() else path)
     config = TrainConfig(**{**saved["config"], "pretrained": False, "init": None})
-    model = _build_model(config, InputSpec(**saved["spec"]), saved["num_classes"], device)
+    model = _build_model(config, InputSpec(**saved["spec"]), len(saved["classes"]), device)
     model.load_state_dict(saved["ema"])
     return model.eval()
 
@@ -407,11 +431,17 @@ def _for_training(model: nn.Module, config: TrainConfig, device: torch.device) -
     return DistributedDataParallel(model, device_ids=on_gpu, broadcast_buffers=False)
 
 
-def _set_precision(config: TrainConfig) -> None:
+@contextmanager
+def _precision(config: TrainConfig) -> Iterator[None]:
     """TF32 as the config says; for ``float32``, as PyTorch's own switches are."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
     if config.precision == "tf32" or config.engine == "finite_difference":
-        allowed = config.precision == "tf32"
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+        matmul.allow_tf32 = cudnn.allow_tf32 = config.precision == "tf32"
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 def _compiled(backward: Callable[..., Loss]) -> Callable[..., Loss]:
@@ -463,8 +493,13 @@ def make_objective(config: TrainConfig) -> Objective:
     return objectives[config.objective]
 
 
-def _device(config: TrainConfig) -> torch.device:
-    name = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+def find_device(name: str | None) -> torch.device:
+    """The torch device called ``name``, or the one to use where none is named.
+
+    Raises:
+        TrainingError: if it cannot be used.
+    """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         if device.type == "cuda" and device.index is None:
@@ -534,6 +569,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds
         raise TrainingError(f"cannot read the checkpoint {path}: {error}") from error
+    if not isinstance(state, dict) or not {"config", "classes", "model", "ema"} <= state.keys():
+        raise TrainingError(f"cannot read the checkpoint {path}: it is none of a run of this version")
     return state
 
 

@@ -60,7 +60,7 @@ class Batch:
         targets: (B,) int64 or (B, C) floating point.
         logits: (B, C).
         cross_entropy: (B,), per sample.
-        random_state: of the generators before the pass, where :func:`run` was asked for it.
+        before: the generators' state and the model's buffers before the pass, where :func:`run` was asked.
     """
 
     model: Model
@@ -68,7 +68,7 @@ class Batch:
     targets: Tensor
     logits: Tensor
     cross_entropy: Tensor
-    random_state: tuple[Tensor, ...] | None
+    before: "_Before | None"
 
     def input_gradient(self, output: Tensor, *, create_graph: bool) -> Tensor:
         """Gradient of the scalar ``output`` with respect to the pixels; the graph is kept for later."""
@@ -76,18 +76,27 @@ class Batch:
         return gradient
 
     def logits_at(self, pixels: Tensor) -> Tensor:
-        """Logits (B, C) of a second pass over other pixels, with the random numbers of the first.
+        """Logits (B, C) of a second pass over other pixels: the same function as in the first.
 
-        The model's buffers (BatchNorm's running statistics) stay as the first pass left them.
+        With its random numbers, and from the buffers that it began with (BatchNorm's running statistics);
+        the model's own stay as the first pass left them. To be called once.
         """
-        assert self.random_state is not None
-        model = self.model
+        assert self.before is not None
         with torch.random.fork_rng(_generators(pixels)):
-            _set_random_state(self.random_state, pixels)
-            if isinstance(model, nn.Module):
-                buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-                return torch.func.functional_call(model, buffers, (pixels,))
-            return model(pixels)
+            _set_random_state(self.before.random_state, pixels)
+            if isinstance(self.model, nn.Module):
+                return torch.func.functional_call(self.model, self.before.buffers, (pixels,))
+            return self.model(pixels)
+
+
+class _Before(NamedTuple):
+    random_state: tuple[Tensor, ...]
+    buffers: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, model: Model, images: Tensor) -> "_Before":
+        named = model.named_buffers() if isinstance(model, nn.Module) else ()
+        return cls(_random_state(images), {name: buffer.clone() for name, buffer in named})
 
 
 def run(
@@ -112,14 +121,14 @@ def run(
     check_images(images)
     if input_gradient and not torch.is_grad_enabled():
         raise RuntimeError("gradients are disabled, yet the objective needs the gradient of its input")
-    random_state = _random_state(images) if replayable else None
+    before = _Before.of(model, images) if replayable else None
     pixels = images.detach()
     if input_gradient:
         pixels.requires_grad_()
     logits = model(pixels)
     _check_targets(targets, logits)
     cross_entropy = F.cross_entropy(logits, targets, reduction="none")
-    return Batch(model, pixels, targets, logits, cross_entropy, random_state)
+    return Batch(model, pixels, targets, logits, cross_entropy, before)
 
 
 def _generators(images: Tensor) -> list[torch.device]:

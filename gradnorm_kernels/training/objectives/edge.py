@@ -87,7 +87,8 @@ class EdgeLoss:
             rest, parts = self.gradient_norm.terms(batch, epoch)
 
         probabilities = (batch.logits.detach().float() / self.temperature).softmax(1)
-        classes = torch.multinomial(probabilities, 1)
+        # A loss that is not finite is for the caller to see.
+        classes = torch.multinomial(probabilities.nan_to_num(1.0), 1)
         drawn = batch.logits.gather(1, classes).sum()
         gradient = batch.input_gradient(drawn, create_graph=True).float()
         target = edges(images.detach().float())

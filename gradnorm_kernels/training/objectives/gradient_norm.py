@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ... import functional as fused
 from .common import Batch, Loss, Model, check_choice, check_non_negative, run
@@ -41,15 +42,16 @@ class GradientNormLoss:
     - ``double_backprop``: differentiating the backward pass. Exact.
     - ``finite_difference``: (CE(x + h d) - CE(x)) / h along d, the derivative of the norm by the input
       gradient (its sign, for L1), held constant; Finlay and Oberman, https://arxiv.org/abs/1905.11468. No
-      operation is differentiated twice. The error is of the order of h, plus that of rounding over h;
-      so it wants float32 throughout, and refuses bfloat16, float16 and TF32.
+      operation is differentiated twice. The error is of the order of h, plus that of rounding over h, plus
+      kinks (ReLU's) that the step crosses; so it wants float32 throughout, and refuses half-precision images,
+      parameters, logits and autocast around it, and TF32.
     - ``forward_over_reverse``: the forward-mode derivative of CE along the same d, differentiated backward.
       Exact. PyTorch's own normalisations are wrong there without a word (LayerNorm, BatchNorm in train
-      mode), so this engine runs this package's in their place; TorchScript models, in which it cannot, are
-      refused. Operations without a forward-mode derivative raise.
+      mode), so this engine runs this package's in their place, and refuses models in which it cannot
+      (TorchScript, exported graphs). Operations without a forward-mode derivative raise.
 
-    The last two run the model a second time: random layers (dropout, drop path) draw the same numbers, and
-    BatchNorm's running statistics count the batch once.
+    The last two run the model a second time: random layers (dropout, drop path) draw the same numbers,
+    buffers begin as in the first pass, and BatchNorm's running statistics count the batch once.
 
     Args:
         ce_weight: weight of the cross-entropy, at least 0.
@@ -166,7 +168,7 @@ def _double_backprop(batch: Batch, norm: Norm, step: float) -> Tensor:
 
 
 def _finite_difference(batch: Batch, norm: Norm, step: float) -> Tensor:
-    _check_precision(batch.pixels)
+    _check_precision(batch)
     values, direction = _norm_and_direction(batch, norm)
     # One for the batch, whose samples BatchNorm may couple.
     size = direction.square().mean().sqrt().clamp_min(torch.finfo(direction.dtype).tiny)
@@ -176,16 +178,13 @@ def _finite_difference(batch: Batch, norm: Norm, step: float) -> Tensor:
 
 
 def _forward_over_reverse(batch: Batch, norm: Norm, step: float) -> Tensor:
-    if isinstance(batch.model, nn.Module):
-        for name, module in batch.model.named_modules():
-            if isinstance(module, torch.jit.ScriptModule):
-                raise RuntimeError(
-                    f"forward_over_reverse: {name or 'model'} is TorchScript, whose normalisations PyTorch"
-                    " may differentiate wrongly in forward mode; use another engine"
-                )
     values, direction = _norm_and_direction(batch, norm)
-    with forward_ad.dual_level(), _FusedNormalisation():
-        logits = batch.logits_at(forward_ad.make_dual(batch.pixels.detach(), direction))
+    with forward_ad.dual_level(), _NoNativeNormalisation() as native, _FusedNormalisation(native):
+        try:
+            logits = batch.logits_at(forward_ad.make_dual(batch.pixels.detach(), direction))
+        except RuntimeError as error:
+            # TorchScript drops the message.
+            raise (native.refused or error) from None
         targets = batch.targets
         if not targets.is_floating_point():
             targets = F.one_hot(targets, logits.shape[1])
@@ -217,11 +216,13 @@ def _with_value(derivative: Tensor, value: Tensor) -> Tensor:
     return derivative - derivative.detach() + value
 
 
-def _check_precision(pixels: Tensor) -> None:
-    device = pixels.device.type
+def _check_precision(batch: Batch) -> None:
+    device = batch.pixels.device.type
+    parameters = batch.model.parameters() if isinstance(batch.model, nn.Module) else ()
+    dtypes = {batch.pixels.dtype, batch.logits.dtype, *(parameter.dtype for parameter in parameters)}
     coarse = {
-        f"images of {pixels.dtype}": pixels.dtype.itemsize < 4,
         f"autocast to {torch.get_autocast_dtype(device)}": torch.is_autocast_enabled(device),
+        **{f"{dtype} in model or images": dtype.itemsize < 4 for dtype in dtypes if dtype.is_floating_point},
         "TF32 matrix products": device == "cuda" and torch.backends.cuda.matmul.allow_tf32,
         "TF32 convolutions": device == "cuda" and torch.backends.cudnn.allow_tf32,
     }
@@ -232,18 +233,46 @@ def _check_precision(pixels: Tensor) -> None:
             )
 
 
+class _NoNativeNormalisation(TorchDispatchMode):
+    """Refuses PyTorch's normalisations, wrong in forward mode, where nothing replaced them (TorchScript)."""
+
+    trusted = False
+    refused: RuntimeError | None = None
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = function._schema.name.removeprefix("aten::")
+        names = [argument.name for argument in function._schema.arguments]
+        training = dict(zip(names, args, strict=False)).get("training", True)
+        if name in _UNSOUND and training and not self.trusted:
+            self.refused = RuntimeError(
+                f"forward_over_reverse: PyTorch differentiates {name} wrongly in forward mode;"
+                " call it through torch.nn.functional, or use another engine"
+            )
+            raise self.refused
+        return function(*args, **kwargs or {})
+
+
 class _FusedNormalisation(TorchFunctionMode):
-    """Runs this package's normalisations, right in forward mode, for PyTorch's own, wrong there."""
+    """Runs this package's normalisations, right in forward mode, for PyTorch's own."""
+
+    def __init__(self, native: _NoNativeNormalisation) -> None:
+        super().__init__()
+        self.native = native
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if function in _UNSOUND:
-            raise RuntimeError(
-                f"forward_over_reverse: PyTorch differentiates {function.__name__} wrongly in forward mode;"
-                " call it through torch.nn.functional, or use another engine"
-            )
-        return _SOUND.get(function, function)(*args, **kwargs or {})
+        ours = _SOUND.get(function, function)
+        # BatchNorm's running statistics are still PyTorch's to update.
+        self.native.trusted = (
+            ours is not function or getattr(function, "__module__", None) == "torch._ops.gradnorm_kernels"
+        )
+        try:
+            return ours(*args, **kwargs or {})
+        finally:
+            self.native.trusted = False
 
 
 def _softmax(input: Tensor, dim: int, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Tensor:
@@ -272,9 +301,10 @@ _SOUND: dict[Any, Callable[..., Any]] = {
     F.hardsigmoid: fused.hardsigmoid,
 }
 _UNSOUND = {
-    torch.layer_norm,
-    torch.native_layer_norm,
-    torch.batch_norm,
-    torch.native_batch_norm,
-    torch.instance_norm,
+    "native_layer_norm",
+    "native_batch_norm",
+    "_native_batch_norm_legit",
+    "_batch_norm_with_update",
+    "cudnn_batch_norm",
+    "miopen_batch_norm",
 }
