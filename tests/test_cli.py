@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import signal
 import subprocess
 import sys
 
@@ -73,6 +74,7 @@ def test_unsuitable_arguments(arguments, message, capsys):
         (["train", "--set", "epochs"], "--set: expected key=value"),
         (["train", "digit"], "recipe: there is none called digit; did you mean digits?"),
         (["study", "objectives", "--only", "natural", "magic"], "only: objectives has no row 'magic'"),
+        (["study", "objectives", "--set", "mode=eval"], "mode: the rows of objectives set it themselves"),
         (["evaluate", "no_such_run"], "there is no checkpoint no_such_run"),
         (["recipes", "digit"], "did you mean digits?"),
     ],
@@ -172,6 +174,51 @@ def test_abort(monkeypatch, capsys):
     monkeypatch.setattr(trainer, "train", abort)
     assert cli.main(["train"]) == 130
     assert "aborted" in capsys.readouterr().err
+
+
+def test_an_interrupted_study_goes_on(monkeypatch, capsys, tmp_path):
+    original, stopped = trainer.Trainer.step, []
+
+    def interrupting(self, *batch):
+        if self.config.seed == 1 and not stopped:
+            stopped.append(self)
+            signal.raise_signal(signal.SIGINT)
+        return original(self, *batch)
+
+    monkeypatch.setattr(trainer.Trainer, "step", interrupting)
+    settings = ["--set", "epochs=1", "batch_size=718", "--attack", "fgsm", "--n", "20", "--seeds", "2"]
+    command = ["study", "objectives", "--only", "natural", *settings, "--output", str(tmp_path)]
+    assert cli.main(command) == 130
+    assert "the same command goes on from there" in capsys.readouterr().err
+    assert cli.main(command) == 0
+    assert "natural" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--eps", "-0.1"], "eps"),
+        (["--device", "no_such_device"], "device: "),
+        (["--data", "no_such_folder"], "data: no_such_folder is no folder"),
+    ],
+)
+def test_evaluation_errors(arguments, message, tmp_path, capsys):
+    assert cli.main([*QUICK, "--output", str(tmp_path)]) == 0
+    assert cli.main(["evaluate", str(tmp_path), "--attack", "fgsm", "--n", "9", *arguments]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_evaluation_on_other_classes(tmp_path, capsys):
+    image = pytest.importorskip("PIL.Image")
+    for split in ("train", "val"):
+        for name in "ab":
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(4):
+                image.new("L", (8, 8), 20 * i).save(tmp_path / split / name / f"{i}.png")
+    assert cli.main(["train", "--set", "epochs=1", "batch_size=8", "--output", str(tmp_path / "run")]) == 0
+    command = ["evaluate", str(tmp_path / "run"), "--data", str(tmp_path), "--attack", "fgsm"]
+    assert cli.main(command) == 1
+    assert "the classes of" in capsys.readouterr().err
 
 
 def test_demo_prints_the_table_and_the_report(monkeypatch, capsys, tmp_path):

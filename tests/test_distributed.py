@@ -13,9 +13,11 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import TensorDataset
 
 import gradnorm_kernels as gk
 from gradnorm_kernels.training import AdversarialLoss, GradientNormLoss, NaturalLoss
+from gradnorm_kernels.training.distributed import any_process
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no Gloo")
 
@@ -89,6 +91,29 @@ def fully_sharded(batch, part):
             module.reshard()
         for p, wanted in zip(model.parameters(), expected, strict=True):
             torch.testing.assert_close(p.grad.full_tensor(), wanted, rtol=1e-10, atol=1e-14)
+
+
+def uneven_evaluation(batch, part):
+    """Of five held-out images one process has three, in two batches, and the other two, in one."""
+    from gradnorm_kernels.training.config import TrainConfig
+    from gradnorm_kernels.training.data import Data
+    from gradnorm_kernels.training.models import input_spec
+    from gradnorm_kernels.training.trainer import Trainer
+
+    config = TrainConfig(batch_size=4, epochs=1, warmup_epochs=0.0, ema_decay=0.0)
+    train, evaluation = (TensorDataset(torch.rand(n, 1, 8, 8), torch.arange(n) % 4) for n in (8, 5))
+    data = Data(config, train, evaluation, list("abcd"), input_spec(config.model, 1, 8))
+    trainer = Trainer(config, data)
+    trainer.run_epoch(lambda: any_process(False, trainer.device))
+    images, labels = evaluation.tensors
+    with torch.no_grad():
+        correct = trainer.ema.module.eval()(images).argmax(1) == labels
+    assert trainer.history[-1]["eval_accuracy"] == pytest.approx(correct.double().mean().item())
+
+
+def test_evaluation_of_uneven_shares():
+    pytest.importorskip("timm")
+    in_two_processes(uneven_evaluation)
 
 
 def test_distributed_data_parallel():

@@ -7,6 +7,7 @@ import pytest
 pytest.importorskip("timm", reason="training needs: pip install 'gradnorm_kernels[train]'")
 
 from gradnorm_kernels.training import study as study_module
+from gradnorm_kernels.training.config import TrainingError
 from gradnorm_kernels.training.study import STUDIES, study
 
 QUICK = {"epochs": 2, "batch_size": 359, "ramp_epochs": 0.0}
@@ -35,8 +36,8 @@ def test_study(name, tmp_path):
 def test_seeds_and_what_is_done_already(tmp_path, monkeypatch):
     options = {"changes": QUICK, "attack": "fgsm", "n": 40, "timed_steps": 1, "only": ["natural", "FGSM"]}
     one = study("objectives", tmp_path, **options)
-    runs = sorted(path.name for path in (tmp_path / "runs").iterdir())
-    assert runs == ["adversarial-0-plain1", "natural-0"]
+    runs = sorted(path.name.rpartition("-")[0] for path in (tmp_path / "runs").iterdir())
+    assert runs == ["adversarial-seed0", "natural-seed0"]
     trained = []
     original = study_module.Trainer.step
     monkeypatch.setattr(study_module, "step_seconds", lambda trainers, *_: dict.fromkeys(trainers, 1.0))
@@ -52,12 +53,30 @@ def test_seeds_and_what_is_done_already(tmp_path, monkeypatch):
     assert "(" in two.table() and "(" not in one.table()
 
 
+def test_other_options_make_other_runs(tmp_path):
+    options = {"attack": "fgsm", "n": 40, "timed_steps": 1, "only": ["natural"]}
+    for lr in (1e-3, 2e-3):
+        outcome = study("objectives", tmp_path, changes={**QUICK, "lr": lr}, **options)
+        assert outcome.rows["natural"].histories[0][0]["lr"] <= lr
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+    with pytest.raises(TrainingError, match="mode: the rows of objectives set it themselves"):
+        study("objectives", tmp_path, changes={"mode": "eval"}, **options)
+
+
 @pytest.mark.parametrize(
     ("accuracies", "epoch"),
-    [([0.1, 0.4, 0.6], None), ([0.1, 0.4, 0.19], 3), ([0.5, 0.3, 0.26], None), ([None, 0.5, None, 0.0], 4)],
+    [
+        ([0.3, 0.4, 0.6], None),
+        ([0.3, 0.4, 0.19], 3),
+        ([0.5, 0.3, 0.26], None),
+        ([None, 0.5, None, 0.0, None, 0.1], 4),
+        ([0.5, 0.1, 0.4], None),  # recovers
+        ([0.15, 0.0, 0.0], None),  # was at chance before
+        ([0.1, 0.0, 0.5], None),
+    ],
 )
 def test_collapse(accuracies, epoch):
     history = [
         {"epoch": i} | ({} if a is None else {"eval_apgd_accuracy": a}) for i, a in enumerate(accuracies, 1)
     ]
-    assert study_module._collapse(history) == epoch
+    assert study_module._collapse(history, num_classes=10) == epoch

@@ -106,6 +106,7 @@ class TestModels:
             ("ema_decay", {"ema_decay": 1.0}),
             ("label_smoothing", {"label_smoothing": 1.0}),
             ("crop_min", {"crop_min": 1.5, "data": "images"}),
+            ("opt", {"opt": "no_such_optimizer"}),
             ("compile", {"compile": True, "engine": "finite_difference"}),
             ("engine", {"precision": "bfloat16", "engine": "finite_difference"}),
         ],
@@ -298,7 +299,7 @@ class TestRun:
             return loss, norm
 
         monkeypatch.setattr(Trainer, "step", explode)
-        with pytest.raises(TrainingError, match=r"not finite in epoch 2, step 1.*lower lr"):
+        with pytest.raises(TrainingError, match=r"loss nan .* not finite, in epoch 2, step 1.*lower lr"):
             train(QUICK, tmp_path)
         kept = load_checkpoint(tmp_path / CHECKPOINT)
         assert kept["epoch"] == 1 and all(torch.isfinite(v).all() for v in kept["model"].values())
@@ -307,9 +308,43 @@ class TestRun:
         monkeypatch.setattr(
             trainer_module.nn.utils, "clip_grad_norm_", lambda *args: torch.tensor(float("inf"))
         )
-        with pytest.raises(TrainingError, match="not finite in epoch 1, step 1"):
+        with pytest.raises(TrainingError, match="gradient's norm inf, not finite, in epoch 1, step 1"):
             train(QUICK, tmp_path)
         assert not (tmp_path / CHECKPOINT).exists()
+
+    def test_not_finite_weights_are_not_kept(self, tmp_path, monkeypatch):
+        """What an epoch's last update broke, no loss of that epoch shows."""
+        original = Trainer.step
+
+        def explode(self, images, targets):
+            done = original(self, images, targets)
+            if (self.epoch, self.step_in_epoch) == (1, 3):
+                next(self.model.parameters()).data.fill_(float("nan"))
+            return done
+
+        monkeypatch.setattr(Trainer, "step", explode)
+        with pytest.raises(TrainingError, match=r"weights not finite before the update, in epoch 3, step 1"):
+            train(QUICK, tmp_path)
+        kept = load_checkpoint(tmp_path / CHECKPOINT)
+        assert kept["epoch"] == 1 and all(v.isfinite().all() for v in kept["model"].values())
+
+    def test_not_finite_logits_of_the_edge_objective(self, tmp_path, monkeypatch):
+        """Whose class is drawn from them."""
+        config = replace(QUICK, objective="edge", mode="train")
+        trainer = Trainer(config, load_data(config))
+        for parameter in trainer.model.parameters():
+            parameter.data.fill_(float("nan"))
+        with pytest.raises(TrainingError, match="loss nan"):
+            trainer.run_epoch()
+
+    def test_resumes_without_the_initial_weights(self, uninterrupted, tmp_path):
+        """They are in the checkpoint; their file may be gone."""
+        weights = tmp_path / "weights.pt"
+        torch.save(load_model(uninterrupted).state_dict(), weights)
+        config = replace(QUICK, epochs=1, init=str(weights))
+        train(config, tmp_path / "run")
+        weights.unlink()
+        train(config, tmp_path / "run", resume=True)
 
     def test_checkpoint_is_written_whole_or_not_at_all(self, uninterrupted, tmp_path, monkeypatch):
         def fail_half_way(state, file):
@@ -438,6 +473,23 @@ class TestOptions:
             torch.testing.assert_close(losses["bfloat16"].parts[name], part, rtol=0.05, atol=0)
             assert not torch.equal(losses["bfloat16"].parts[name], part)
 
+    @pytest.mark.parametrize("precision", ["tf32", "float32"])
+    def test_tf32_lasts_for_a_step(self, precision, monkeypatch):
+        config = replace(QUICK, precision=precision)
+        trainer = Trainer(config, load_data(config))
+        before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+        seen = []
+        original = trainer.model.forward
+
+        def forward(images):
+            seen.append((torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32))
+            return original(images)
+
+        monkeypatch.setattr(trainer.model, "forward", forward)
+        trainer.step(*next(trainer.data.training_batches(epoch=0, start=0)))
+        assert set(seen) == {(True, True) if precision == "tf32" else before}
+        assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == before
+
     def test_channels_last(self):
         config = replace(QUICK, channels_last=True, model="preact_resnet10", batch_size=16, epochs=1)
         trainer = Trainer(config, load_data(config))
@@ -495,6 +547,13 @@ class TestOptions:
             assert torch.equal(
                 other["blocks.0.mlp_channels.fc1.weight"], own["blocks.0.mlp_channels.fc1.weight"]
             )
+            for wrapped in (
+                {f"module._orig_mod.{key}": value for key, value in averaged.items()},
+                {"epoch": 3, "state_dict": averaged},
+            ):
+                torch.save(wrapped, tmp_path / "wrapped.pth")
+                same = create_model("gelu_mixer", spec, 10, init=str(tmp_path / "wrapped.pth")).model
+                assert all(torch.equal(same.state_dict()[key], value) for key, value in averaged.items())
         with pytest.raises(TrainingError, match="does not fit the model"):
             create_model("preact_resnet10", spec, 10, init=str(path))
         (tmp_path / "weights.pth").write_bytes(b"no weights")
@@ -679,6 +738,19 @@ class TestData:
             path.unlink()
         data = load_data(TrainConfig(data=str(image_folder), image_size=16, batch_size=4, workers=0))
         assert {target for _, target in data.evaluation} == {1}
+
+    def test_evaluation_sample_is_of_every_class(self, image_folder):
+        """A folder is sorted by class, and its first images would be of the first class."""
+        data = load_data(TrainConfig(data=str(image_folder), image_size=16, batch_size=4, workers=0))
+        images, labels = data.evaluation_sample(3)
+        again, _ = data.evaluation_sample(3)
+        assert len(images) == 3 and set(labels.tolist()) == {0, 1} and torch.equal(images, again)
+        assert data.evaluation_sample(99)[1].tolist() == [0, 0, 0, 1, 1, 1]
+
+    def test_unusable_augmentation_is_named(self, image_folder):
+        config = TrainConfig(data=str(image_folder), image_size=16, batch_size=4, auto_augment="rand-x9")
+        with pytest.raises(TrainingError, match=r"^auto_augment: timm cannot use rand-x9"):
+            load_data(config)
 
     def test_recipe_needs_an_even_batch(self, image_folder):
         with pytest.raises(

@@ -99,7 +99,7 @@ def _train(config: TrainConfig, output: Path, device: torch.device, resume: bool
     def write_checkpoint() -> None:
         state = trainer.state_dict()
         if not all(value.isfinite().all() for value in (*state["model"].values(), *state["ema"].values())):
-            raise TrainingError(_not_finite(trainer, "weights that are not finite"))
+            raise TrainingError(_not_finite(trainer, "weights not finite before the update"))
         if rank() == 0:
             write_file(path, lambda file: torch.save(state, file))
 
