@@ -41,9 +41,12 @@ def parse(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argpa
     return args
 
 
-def write_json(path: Path, machine: dict[str, Any], rounds: int, rows: list[dict[str, Any]]) -> None:
+def write_json(
+    path: Path, machine: dict[str, Any], rounds: int, rows: list[dict[str, Any]], **more: Any
+) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machine": machine, "rounds": rounds, "rows": rows}, indent=1) + "\n")
+    written = {"machine": machine, "rounds": rounds, **more, "rows": rows}
+    path.write_text(json.dumps(written, indent=1) + "\n")
     print(f"\nwrote {path}")
 
 

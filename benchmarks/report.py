@@ -39,14 +39,24 @@ def page(results: Path = RESULTS) -> str:
 
 def steps(results: Path) -> Iterable[str]:
     yield (
-        "Forward, input gradient and backward of 0.8 CE + 1.2 ε ‖∂CE/∂x‖₁; the gradient is compared with"
-        " stock's before it is timed."
+        "Forward, input gradient and backward of 0.8 CE + 1.2 ε ‖∂CE/∂x‖₁ (`natural`: of CE; `pgd3`: of CE"
+        " after PGD-3); the gradient is compared with stock's before it is timed. The first step is where a"
+        " compiler works. The floor is what the ops of the fused step would take at the ceilings of the"
+        " machine, measured in the same run; TFLOP/s are those of stock's matrix products and convolutions."
     )
     for device, measured in _by_device(results, "steps"):
         if measured is None:
             yield f"{device}: {NOT_MEASURED}."
             continue
         yield _conditions(measured)
+        if limits := measured.get("limits"):
+            rates = ", ".join(
+                f"{rate / 1e12:.3g} TFLOP/s in {kind}" for kind, rate in limits["flops_per_second"].items()
+            )
+            yield (
+                f"Ceilings: a copy {limits['copy_bytes_per_second'] / 1e9:.1f} GB/s,"
+                f" a matrix product {rates}."
+            )
         rows = measured["rows"]
         yield _table(
             [
@@ -58,6 +68,9 @@ def steps(results: Path) -> Iterable[str]:
                 "range",
                 "/ stock",
                 "gradient off stock's",
+                "of the floor",
+                "TFLOP/s",
+                "first step, s",
                 "peak, GiB",
             ],
             [
@@ -69,13 +82,69 @@ def steps(results: Path) -> Iterable[str]:
                     *_time(row),
                     _number(row.get("time_over_stock"), ".3f"),
                     _number(row.get("gradient_difference"), ".1e"),
+                    _number(row.get("fraction_of_floor"), ".2f"),
+                    _number(row.get("teraflops_per_second"), ".3g"),
+                    _number(row.get("first_step_seconds"), ".1f"),
                     _number(row.get("peak_memory_bytes", math.nan) / 2**30, ".2f"),
                 ]
                 for row in rows
             ],
         )
-        bars = [(f"{row['model']} {row['variant']}", row.get("time_over_stock") or math.nan) for row in rows]
+        yield comparison(rows)
+        bars = [
+            (f"{row['model']} {row['dtype']} {row['variant']}", row.get("time_over_stock") or math.nan)
+            for row in rows
+        ]
         yield _bars("step time, stock = 1", [bar for bar in bars if not bar[0].endswith("stock")], "")
+        bars = [
+            (label, row.get("peak_memory_bytes", math.nan) / 2**30)
+            for (label, _), row in zip(bars, rows, strict=True)
+        ]
+        yield _bars("peak memory, GiB", bars, " GiB")
+
+
+def comparison(rows: Rows) -> str:
+    """What the variants of each model and precision say of each other."""
+    cases: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = defaultdict(dict)
+    for row in rows:
+        cases[row["model"], row["dtype"]][row["variant"]] = row
+
+    def ratio(case: Mapping[str, Mapping[str, Any]], a: str, b: str, of: str = "") -> str:
+        # Round by round, unless stock did not run.
+        of = of or ("milliseconds" if "error" in case.get("stock", {}) else "time_over_stock")
+        found = [case.get(variant, {}).get(of) for variant in (a, b)]
+        return f"{found[0] / found[1]:.2f}" if None not in found else NOT_MEASURED
+
+    def best_compiled(case: Mapping[str, Mapping[str, Any]]) -> str:
+        times = {name: case.get(name, {}).get("milliseconds", math.inf) for name in _COMPILED}
+        return min(times, key=lambda name: times[name])
+
+    return _table(
+        [
+            "model",
+            "dtype",
+            "stock / fused",
+            "best compiled stock / fused",
+            "peak memory, fused / stock",
+            "stock / PGD-3",
+            "fused / PGD-3",
+            "stock / natural",
+            "fused / natural",
+        ],
+        [
+            [
+                *names,
+                ratio(case, "stock", "fuse"),
+                ratio(case, best_compiled(case), "fuse"),
+                ratio(case, "fuse", "stock", "peak_memory_bytes"),
+                *(ratio(case, a, b) for b in ("pgd3", "natural") for a in ("stock", "fuse")),
+            ]
+            for names, case in cases.items()
+        ],
+    )
+
+
+_COMPILED = ("compiled", "compiled_func")
 
 
 def kernels(results: Path) -> Iterable[str]:
@@ -89,6 +158,12 @@ def kernels(results: Path) -> Iterable[str]:
             name = f"{row['op']} {row['setting']}".strip()
             key = (row["dtype"], name, "x".join(map(str, row["shape"])))
             cases[key][row["pass"], row["variant"]] = row
+        bars = [
+            (f"{name} {shape}", passes["double_backward", "fused"]["fraction_of_copy"])
+            for (dtype, name, shape), passes in cases.items()
+            if dtype == "float32"
+        ]
+        yield _bars("double backward, fused, float32: GB/s over those of a copy", bars, "")
         for dtype in dict.fromkeys(key[0] for key in cases):
             yield f"### {dtype}, {device}"
             yield _table(

@@ -16,6 +16,10 @@ compilers work in it.
 
 ``natural`` (cross-entropy) and ``pgd3`` (adversarial training by PGD-3) are steps of stock PyTorch.
 
+The floor is what `benchmarks.limits` makes of the ops of the fused step, counted as `benchmarks.traffic`
+does: "of floor" is its share of the time. TFLOP/s are of the matrix products and convolutions of stock's
+step, of the same objective.
+
 ReLU gives way to a smooth activation. Everything but BatchNorm is in eval mode: dropout would give each
 variant another gradient. Attention is timm's unfused one (``fused_attn`` off) before a variant changes the
 model: PyTorch's fused kernels have no double backward. bfloat16 is autocast.
@@ -24,10 +28,11 @@ model: PyTorch's fused kernels have no double backward. bfloat16 is autocast.
 import argparse
 import copy
 import functools
+import itertools
 import math
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -44,8 +49,13 @@ from gradnorm_kernels.training.objectives import (
     NaturalLoss,
     Objective,
 )
+from gradnorm_kernels.training.trainer import allow_tf32
 
+from .limits import DTYPES, Limits
+from .limits import measure as measure_limits
 from .measure import alternate, describe_machine, option_parser, parse, summary, wall_time, write_json
+from .report import comparison
+from .traffic import Traffic
 
 MODELS = ["swin_tiny_patch4_window7_224", "resnet50", "convnext_atto", "vit_tiny_patch16_224"]
 # Relative difference from stock's gradients that rounding may cause. What bfloat16 hides, float32 shows. The
@@ -158,7 +168,6 @@ def make_model(name: str, args: argparse.Namespace) -> tuple[nn.Module, dict[str
         "relu_replaced_by": args.act if relus else None,
         "batch_norm": args.bn,
         "unfused_attentions": attentions,
-        "dtype": args.dtype,
         "shape": [args.batch, 3, spec.size, spec.size],
     }
 
@@ -191,9 +200,20 @@ def peak_memory(run: Callable[[], None]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def measure(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+def work(model: nn.Module, objective: Objective, shape: list[int], dtype: torch.dtype) -> Traffic:
+    """The ops of a step, counted on meta tensors."""
+    model = copy.deepcopy(model).to("meta", dtype)
+    images = torch.empty(shape, device="meta", dtype=dtype)
+    targets = torch.empty(shape[0], device="meta", dtype=torch.int64)
+    with Traffic() as traffic:
+        objective(model, images, targets, epoch=0).total.backward()
+    return traffic
+
+
+def measure(name: str, dtype: str, limits: Limits, args: argparse.Namespace) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     model, facts = make_model(name, args)
+    facts["dtype"] = dtype
     images = torch.rand(facts["shape"], device=args.device)
     targets = torch.randint(0, 1000, (args.batch,), device=args.device)
     rows = {variant: {**facts, "variant": variant} for variant in args.variants}
@@ -202,7 +222,7 @@ def measure(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     for name_of_variant, row in rows.items():
         variant = VARIANTS[name_of_variant]
         changed = variant.prepare(copy.deepcopy(model))
-        step = variant.step(variant.objective, args.dtype == "bfloat16")
+        step = variant.step(variant.objective, dtype == "bfloat16")
         run = functools.partial(zeroed, step, changed, images, targets)
         try:
             row["first_step_seconds"] = wall_time(run)
@@ -210,7 +230,7 @@ def measure(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
                 expected = gradients(changed)
             elif expected and isinstance(variant.objective, GradientNormLoss):
                 row["gradient_difference"] = difference = relative_difference(gradients(changed), expected)
-                if difference > TOLERANCE[args.dtype]:
+                if difference > TOLERANCE[dtype]:
                     wrong = f"gradients are {difference:.1e} off stock's"
                     # The one variant that is not exact is reported; another would be a defect.
                     if variant.objective is not DIFFERENCE:
@@ -229,9 +249,22 @@ def measure(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
             changed.zero_grad()
             row["error"] = f"refused: {str(error).strip().splitlines()[0]}"
     seconds = alternate(runs, wall_time, args.rounds, warm_up=1)
+    bounds: dict[Objective, tuple[int, float]] = {}
     for variant, taken in seconds.items():
+        objective = VARIANTS[variant].objective
+        if objective not in bounds:
+            stock = work(model, objective, facts["shape"], DTYPES[dtype])
+            fused = work(gk.fuse(copy.deepcopy(model)), objective, facts["shape"], DTYPES[dtype])
+            bounds[objective] = sum(flops for _, flops in stock.ops), limits.floor(fused.ops, dtype)
         rows[variant] |= summary(taken, seconds.get("stock"))
-        rows[variant]["images_per_second"] = args.batch / statistics.median(taken)
+        median = statistics.median(taken)
+        flops, floor = bounds[objective]
+        rows[variant] |= {
+            "images_per_second": args.batch / median,
+            "teraflops_per_second": flops / median / 1e12,
+            "floor_milliseconds": floor * 1e3,
+            "fraction_of_floor": floor / median,
+        }
     return list(rows.values())
 
 
@@ -241,13 +274,13 @@ def zeroed(step: Step, model: nn.Module, images: Tensor, targets: Tensor) -> Non
 
 
 HEADER = (
-    f"{'model':32} {'variant':17} {'ms':>9} {'min':>9} {'max':>9} {'/ stock':>8} {'difference':>10} "
-    f"{'GiB':>6}"
+    f"{'model':28} {'dtype':8} {'variant':17} {'ms':>9} {'min':>9} {'max':>9} {'/ stock':>8} "
+    f"{'difference':>10} {'of floor':>8} {'TFLOP/s':>8} {'GiB':>6}"
 )
 
 
 def line(row: dict[str, Any]) -> str:
-    start = f"{row['model']:32} {row['variant']:17} "
+    start = f"{row['model']:28} {row['dtype']:8} {row['variant']:17} "
     if "error" in row:
         return start + row["error"]
     ratio, difference, memory = (
@@ -258,6 +291,7 @@ def line(row: dict[str, Any]) -> str:
         + f"{row['milliseconds']:9.1f} {row['milliseconds_min']:9.1f} {row['milliseconds_max']:9.1f} "
         + (f"{ratio:8.3f} " if ratio else f"{'-':>8} ")
         + (f"{difference:10.1e} " if difference is not None else f"{'-':>10} ")
+        + f"{row['fraction_of_floor']:8.2f} {row['teraflops_per_second']:8.3f} "
         + (f"{memory / 2**30:6.2f}" if memory else f"{'-':>6}")
     )
 
@@ -271,7 +305,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--img-size", type=int, help="height and width in pixels; default: the model's own")
     parser.add_argument("--act", default="gelu", help="timm's name of what replaces ReLU; default: gelu")
     parser.add_argument("--bn", choices=["train", "eval"], default="train", help="default: train")
-    parser.add_argument("--dtype", choices=TOLERANCE, default="float32", help="default: float32")
+    parser.add_argument("--dtype", choices=TOLERANCE, nargs="+", default=["float32"], help="default: float32")
     parser.add_argument(
         "--variants",
         choices=VARIANTS,
@@ -291,25 +325,26 @@ def main(arguments: list[str] | None = None) -> None:
         get_act_layer(args.act)
     except (AssertionError, KeyError):
         parser.error(f"--act: timm knows none called {args.act}")
-    if args.dtype == "tf32" and args.device == "cpu":
+    if "tf32" in args.dtype and args.device == "cpu":
         parser.error("--dtype tf32: needs a GPU")
-    if args.device == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.dtype == "tf32"
     # First, because the others are compared with it.
     args.variants = list(dict.fromkeys(["stock", *args.variants]))
 
     machine = describe_machine(args.device)
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
-    print(f"batch {args.batch}, {args.dtype}, {args.rounds} rounds\n\n{HEADER}")
-    rows = []
-    for name in args.model:
+    limits = measure_limits(args.device, args.dtype)
+    print(f"batch {args.batch}, {args.rounds} rounds, {limits}\n\n{HEADER}")
+    rows: list[dict[str, Any]] = []
+    for name, dtype in itertools.product(args.model, args.dtype):
         try:
-            rows += (measured := measure(name, args))
+            with allow_tf32(dtype == "tf32"):
+                rows += (measured := measure(name, dtype, limits, args))
         except TrainingError as error:
             raise SystemExit(str(error)) from None
         print("\n".join(map(line, measured)), flush=True)
-    if args.json:
-        write_json(args.json, machine, args.rounds, rows)
+        if args.json:
+            write_json(args.json, machine, args.rounds, rows, limits=asdict(limits))
+    print("\n" + comparison(rows))
 
 
 if __name__ == "__main__":

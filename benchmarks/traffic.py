@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 import gradnorm_kernels as gk
 
@@ -62,12 +63,23 @@ SEVERAL_PASSES: dict[str, Callable[[dict[str, Any]], tuple[int, dict[str, int]]]
     },
 }
 
+# Matrix products of an attention's pass, each of the size of the first one, queries by keys. Scores are not
+# kept, so the backward passes compute them again.
+_MATRIX_PRODUCTS = {"attention": 2, "attention_backward": 5, "attention_double_backward": 12}
+
 
 class Traffic(TorchDispatchMode):
-    """Counts bytes and launches per (phase, op) of what runs inside it."""
+    """Counts what runs inside it.
+
+    Attributes:
+        bytes, launches: per (phase, op).
+        ops: of each op in turn, its bytes, and the floating-point operations of its matrix products and
+            convolutions; a multiply-add counts 2.
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        self.ops: list[tuple[int, int]] = []
         self.phase = PHASES[0]
         self.bytes: Counter[tuple[str, str]] = Counter()
         self.launches: Counter[tuple[str, str]] = Counter()
@@ -86,11 +98,24 @@ class Traffic(TorchDispatchMode):
             moved += reads.get(argument, 1) * sum(map(_size, tree_leaves(value)))
         self.bytes[self.phase, name] += moved
         self.launches[self.phase, name] += launches
+        self.ops.append((moved, _flops(func, arguments, args, kwargs, result)))
         return result
 
 
 def _size(value: Any) -> int:
     return value.numel() * value.element_size() if isinstance(value, Tensor) else 0
+
+
+def _flops(func: Any, arguments: dict[str, Any], args: Any, kwargs: dict[str, Any], result: Any) -> int:
+    namespace, _, op = func._schema.name.partition("::")
+    if namespace == "gradnorm_kernels" and "attention" in op:
+        products = _MATRIX_PRODUCTS[op[op.index("attention") :]]
+        if "qkv" in arguments:
+            qkv = arguments["qkv"]
+            return 2 * products * qkv.numel() // 3 * qkv.shape[-4]
+        return 2 * products * arguments["query"].numel() * arguments["key"].shape[-2]
+    formula = flop_registry.get(func.overloadpacket)
+    return formula(*args, **kwargs, out_val=result) if formula else 0
 
 
 def gradient_norm_step(model: nn.Module, images: Tensor, targets: Tensor, traffic: Traffic) -> None:

@@ -42,6 +42,7 @@ __all__ = [
     "Interrupted",
     "Trainer",
     "accuracy",
+    "allow_tf32",
     "find_device",
     "load_checkpoint",
     "load_model",
@@ -224,7 +225,7 @@ class Trainer:
             The loss before the update, of this process's images, and the norm of the gradient of all
             processes' before clipping.
         """
-        with _precision(self.config):
+        with allow_tf32(_tf32(self.config)):
             return self._step(images, targets)
 
     def _step(self, images: Tensor, targets: Tensor) -> tuple[Loss, Tensor]:
@@ -432,16 +433,22 @@ def _for_training(model: nn.Module, config: TrainConfig, device: torch.device) -
 
 
 @contextmanager
-def _precision(config: TrainConfig) -> Iterator[None]:
-    """TF32 as the config says; for ``float32``, as PyTorch's own switches are."""
+def allow_tf32(allowed: bool | None) -> Iterator[None]:
+    """Sets PyTorch's switches of TF32 for as long as the block lasts; None leaves them as they are."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
-    if config.precision == "tf32" or config.engine == "finite_difference":
-        matmul.allow_tf32 = cudnn.allow_tf32 = config.precision == "tf32"
+    if allowed is not None:
+        matmul.allow_tf32 = cudnn.allow_tf32 = allowed
     try:
         yield
     finally:
         matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+def _tf32(config: TrainConfig) -> bool | None:
+    if config.precision == "tf32":
+        return True
+    return False if config.engine == "finite_difference" else None
 
 
 def _compiled(backward: Callable[..., Loss]) -> Callable[..., Loss]:

@@ -221,7 +221,7 @@ def _check_precision(batch: Batch) -> None:
     parameters = batch.model.parameters() if isinstance(batch.model, nn.Module) else ()
     dtypes = {batch.pixels.dtype, batch.logits.dtype, *(parameter.dtype for parameter in parameters)}
     coarse = {
-        f"autocast to {torch.get_autocast_dtype(device)}": torch.is_autocast_enabled(device),
+        "autocast": torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device),
         **{f"{dtype} in model or images": dtype.itemsize < 4 for dtype in dtypes if dtype.is_floating_point},
         "TF32 matrix products": device == "cuda" and torch.backends.cuda.matmul.allow_tf32,
         "TF32 convolutions": device == "cuda" and torch.backends.cudnn.allow_tf32,
