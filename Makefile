@@ -1,4 +1,4 @@
-# make demo | test | test-all | lint | format | bench | clean
+# make demo | test | test-all | lint | format | bench | bench-rivals | bench-gpu | clean
 # Everything runs in .venv, made on first use. PYTHON picks the interpreter it is made with.
 PYTHON ?= python3
 VENV := .venv
@@ -17,7 +17,7 @@ FORMATTED_CXX := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h test
 INSTALL := pip install --quiet --disable-pip-version-check
 PYTEST_OPTIONS := --numprocesses auto --dist worksteal
 
-.PHONY: demo test test-all test-python test-cpp test-cpu-only lint format bench clean
+.PHONY: demo test test-all test-python test-cpp test-cpu-only lint format bench bench-rivals bench-gpu clean
 
 demo: $(BIN)/.built
 	$(BIN)/gradnorm demo --output demo
@@ -52,12 +52,30 @@ format: $(BIN)/.lint
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(FORMATTED_CXX)
 
-bench: DEVICE = $(shell $(BIN)/python -c "import torch; print('cuda' if torch.cuda.is_available() else 'cpu')")
+RESULTS := benchmarks/results
+RIVALS := stock fuse compiled compiled_func fuse_compiled finite_difference
+LARGE := --batch 64 --model swin_base_patch4_window7_224 resnet50 vit_base_patch16_224 convnext_base
+STEPS := -m benchmarks.steps --device
+DEVICE = $(shell $(BIN)/python -c "import torch; print('cuda' if torch.cuda.is_available() else 'cpu')")
+
 bench: $(BIN)/.built
-	$(BIN)/python -m benchmarks.kernels --op all --json benchmarks/results/kernels-$(DEVICE).json
-	$(BIN)/python -m benchmarks.steps --json benchmarks/results/steps-$(DEVICE).json
-	$(BIN)/python -m benchmarks.penalties --json benchmarks/results/penalties-$(DEVICE).json
+	$(BIN)/python -m benchmarks.kernels --op all --json $(RESULTS)/kernels-$(DEVICE).json
+	$(BIN)/python $(STEPS) $(DEVICE) --variants stock fuse switch natural pgd3 --json $(RESULTS)/steps-$(DEVICE).json
+	$(BIN)/python -m benchmarks.penalties --json $(RESULTS)/penalties-$(DEVICE).json
 	$(BIN)/python -m benchmarks.report
+
+# Compilers take minutes a model.
+bench-rivals: $(BIN)/.built
+	$(BIN)/python $(STEPS) $(DEVICE) --variants $(RIVALS) --rounds 3 --json $(RESULTS)/rivals-$(DEVICE).json
+	$(BIN)/python -m benchmarks.report
+
+# Within nine minutes on one H100, most important first.
+bench-gpu: $(BIN)/.built
+	$(BIN)/python $(STEPS) cuda $(LARGE) --dtype bfloat16 tf32 float32 --variants stock fuse switch natural pgd3 \
+		--rounds 5 --time-limit 210 --json $(RESULTS)/steps-cuda.json
+	$(BIN)/python $(STEPS) cuda $(LARGE) --dtype bfloat16 --variants stock fuse compiled \
+		--rounds 5 --time-limit 150 --json $(RESULTS)/rivals-cuda.json
+	$(BIN)/python -m benchmarks.report --summary
 
 clean:
 	rm -rf build demo dist *.egg-info gradnorm_kernels/*.so gradnorm_kernels/_built_for.py $(VENV) $(CPU_VENV)

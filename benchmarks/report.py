@@ -1,12 +1,13 @@
 """Writes docs/results.md from the JSON files in benchmarks/results: its numbers were measured or counted.
 
-    python -m benchmarks.report [--check]
+    python -m benchmarks.report [--check] [--summary]
 
 The page is a function of those files alone. ``--check`` writes nothing and fails where the page on disk
 differs.
 """
 
 import argparse
+import itertools
 import json
 import math
 import sys
@@ -44,7 +45,20 @@ def steps(results: Path) -> Iterable[str]:
         " compiler works. The floor is what the ops of the fused step would take at the ceilings of the"
         " machine, measured in the same run; TFLOP/s are those of stock's matrix products and convolutions."
     )
-    for device, measured in _by_device(results, "steps"):
+    yield from _steps(results, "steps")
+
+
+def rivals(results: Path) -> Iterable[str]:
+    yield (
+        "Likewise, of the whole step compiled by `torch.compile`: `compiled` with `.backward()` in the graph,"
+        " `compiled_func` by `torch.func.grad`, `fuse_compiled` the fused model; `finite_difference` has no"
+        " second derivatives. A cell that says why has no time."
+    )
+    yield from _steps(results, "rivals")
+
+
+def _steps(results: Path, name: str) -> Iterable[str]:
+    for device, measured in _by_device(results, name):
         if measured is None:
             yield f"{device}: {NOT_MEASURED}."
             continue
@@ -293,6 +307,7 @@ def studies(results: Path) -> Iterable[str]:
 
 SECTIONS: dict[str, Callable[[Path], Iterable[str]]] = {
     "Whole gradient-norm steps": steps,
+    "Rivals": rivals,
     "Memory traffic of a step": traffic,
     "Kernels": kernels,
     "Gradient penalties beyond vision": penalties,
@@ -302,8 +317,11 @@ SECTIONS: dict[str, Callable[[Path], Iterable[str]]] = {
 
 def _by_device(results: Path, name: str) -> Iterable[tuple[str, dict[str, Any] | None]]:
     for device in DEVICES:
-        path = results / f"{name}-{device}.json"
-        yield device, json.loads(path.read_text()) if path.exists() else None
+        yield device, _read(results / f"{name}-{device}.json")
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 def _conditions(measured: Mapping[str, Any]) -> str:
@@ -365,6 +383,7 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--check", action="store_true", help="write nothing; fail where the page differs")
+    parser.add_argument("--summary", action="store_true", help="also print the steps' comparison")
     args = parser.parse_args(arguments)
     text = page()
     if args.check:
@@ -375,6 +394,10 @@ def main(arguments: list[str] | None = None) -> int:
     PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text(text)
     print(f"wrote {PAGE}")
+    if args.summary:
+        for name, device in itertools.product(("steps", "rivals"), DEVICES):
+            measured = _read(RESULTS / f"{name}-{device}.json")
+            print(f"\n{name}, {device}:", "\n" + comparison(measured["rows"]) if measured else NOT_MEASURED)
     return 0
 
 

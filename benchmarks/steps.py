@@ -31,6 +31,7 @@ import functools
 import itertools
 import math
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -307,6 +308,13 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--bn", choices=["train", "eval"], default="train", help="default: train")
     parser.add_argument("--dtype", choices=TOLERANCE, nargs="+", default=["float32"], help="default: float32")
     parser.add_argument(
+        "--time-limit",
+        type=float,
+        default=math.inf,
+        metavar="SECONDS",
+        help="begin no other model or dtype afterwards; default: none",
+    )
+    parser.add_argument(
         "--variants",
         choices=VARIANTS,
         nargs="+",
@@ -332,10 +340,14 @@ def main(arguments: list[str] | None = None) -> None:
 
     machine = describe_machine(args.device)
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    started = time.monotonic()
     limits = measure_limits(args.device, args.dtype)
     print(f"batch {args.batch}, {args.rounds} rounds, {limits}\n\n{HEADER}")
     rows: list[dict[str, Any]] = []
-    for name, dtype in itertools.product(args.model, args.dtype):
+    for dtype, name in itertools.product(args.dtype, args.model):
+        if time.monotonic() - started > args.time_limit:
+            print(f"{name} {dtype}: not measured within {args.time_limit:g} s")
+            continue
         try:
             with allow_tf32(dtype == "tf32"):
                 rows += (measured := measure(name, dtype, limits, args))

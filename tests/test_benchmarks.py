@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))
 pytest.importorskip("timm", reason="benchmarks.steps needs: pip install 'gradnorm_kernels[train]'")
 
-from benchmarks import kernels, measure, penalties, report, steps  # noqa: E402
+from benchmarks import kernels, limits, measure, penalties, report, steps  # noqa: E402
 
 QUICK = ["--device=cpu", "--rounds=2"]
 SMALL_KERNEL = [*QUICK, "--shape", "4", "9", "32"]
@@ -171,14 +171,16 @@ def test_steps_json(tmp_path, capsys):
     file = tmp_path / "out.json"
     steps.main([*SMALL_STEP, "--model", "resnet18", "vit_tiny_patch16_224", "--json", str(file)])
     written = json.loads(file.read_text())
-    assert written.keys() == COMMITTED.keys() and written["machine"].keys() == COMMITTED["machine"].keys()
+    assert written.keys() == COMMITTED.keys() | {"limits"}
+    assert written["machine"].keys() == COMMITTED["machine"].keys()
     assert [row["variant"] for row in written["rows"]] == ["stock", "fuse", "switch"] * 2
     shared = {
         "model", "relu_replaced_by", "batch_norm", "unfused_attentions", "dtype", "shape", "variant",
         "milliseconds", "milliseconds_min", "milliseconds_max", "time_over_stock", "first_step_seconds",
-        "images_per_second",
+        "images_per_second", "teraflops_per_second", "floor_milliseconds", "fraction_of_floor",
     }  # fmt: skip
     for row in written["rows"]:
+        assert row["fraction_of_floor"] == pytest.approx(row["floor_milliseconds"] / row["milliseconds"])
         assert row.keys() - {"gradient_difference"} == shared
         assert row["shape"] == [4, 3, 64, 64]
         assert row["variant"] == "stock" or row["gradient_difference"] < 1e-4
@@ -219,6 +221,31 @@ def test_out_of_memory_is_a_row(monkeypatch, tmp_path, capsys, failing):
     assert rows["switch"]["milliseconds"] > 0
     assert (rows["switch"]["time_over_stock"] is None) == (failing == "stock")
     assert "out of memory" in capsys.readouterr().out
+
+
+def test_floor():
+    """Of each op the slower of its two bounds."""
+    found = limits.Limits(100.0, {"float32": 1000.0, "bfloat16": 4000.0})
+    ops = [(200, 0), (100, 5000)]
+    assert found.floor(ops, "float32") == 2 + 5
+    assert found.floor(ops, "bfloat16") == 2 + 1.25
+
+
+def test_limits(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(limits, "SIZES", {"cpu": (2**20, 64)})
+    file = tmp_path / "out.json"
+    limits.main([*QUICK, "--json", str(file)])
+    [row] = json.loads(file.read_text())["rows"]
+    assert row["copy_bytes_per_second"] > 0 and row["flops_per_second"].keys() == {"float32", "bfloat16"}
+    assert "GB/s" in capsys.readouterr().out
+
+
+def test_time_limit(tmp_path, capsys):
+    file = tmp_path / "out.json"
+    options = [*SMALL_STEP, "--variants", "stock", "--time-limit", "0", "--json", str(file)]
+    steps.main([*options, "--model", "vit_tiny_patch16_224"])
+    assert not file.exists()
+    assert "vit_tiny_patch16_224 float32: not measured within 0 s" in capsys.readouterr().out
 
 
 def test_relative_difference():
@@ -337,7 +364,7 @@ class TestReport:
 
     def test_what_is_not_there_is_not_measured(self, tmp_path):
         page = report.page(tmp_path)
-        assert page.count("cpu: not measured.") == page.count("cuda: not measured.") == 3
+        assert page.count("cpu: not measured.") == page.count("cuda: not measured.") == 4
 
     def test_every_row_is_shown(self, tmp_path):
         machine = COMMITTED["machine"] | {"hardware": "a machine", "commit": "1234567"}
@@ -353,5 +380,38 @@ class TestReport:
         (tmp_path / "steps-cuda.json").write_text(json.dumps(steps))
         page = report.page(tmp_path)
         assert "a machine" in page and "commit 1234567" in page
-        assert "| vit | 8 at 32² | float32 | stock | 12.3 | 11.0 to 13.0 | 1.000 |  |  |" in page
+        assert "| vit | 8 at 32² | float32 | stock | 12.3 | 11.0 to 13.0 | 1.000 |  |" in page
         assert "| vit | 8 at 32² | float32 | fuse | out of memory |" in page
+
+    def test_comparison(self):
+        """Ratios of the rounds; of milliseconds where stock did not run."""
+        stock = {
+            "model": "vit",
+            "dtype": "float32",
+            "variant": "stock",
+            "milliseconds": 9.0,
+            "time_over_stock": 1,
+        }
+        rows = [
+            stock | {"peak_memory_bytes": 200},
+            stock | {"variant": "fuse", "time_over_stock": 0.5, "peak_memory_bytes": 100},
+            stock | {"variant": "compiled", "time_over_stock": 0.75},
+            stock | {"variant": "compiled_func", "error": "refused", "milliseconds": None},
+            stock | {"variant": "pgd3", "time_over_stock": 2.0},
+        ]
+        del rows[3]["milliseconds"], rows[3]["time_over_stock"]
+        line = report.comparison(rows).splitlines()[-1]
+        missing = report.NOT_MEASURED
+        assert line == f"| vit | float32 | 2.00 | 1.50 | 0.50 | 0.50 | 0.25 | {missing} | {missing} |"
+        alone = [
+            {"model": "vit", "dtype": "float32", "variant": "stock", "error": "out of memory"},
+            stock | {"variant": "fuse", "milliseconds": 3.0, "time_over_stock": None},
+            stock | {"variant": "pgd3", "milliseconds": 12.0, "time_over_stock": None},
+        ]
+        line = report.comparison(alone).splitlines()[-1]
+        assert f"| {missing} | 0.25 |" in line
+
+    def test_summary(self, monkeypatch, tmp_path, capsys):
+        monkeypatch.setattr(report, "PAGE", tmp_path / "results.md")
+        assert report.main(["--summary"]) == 0
+        assert "steps, cpu:" in capsys.readouterr().out

@@ -56,6 +56,29 @@ def test_ops_count_what_they_read_and_write():
     assert count(lambda: torch.cat([x, x])) == (4 * 320, 1)
 
 
+def test_floating_point_operations():
+    """Of matrix products and convolutions; an attention's are those of the products that it replaces."""
+
+    def flops(run):
+        with traffic.Traffic() as counter:
+            run()
+        return sum(flops for _, flops in counter.ops)
+
+    x = torch.empty(10, 8, device="meta")
+    matrix = torch.empty(8, 4, device="meta")
+    assert flops(lambda: x + x) == 0
+    assert flops(lambda: x @ matrix) == 2 * 10 * 8 * 4
+    image, kernel = torch.empty(2, 3, 9, 9, device="meta"), torch.empty(5, 3, 3, 3, device="meta")
+    assert flops(lambda: torch.conv2d(image, kernel)) == 2 * 2 * 5 * 7 * 7 * 27
+
+    query = torch.empty(2, 3, 7, 16, device="meta")
+    key = torch.empty(2, 3, 11, 16, device="meta")
+    attention = gk.functional.scaled_dot_product_attention
+    assert flops(lambda: attention(query, key, key)) == 2 * (2 * 2 * 3 * 7 * 11 * 16)
+    qkv = torch.empty(2, 7, 3, 3, 16, device="meta")
+    assert flops(lambda: torch.ops.gradnorm_kernels.qkv_attention(qkv)) == 2 * (2 * 2 * 3 * 7 * 7 * 16)
+
+
 def test_views_and_allocations_cost_nothing():
     x = torch.empty(10, 8, device="meta")
     assert count(lambda: (torch.empty_like(x), x.expand(3, 10, 8), x.detach(), x.t(), x.view(80)[None])) == (
