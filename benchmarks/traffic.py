@@ -6,19 +6,26 @@ A step is the forward pass, the input gradient with ``create_graph=True``, and t
 0.8 CE + 1.2 eps ||dCE/dx||_1. Every op that is not a view counts the tensors it reads and writes, in full,
 and one launch. Ops of this package count in the same way, and those that make several passes over a tensor,
 or several launches, count each (`SEVERAL_PASSES`), but not the few numbers a row or channel between them.
+
+The variant ``compiled`` is stock's whole step as `torch.compile` would fuse it: Inductor lowers the graph, plans
+its kernels as for a CPU, and counts each one's reads and writes itself; nothing is generated or run. The graph
+has no phases. It takes minutes for a large model.
 """
 
 import argparse
+import functools
 import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._inductor.graph import GraphLowering
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -27,8 +34,10 @@ import gradnorm_kernels as gk
 
 from .measure import describe_machine
 
-VARIANTS = ("stock", "fuse", "switch")
+VARIANTS = ("stock", "fuse", "switch", "compiled")
 PHASES = ("forward", "input gradient", "backward")
+# Of a graph in which the phases are one.
+WHOLE = "whole step"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 # Ops that only reserve memory, and a view that is not declared as one.
@@ -118,19 +127,62 @@ def _flops(func: Any, arguments: dict[str, Any], args: Any, kwargs: dict[str, An
     return formula(*args, **kwargs, out_val=result) if formula else 0
 
 
-def gradient_norm_step(model: nn.Module, images: Tensor, targets: Tensor, traffic: Traffic) -> None:
-    with traffic:
-        traffic.phase = "forward"
-        loss = F.cross_entropy(model(images), targets)
-        traffic.phase = "input gradient"
-        (gradient,) = torch.autograd.grad(loss, images, create_graph=True)
-        traffic.phase = "backward"
-        scale = 1.2 * 4 / 255
-        (0.8 * loss + scale * gradient.abs().sum()).backward()
+class _Counted(Exception):  # noqa: N818  # it ends a compilation that has done its work
+    pass
 
 
-def make_model(name: str, bn: str, act: str | None, dtype: torch.dtype) -> nn.Module:
-    with torch.device("meta"):
+def compiled_traffic(step: Callable[..., None], *arguments: Any) -> Traffic:
+    """What Inductor plans for ``step``, which it does not run: the bytes that each kernel would move.
+
+    Raises:
+        torch._dynamo.exc.TorchDynamoException: if ``step`` is not one graph.
+    """
+    traffic = Traffic()
+
+    def count(graph: GraphLowering) -> None:
+        graph.init_wrapper_code()
+        graph._update_scheduler()
+        for node in graph.scheduler.nodes:
+            if moved := node.get_read_write_buffers_sizes():
+                # What is not generated is one of PyTorch's own kernels.
+                op = getattr(node.node, "op_overload", None)
+                name = op._schema.name if isinstance(op, torch._ops.OpOverload) else "inductor::generated"
+                traffic.bytes[WHOLE, name] += moved
+                traffic.launches[WHOLE, name] += 1
+        raise _Counted
+
+    torch._dynamo.reset()
+    with (
+        mock.patch.object(GraphLowering, "compile_to_module", count),
+        torch._dynamo.config.patch(trace_autograd_ops=True),
+        # A graph in these caches would not be lowered again.
+        torch._inductor.config.patch(fx_graph_cache=False),
+        torch._functorch.config.patch(enable_autograd_cache=False),
+    ):
+        try:
+            torch.compile(step, fullgraph=True)(*arguments)
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            if not isinstance(error.inner_exception, _Counted):
+                raise
+    return traffic
+
+
+def gradient_norm_step(
+    model: nn.Module, images: Tensor, targets: Tensor, begin: Callable[[str], None] = lambda phase: None
+) -> None:
+    """Adds the objective's gradient to the parameters' ``grad``; ``begin`` hears of each phase."""
+    forward, input_gradient, backward = PHASES
+    begin(forward)
+    loss = F.cross_entropy(model(images), targets)
+    begin(input_gradient)
+    (gradient,) = torch.autograd.grad(loss, images, create_graph=True)
+    begin(backward)
+    scale = 1.2 * 4 / 255
+    (0.8 * loss + scale * gradient.abs().sum()).backward()
+
+
+def make_model(name: str, bn: str, act: str | None, dtype: torch.dtype, device: str = "meta") -> nn.Module:
+    with torch.device(device):
         model = timm.create_model(name, **({"act_layer": act} if act else {})).to(dtype)
     for module in model.modules():
         if hasattr(module, "fused_attn"):
@@ -150,7 +202,7 @@ def count(
     act: str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Traffic:
-    """Traffic of one step of the timm model ``name`` at its own image size.
+    """Traffic of one step of the timm model ``name``.
 
     Args:
         batch: images.
@@ -158,15 +210,18 @@ def count(
         bn: ``"train"`` or ``"eval"``, the mode of BatchNorm.
         act: timm's name of an activation to build the model with.
     """
-    model = make_model(name, bn, act, dtype)
+    # A compiler asks for tensors of a device that it compiles for.
+    device = "cpu" if variant == "compiled" else "meta"
+    model = make_model(name, bn, act, dtype, device)
     if variant == "fuse":
         gk.fuse(model)
     size = model.pretrained_cfg["input_size"]
-    images = torch.empty(batch, *size, device="meta", dtype=dtype, requires_grad=True)
-    targets = torch.empty(batch, device="meta", dtype=torch.long)
-    traffic = Traffic()
-    with gk.set_fused_double_backward(variant == "switch"):
-        gradient_norm_step(model, images, targets, traffic)
+    images = torch.empty(batch, *size, device=device, dtype=dtype, requires_grad=True)
+    targets = torch.empty(batch, device=device, dtype=torch.long)
+    if variant == "compiled":
+        return compiled_traffic(gradient_norm_step, model, images, targets)
+    with gk.set_fused_double_backward(variant == "switch"), Traffic() as traffic:
+        gradient_norm_step(model, images, targets, functools.partial(setattr, traffic, "phase"))
     return traffic
 
 
@@ -178,7 +233,7 @@ def table(counts: dict[str, Traffic], top: int) -> str:
         for traffic in counts.values():
             moved = sum(n for key, n in traffic.bytes.items() if belongs(key))
             launches = sum(n for key, n in traffic.launches.items() if belongs(key))
-            cells.append(f"{moved / 1e9:10.1f} {launches:9,}")
+            cells.append(f"{moved / 1e9:10.1f} {launches:9,}" if launches else f"{'-':>10} {'-':>9}")
         return f"{label:44}" + " ".join(cells)
 
     lines = [" " * 44 + " ".join(f"{name:>20}" for name in counts)]

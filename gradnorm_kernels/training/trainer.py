@@ -435,10 +435,12 @@ def _for_training(model: nn.Module, config: TrainConfig, device: torch.device) -
 @contextmanager
 def allow_tf32(allowed: bool | None) -> Iterator[None]:
     """Sets PyTorch's switches of TF32 for as long as the block lasts; None leaves them as they are."""
+    if allowed is None:
+        yield
+        return
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
-    if allowed is not None:
-        matmul.allow_tf32 = cudnn.allow_tf32 = allowed
+    matmul.allow_tf32 = cudnn.allow_tf32 = allowed
     try:
         yield
     finally:
