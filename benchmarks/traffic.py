@@ -131,7 +131,7 @@ class _Counted(Exception):  # noqa: N818  # it ends a compilation that has done 
     pass
 
 
-def compiled_traffic(step: Callable[..., None], *arguments: Any) -> Traffic:
+def compiled_traffic(step: Callable[..., object], *arguments: Any) -> Traffic:
     """What Inductor plans for ``step``, which it does not run: the bytes that each kernel would move.
 
     Raises:

@@ -345,14 +345,21 @@ def window_attention_bwd_bwd_kernel(
             value = _load(value_of, item, 0, keys, value_columns, key_block, value_block)
             dp = _dot(grad_output, tl.trans(value), precision)
             dp -= tl.sum(p * dp, axis=1)[:, None]
+            # In products they are rounded anyway, and the registers hold more of them so. The mask's gradient
+            # is the sum of E as rounded: stock's scores and their gradients are of that dtype, too.
             ds = (p * dp).to(query.dtype)
             b = (p * a).to(query.dtype)
             c = a * dp
-
-            grad_grad_output = _dot(b, value, precision)
             if has_grad_grad_value:
                 dd_value = _load(dd_value_of, item, 0, keys, value_columns, key_block, value_block)
                 c += _dot(grad_output, tl.trans(dd_value), precision)
+            e = p * (c - tl.sum(p * c, axis=1)[:, None])
+            e = e.to(query.dtype)
+            if mask_wanted:
+                _accumulate(mask_sums_ptr, program, first, e, repeat < parts, rows, row_block, key_block)
+
+            grad_grad_output = _dot(b, value, precision)
+            if has_grad_grad_value:
                 grad_grad_output += _dot(p, dd_value, precision)
             if output_wanted:
                 _store(
@@ -360,17 +367,13 @@ def window_attention_bwd_bwd_kernel(
                 )
             if value_wanted:
                 grad_value += _dot(tl.trans(b), grad_output, precision)
-
-            e = p * (c - tl.sum(p * c, axis=1)[:, None])
-            if mask_wanted:
-                _accumulate(mask_sums_ptr, program, first, e, repeat < parts, rows, row_block, key_block)
             if query_wanted:
                 grad_query = _dot(e, key, precision)
                 if has_grad_grad_key:
                     grad_query += _dot(ds, dd_key, precision)
                 _store(grad_query_of, item, first, grad_query * scale, rows, columns, row_block, block)
             if key_wanted:
-                grad_key += _dot(tl.trans(e.to(query.dtype)), query, precision)
+                grad_key += _dot(tl.trans(e), query, precision)
                 if has_grad_grad_query:
                     grad_key += _dot(tl.trans(ds), dd_query, precision)
         if key_wanted:
@@ -841,6 +844,9 @@ def _power(n: int) -> int:
 # What one program holds of a window.
 _WINDOW_TOKENS = 64
 
+# The fewest rows that are multiplied without tensor cores.
+_FEWEST_ROWS = 8 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8) else 16
+
 
 def _is_window(query: Tensor, key: Tensor) -> bool:
     return max(query.shape[3], key.shape[3]) <= _WINDOW_TOKENS
@@ -870,14 +876,23 @@ _Compiled = tuple[dict[str, Any], dict[str, Any]]
 
 @functools.cache
 def _window(
-    dtype: torch.dtype, rows: int, keys: int, columns: int, value_columns: int, precision: str
+    dtype: torch.dtype,
+    rows: int,
+    keys: int,
+    columns: int,
+    value_columns: int,
+    precision: str,
+    order: int,
 ) -> _Compiled:
-    # With tensor cores a warp holds 16 rows. Without, a few rows of scores are as much as fits into the
-    # registers of many warps.
-    tensor_cores = dtype in _HALF or precision == "tf32"
-    row_block = _power(rows) if tensor_cores else 16
+    # With tensor cores a warp holds 16 rows, or in the second order, of which there is twice as much, half of
+    # their columns. Without, a few rows of scores are as much as fits into the registers of many warps.
+    if dtype in _HALF or precision == "tf32":
+        row_block = _power(rows)
+        warps = row_block // 16 * (2 if order == 2 else 1)
+    else:
+        row_block, warps = _FEWEST_ROWS, 8
     constants = _constants(row_block, _power(keys), columns, value_columns, precision)
-    return constants, {"num_warps": row_block // 16 if tensor_cores else 8, "num_stages": 1, **FP_FUSION}
+    return constants, {"num_warps": warps, "num_stages": 1, **FP_FUSION}
 
 
 @functools.cache
@@ -923,7 +938,7 @@ def _attention_fwd(
     precision = _precision(query.dtype)
     is_window = _is_window(query, key)
     constants, options = (
-        _window(query.dtype, rows, keys, *sizes, precision)
+        _window(query.dtype, rows, keys, *sizes, precision, 0)
         if is_window
         else _tiles(query.dtype, *sizes, precision, 0, has_mask=mask is not None)
     )
@@ -953,6 +968,7 @@ def _launch_windows(
     tensors: tuple[Tensor, ...],
     inputs: tuple[Tensor, Tensor, Tensor],
     scale: float,
+    order: int,
     mask_sums: Tensor | None,
     strides: tuple[int, ...],
     flags: dict[str, bool],
@@ -965,7 +981,7 @@ def _launch_windows(
     # The tiles of the mask, the parts of the batch, and how often the batch goes through the tiles.
     parts, tiles = (1, items) if mask_sums is None else mask_sums.shape[:2]
     precision = _precision(query.dtype)
-    constants, options = _window(query.dtype, rows, keys, query.shape[4], value.shape[4], precision)
+    constants, options = _window(query.dtype, rows, keys, query.shape[4], value.shape[4], precision, order)
     with torch.cuda.device_of(query):
         kernel[(tiles * parts,)](
             *tensors,
@@ -1046,7 +1062,7 @@ def _attention_bwd(
         "value_wanted": grad_value is not None,
     }
     if _is_window(query, key):
-        _launch_windows(window_attention_bwd_kernel, tensors, inputs, scale, mask_sums, strides, flags)
+        _launch_windows(window_attention_bwd_kernel, tensors, inputs, scale, 1, mask_sums, strides, flags)
     else:
         assert mask_sums is None
         _launch_tiles(tiled_attention_bwd_kernel, tensors, inputs, scale, 1, strides, flags)
@@ -1097,7 +1113,7 @@ def _attention_bwd_bwd(
         strides = (*_mask_strides(grad_grad_mask), *strides)
         flags["has_grad_grad_mask"] = grad_grad_mask is not None
         kernel = window_attention_bwd_bwd_kernel
-        _launch_windows(kernel, tensors, inputs, scale, mask_sums, strides, flags)
+        _launch_windows(kernel, tensors, inputs, scale, 2, mask_sums, strides, flags)
     else:
         assert mask_sums is None
         assert grad_grad_mask is None
@@ -1221,12 +1237,11 @@ def _specialization(
 def specializations() -> Iterator[Specialization]:
     """Windows of Swin, 7 by 7 with 32 columns a head, and ViT's 197 tokens of 64 columns a head."""
     for dtype in (torch.float32, torch.bfloat16):
-        constants, options = _window(dtype, 49, 49, 32, 32, "ieee")
-        forward = constants | {"is_window": True}
-        yield _specialization(attention_fwd_kernel, "swin", dtype, forward, options)
-        backward = constants | {"rows": 49, "keys": 49}
-        for kernel in (window_attention_bwd_kernel, window_attention_bwd_bwd_kernel):
-            yield _specialization(kernel, "swin", dtype, backward, options)
+        windows = (attention_fwd_kernel, window_attention_bwd_kernel, window_attention_bwd_bwd_kernel)
+        for order, kernel in enumerate(windows):
+            constants, options = _window(dtype, 49, 49, 32, 32, "ieee", order)
+            constants = constants | ({"rows": 49, "keys": 49} if order else {"is_window": True})
+            yield _specialization(kernel, "swin", dtype, constants, options)
         for order, of_keys in ((0, False), (1, False), (1, True), (2, False), (2, True)):
             kernel = (attention_fwd_kernel, tiled_attention_bwd_kernel, tiled_attention_bwd_bwd_kernel)[order]
             constants, options = _tiles(dtype, 64, 64, "ieee", order, of_keys)

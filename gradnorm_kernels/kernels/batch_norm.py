@@ -265,6 +265,8 @@ _TILE = 1024
 # them writes for the sums is little beside what it reads.
 _PROGRAMS = 2048
 _OPTIONS = {"num_warps": 4, **FP_FUSION}
+# Left to itself, ptxas spills five sums a thread for the sake of one more program at a time.
+_SUMS_OPTIONS = {**_OPTIONS, "maxnreg": 128}
 
 
 class _Layout(NamedTuple):
@@ -435,7 +437,7 @@ def batch_norm_double_backward(
         if training:
             partial_sums = x.new_empty((layout.grid[1], 5, channels), dtype=opmath)
             batch_norm_sums_kernel[layout.grid](
-                v, g, x, mean, partial_sums, *layout.sizes, **layout.constants, **_OPTIONS
+                v, g, x, mean, partial_sums, *layout.sizes, **layout.constants, **_SUMS_OPTIONS
             )
             per_channel = partial_sums.sum(0)
             grad_weight = x.new_empty(channels, dtype=dtype)
@@ -503,5 +505,5 @@ def specializations() -> Iterator[Specialization]:
             types | dict.fromkeys(constants, "constexpr"),
             constants,
             tuple(name for name in types if sizes.get(name, 0) % 16 == 0),
-            _OPTIONS,
+            _SUMS_OPTIONS if kernel is batch_norm_sums_kernel else _OPTIONS,
         )
