@@ -7,9 +7,9 @@ A step is the forward pass, the input gradient with ``create_graph=True``, and t
 and one launch. Ops of this package count in the same way, and those that make several passes over a tensor,
 or several launches, count each (`SEVERAL_PASSES`), but not the few numbers a row or channel between them.
 
-The variant ``compiled`` is stock's whole step as `torch.compile` would fuse it: Inductor lowers the graph, plans
-its kernels as for a CPU, and counts each one's reads and writes itself; nothing is generated or run. The graph
-has no phases. It takes minutes for a large model.
+The variant ``compiled`` is stock's whole step as `torch.compile` would fuse it: Inductor lowers the graph,
+plans its kernels as for a CPU, and counts each one's reads and writes itself; nothing is generated or run.
+The graph has no phases. It takes minutes for a large model.
 """
 
 import argparse

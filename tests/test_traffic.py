@@ -148,7 +148,7 @@ def test_one_layer_by_hand():
 
 
 def test_what_a_compiler_would_move():
-    """x W stays a matrix product; the derivatives of what follows fuse into one kernel, which writes no graph."""
+    """x W stays a matrix product; the derivatives of what follows are one kernel, which keeps no graph."""
 
     def step(x, weight):
         hidden = (x @ weight).detach().requires_grad_()

@@ -211,8 +211,8 @@ def test_launch_compiles_what_is_listed(monkeypatch: pytest.MonkeyPatch) -> None
         "layer_norm_bwd_bwd-swin-fp32",
         "layer_norm_bwd_bwd-vit-bf16",
     ):
-        # Each tensor once, in 128-bit accesses: all but the sums, in a tile of rows, and the statistics, which
-        # Triton before 3.9 loads anew for some of a row's elements.
+        # Each tensor once, in 128-bit accesses: all but the sums, in a tile of rows, and the statistics,
+        # which Triton before 3.9 loads anew for some of a row's elements.
         loads = re.findall(r"ld\.global\S*", listed[name])
         wide = [load for load in loads if load.endswith("v4.b32")]
         assert len(wide) in (4, 8)
