@@ -142,13 +142,15 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit measured, with ``+`` where the working tree differs from it."""
+    """The commit measured, with ``+`` where the code in the working tree differs from it."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         commit = subprocess.run(
             [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
         )
-        changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], capture_output=True).returncode
+        code = ["csrc", "gradnorm_kernels", "benchmarks/*.py", "setup.py"]
+        differs = [*git, "diff", "--quiet", "HEAD", "--", *(f":(top){path}" for path in code)]
+        changed = subprocess.run(differs, capture_output=True).returncode
     except (OSError, subprocess.CalledProcessError):
         return None
     return commit.stdout.strip() + "+" * bool(changed)

@@ -11,7 +11,7 @@ import itertools
 import json
 import math
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "results.md"
 DEVICES = ("cpu", "cuda")
 NOT_MEASURED = "not measured"
+NOT_COUNTED = "not counted"
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -115,19 +116,40 @@ def _steps(results: Path, name: str) -> Iterable[str]:
             for (label, _), row in zip(bars, rows, strict=True)
         ]
         yield _bars("peak memory, GiB", bars, " GiB")
+        yield from _relative_costs(rows)
+
+
+def _cases(rows: Rows) -> dict[tuple[str, str], dict[str, Mapping[str, Any]]]:
+    """The rows by model and precision, and by variant."""
+    cases: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = defaultdict(dict)
+    for row in rows:
+        cases[row["model"], row["dtype"]][row["variant"]] = row
+    return cases
+
+
+def _ratio(case: Mapping[str, Mapping[str, Any]], a: str, b: str, of: str = "") -> float:
+    # Round by round, unless stock did not run.
+    of = of or ("milliseconds" if "error" in case.get("stock", {}) else "time_over_stock")
+    found = [case.get(variant, {}).get(of) for variant in (a, b)]
+    return found[0] / found[1] if None not in found else math.nan
+
+
+def _relative_costs(rows: Rows) -> Iterable[str]:
+    for rival, name in (("pgd3", "PGD-3 adversarial training"), ("natural", "natural training")):
+        bars = [
+            (f"{' '.join(names)} {variant}", _ratio(case, variant, rival))
+            for names, case in _cases(rows).items()
+            for variant in ("stock", "fuse")
+        ]
+        yield _bars(f"gradient norm's step time, that of {name} = 1", bars, "")
 
 
 def comparison(rows: Rows) -> str:
     """What the variants of each model and precision say of each other."""
-    cases: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = defaultdict(dict)
-    for row in rows:
-        cases[row["model"], row["dtype"]][row["variant"]] = row
 
     def ratio(case: Mapping[str, Mapping[str, Any]], a: str, b: str, of: str = "") -> str:
-        # Round by round, unless stock did not run.
-        of = of or ("milliseconds" if "error" in case.get("stock", {}) else "time_over_stock")
-        found = [case.get(variant, {}).get(of) for variant in (a, b)]
-        return f"{found[0] / found[1]:.2f}" if None not in found else NOT_MEASURED
+        found = _ratio(case, a, b, of)
+        return NOT_MEASURED if math.isnan(found) else f"{found:.2f}"
 
     def best_compiled(case: Mapping[str, Mapping[str, Any]]) -> str:
         times = {name: case.get(name, {}).get("milliseconds", math.inf) for name in _COMPILED}
@@ -153,7 +175,7 @@ def comparison(rows: Rows) -> str:
                 ratio(case, "fuse", "stock", "peak_memory_bytes"),
                 *(ratio(case, a, b) for b in ("pgd3", "natural") for a in ("stock", "fuse")),
             ]
-            for names, case in cases.items()
+            for names, case in _cases(rows).items()
         ],
     )
 
@@ -218,49 +240,54 @@ def traffic(results: Path) -> Iterable[str]:
     yield (
         "Counted on meta tensors, not measured: every op that is not a view reads its inputs and writes its"
         " outputs; kernels of several passes are charged for each. One step, fused by `fuse(model)`."
+        " `compiled` is stock's whole step in Inductor's own count of what its kernels read and write, fused"
+        " as for a CPU."
     )
     counted = [json.loads(path.read_text()) for path in sorted(results.glob("traffic-*.json"))]
     summary, bars = [], []
     for count in counted:
-        name = _model(count)
-        totals = {
-            variant: [
-                sum(row[what] for row in count["rows"] if row["variant"] == variant) for what in _COUNTS
+        cells = [_model(count), f"{count['batch']}"]
+        totals = {variant: _totals(count, variant) for variant in _TRAFFIC}
+        for what, scale, form in (("bytes", 1e9, ".0f"), ("launches", 1, ",.0f")):
+            stock, fused, compiled = (total.get(what, math.nan) for total in totals.values())
+            cells += [
+                *(_number(n / scale, form, NOT_COUNTED) for n in (stock, fused, compiled)),
+                *(_number(n / stock, ".3f", NOT_COUNTED) for n in (fused, compiled)),
             ]
-            for variant in ("stock", "fuse")
-        }
-        (moved, launches), (fused_moved, fused_launches) = totals["stock"], totals["fuse"]
-        summary.append(
-            [
-                name,
-                f"{count['batch']}",
-                f"{moved / 1e9:.0f}",
-                f"{fused_moved / 1e9:.0f}",
-                f"{fused_moved / moved:.3f}",
-                f"{launches:,}",
-                f"{fused_launches:,}",
-                f"{fused_launches / launches:.3f}",
-            ]
-        )
-        bars += [(f"{name} stock", moved / 1e9), (f"{name} fused", fused_moved / 1e9)]
+        summary.append(cells)
+        bars += [
+            (f"{cells[0]} {name}", totals[variant].get("bytes", math.nan) / 1e9)
+            for variant, name in _TRAFFIC.items()
+        ]
     yield _table(
-        ["model", "batch", "stock, GB", "fused, GB", "ratio", "stock, launches", "fused, launches", "ratio"],
+        [
+            "model", "batch", "stock, GB", "fused, GB", "compiled, GB", "fused / stock", "compiled / stock",
+            "stock, launches", "fused", "compiled", "fused / stock", "compiled / stock",
+        ],
         summary,
-    )
+    )  # fmt: skip
     yield _bars("memory traffic of one step, GB", bars, " GB")
     for count in counted:
         yield f"### {_model(count)}, by op"
-        by_op: dict[str, dict[str, int]] = defaultdict(lambda: dict.fromkeys(("stock", "fuse"), 0))
+        variants = [variant for variant in _TRAFFIC if _totals(count, variant)]
+        moved: dict[str, Counter[str]] = defaultdict(Counter)
         for row in count["rows"]:
-            by_op[row["op"]][row["variant"]] += row["bytes"]
-        largest = sorted(by_op.items(), key=lambda item: (-max(item[1].values()), item[0]))[:12]
+            moved[row["op"]][row["variant"]] += row["bytes"]
+        largest = sorted(moved.items(), key=lambda item: (-max(item[1].values()), item[0]))[:12]
         yield _table(
-            ["op", "stock, GB", "fused, GB"],
-            [[f"`{op}`", f"{of['stock'] / 1e9:.1f}", f"{of['fuse'] / 1e9:.1f}"] for op, of in largest],
+            ["op", *(f"{name}, GB" for variant, name in _TRAFFIC.items() if variant in variants)],
+            [[f"`{op}`", *(f"{of[variant] / 1e9:.1f}" for variant in variants)] for op, of in largest],
         )
 
 
-_COUNTS = ("bytes", "launches")
+# Variants, and what they are called.
+_TRAFFIC = {"stock": "stock", "fuse": "fused", "compiled": "compiled"}
+
+
+def _totals(count: Mapping[str, Any], variant: str) -> dict[str, int]:
+    """Bytes and launches of a variant; nothing where it was not counted."""
+    rows = [row for row in count["rows"] if row["variant"] == variant]
+    return {what: sum(row[what] for row in rows) for what in ("bytes", "launches") if rows}
 
 
 def penalties(results: Path) -> Iterable[str]:
@@ -296,11 +323,22 @@ def studies(results: Path) -> Iterable[str]:
             f" {measured['attack']} at ε = {config['epsilon']:.4g} on {measured['attacked']} held-out images."
             f" {measured['conditions']}"
         )
+        rows, reference = measured["rows"], measured["reference"]
+        seconds = rows[reference]["step_seconds"]
+        watched = any("eval_apgd_accuracy" in line for row in rows.values() for line in row["histories"][0])
+        heading = ["training", "clean", measured["attack"], "step, ms", f"step / {reference}"]
         yield _table(
-            ["training", "clean", measured["attack"], "step, ms"],
+            heading + ["collapsed in epoch"] * watched,
             [
-                [name, _spread(row["clean"]), _spread(row["robust"]), f"{row['step_seconds'] * 1e3:.1f}"]
-                for name, row in measured["rows"].items()
+                [
+                    name,
+                    _spread(row["clean"]),
+                    _spread(row["robust"]),
+                    f"{row['step_seconds'] * 1e3:.1f}",
+                    f"{row['step_seconds'] / seconds:.2f}",
+                    *[", ".join(str(epoch or "no") for epoch in row["collapsed"])] * watched,
+                ]
+                for name, row in rows.items()
             ],
         )
 
@@ -351,8 +389,8 @@ def _time(row: Mapping[str, Any]) -> list[str]:
     return [f"{row['milliseconds']:.1f}", f"{least:.1f} to {most:.1f}"]
 
 
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None or math.isnan(value) else format(value, form)
+def _number(value: float | None, form: str, absent: str = "") -> str:
+    return absent if value is None or math.isnan(value) else format(value, form)
 
 
 def _spread(shares: Sequence[float]) -> str:

@@ -383,6 +383,58 @@ class TestReport:
         assert "| vit | 8 at 32² | float32 | stock | 12.3 | 11.0 to 13.0 | 1.000 |  |" in page
         assert "| vit | 8 at 32² | float32 | fuse | out of memory |" in page
 
+    def test_costs_relative_to_other_training(self, tmp_path):
+        row = {"model": "vit", "shape": [8, 3, 32, 32], "dtype": "float32", "milliseconds_min": 1.0}
+        row |= {"milliseconds_max": 99.0}
+        rows = [
+            row | {"variant": variant, "milliseconds": time, "time_over_stock": time / 12}
+            for variant, time in (("stock", 12.0), ("fuse", 6.0), ("natural", 3.0))
+        ]
+        steps = {"machine": COMMITTED["machine"], "rounds": 3, "rows": rows}
+        (tmp_path / "steps-cpu.json").write_text(json.dumps(steps))
+        page = report.page(tmp_path)
+        bars = page.split("that of natural training = 1")[1].splitlines()[1:3]
+        assert [bar.split()[::4] for bar in bars] == [["vit", "4"], ["vit", "2"]]
+        assert "that of PGD-3 adversarial training = 1: not measured." in page
+
+    @pytest.mark.parametrize("compiled", [True, False])
+    def test_traffic(self, tmp_path, compiled):
+        moved = {"stock": (8e9, 20), "fuse": (2e9, 5), "compiled": (4e9, 10)}
+        rows = [
+            {"variant": variant, "phase": "forward", "op": "aten::mm", "bytes": n, "launches": launches}
+            for variant, (n, launches) in moved.items()
+            if compiled or variant != "compiled"
+        ]
+        count = {"model": "resnet50", "batch": 3, "bn": "eval", "act": None, "rows": rows}
+        (tmp_path / "traffic-resnet50.json").write_text(json.dumps(count))
+        page = report.page(tmp_path)
+        if compiled:
+            assert "| 3 | 8 | 2 | 4 | 0.250 | 0.500 | 20 | 5 | 10 | 0.250 | 0.500 |" in page
+            assert "| `aten::mm` | 8.0 | 2.0 | 4.0 |" in page
+        else:
+            assert page.count("not counted") == 4 and "| `aten::mm` | 8.0 | 2.0 |" in page
+
+    def test_studies(self, tmp_path):
+        watched = [{"eval_apgd_accuracy": 0.5}]
+        row = {"clean": [0.9, 0.8], "robust": [0.5, 0.3], "histories": [watched, watched]}
+        study = {
+            "study": "Long runs",
+            "reference": "natural",
+            "attack": "fgsm",
+            "attacked": 7,
+            "config": {"model": "m", "data": None, "epochs": 2, "epsilon": 0.1},
+            "conditions": "A machine.",
+            "rows": {
+                "natural": row | {"step_seconds": 0.01, "collapsed": [None, None]},
+                "FGSM": row | {"step_seconds": 0.02, "collapsed": [3, None]},
+            },
+        }
+        (tmp_path / "study-stability.json").write_text(json.dumps(study))
+        page = report.page(tmp_path)
+        assert "fgsm at ε = 0.1 on 7 held-out images. A machine." in page
+        shares = "85.0% (80.0% to 90.0%) | 40.0% (30.0% to 50.0%)"
+        assert f"| FGSM | {shares} | 20.0 | 2.00 | 3, no |" in page
+
     def test_comparison(self):
         """Ratios of the rounds; of milliseconds where stock did not run."""
         stock = {

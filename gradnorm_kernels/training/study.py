@@ -148,6 +148,7 @@ class Outcome:
         """Everything measured, for JSON."""
         return {
             "study": self.study.title,
+            "reference": self.study.reference,
             "attack": self.attack,
             "attacked": self.attacked,
             "config": asdict(self.config),
