@@ -117,6 +117,7 @@ def _steps(results: Path, name: str) -> Iterable[str]:
         ]
         yield _bars("peak memory, GiB", bars, " GiB")
         yield from _relative_costs(rows)
+        yield from _profiles(rows)
 
 
 def _cases(rows: Rows) -> dict[tuple[str, str], dict[str, Mapping[str, Any]]]:
@@ -132,6 +133,25 @@ def _ratio(case: Mapping[str, Mapping[str, Any]], a: str, b: str, of: str = "") 
     of = of or ("milliseconds" if "error" in case.get("stock", {}) else "time_over_stock")
     found = [case.get(variant, {}).get(of) for variant in (a, b)]
     return found[0] / found[1] if None not in found else math.nan
+
+
+def _profiles(rows: Rows) -> Iterable[str]:
+    profiled = [row for row in rows if "profile" in row]
+    if profiled:
+        yield "Where the time of one step goes, as PyTorch's profiler has it:"
+        yield _table(
+            ["model", "dtype", "variant", "op", "calls", "ms"],
+            [
+                [
+                    *(row[key] for key in ("model", "dtype", "variant")),
+                    f"`{op['op']}`",
+                    f"{op['calls']:,}",
+                    f"{op['milliseconds']:.1f}",
+                ]
+                for row in profiled
+                for op in row["profile"]
+            ],
+        )
 
 
 def _relative_costs(rows: Rows) -> Iterable[str]:

@@ -13,6 +13,7 @@ compilers work in it.
     compiled, compiled_func     the whole step compiled: with .backward() inside, and by torch.func.grad
     fuse_compiled               fuse(model), compiled as a whole
     finite_difference           PyTorch without second derivatives
+    finite_difference_compiled  likewise, of the compiled model
 
 ``natural`` (cross-entropy) and ``pgd3`` (adversarial training by PGD-3) are steps of stock PyTorch.
 
@@ -137,6 +138,8 @@ VARIANTS = {
     "compiled_func": Variant(functional_step, PENALTY),
     "fuse_compiled": Variant(compiled_step, PENALTY, gk.fuse),
     "finite_difference": Variant(backward_step, DIFFERENCE),
+    # Of first derivatives alone the compiled model is capable.
+    "finite_difference_compiled": Variant(backward_step, DIFFERENCE, lambda model: torch.compile(model)),
     "natural": Variant(backward_step, NaturalLoss()),
     "pgd3": Variant(backward_step, AdversarialLoss(steps=3)),
 }
@@ -199,6 +202,18 @@ def peak_memory(run: Callable[[], None]) -> int:
     before = torch.cuda.memory_allocated()
     run()
     return torch.cuda.max_memory_allocated() - before
+
+
+def profile(run: Callable[[], None], device: str, most: int = 12) -> list[dict[str, Any]]:
+    """The ops that take most of a run's time, without those that they call."""
+    with torch.profiler.profile() as profiler:
+        run()
+    of = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
+    events = sorted(profiler.key_averages(), key=lambda event: -getattr(event, of))
+    return [
+        {"op": event.key, "calls": event.count, "milliseconds": getattr(event, of) / 1e3}
+        for event in events[:most]
+    ]
 
 
 def work(model: nn.Module, objective: Objective, shape: list[int], dtype: torch.dtype) -> Traffic:
@@ -266,6 +281,8 @@ def measure(name: str, dtype: str, limits: Limits, args: argparse.Namespace) -> 
             "floor_milliseconds": floor * 1e3,
             "fraction_of_floor": floor / median,
         }
+        if args.profile:
+            rows[variant]["profile"] = profile(runs[variant], args.device)
     return list(rows.values())
 
 
@@ -275,13 +292,13 @@ def zeroed(step: Step, model: nn.Module, images: Tensor, targets: Tensor) -> Non
 
 
 HEADER = (
-    f"{'model':28} {'dtype':8} {'variant':17} {'ms':>9} {'min':>9} {'max':>9} {'/ stock':>8} "
+    f"{'model':28} {'dtype':8} {'variant':26} {'ms':>9} {'min':>9} {'max':>9} {'/ stock':>8} "
     f"{'difference':>10} {'of floor':>8} {'TFLOP/s':>8} {'GiB':>6}"
 )
 
 
 def line(row: dict[str, Any]) -> str:
-    start = f"{row['model']:28} {row['dtype']:8} {row['variant']:17} "
+    start = f"{row['model']:28} {row['dtype']:8} {row['variant']:26} "
     if "error" in row:
         return start + row["error"]
     ratio, difference, memory = (
@@ -313,6 +330,9 @@ def options() -> argparse.ArgumentParser:
         default=math.inf,
         metavar="SECONDS",
         help="begin no other model or dtype afterwards; default: none",
+    )
+    parser.add_argument(
+        "--profile", action="store_true", help="also list the ops that take most of a step's time"
     )
     parser.add_argument(
         "--variants",
@@ -354,6 +374,9 @@ def main(arguments: list[str] | None = None) -> None:
         except TrainingError as error:
             raise SystemExit(str(error)) from None
         print("\n".join(map(line, measured)), flush=True)
+        for row in measured:
+            for op in row.get("profile", ()):
+                print(f"    {row['variant']:26} {op['milliseconds']:9.1f} ms {op['calls']:6,} x {op['op']}")
         if args.json:
             write_json(args.json, machine, args.rounds, rows, limits=asdict(limits))
     print("\n" + comparison(rows))

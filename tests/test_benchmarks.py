@@ -191,6 +191,18 @@ def test_steps_json(tmp_path, capsys):
     assert not gk.is_fused_double_backward_enabled()
 
 
+def test_profile(tmp_path, capsys):
+    file = tmp_path / "out.json"
+    options = ["--model", "resnet18", "--variants", "fuse", "--profile", "--json", str(file)]
+    steps.main([*SMALL_STEP, *options])
+    assert " x gradnorm_kernels::" in capsys.readouterr().out
+    for row in json.loads(file.read_text())["rows"]:
+        times = [op["milliseconds"] for op in row["profile"]]
+        assert times == sorted(times, reverse=True) and times[0] > 0
+        fused = any(op["op"].startswith("gradnorm_kernels::") for op in row["profile"])
+        assert fused == (row["variant"] == "fuse")
+
+
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_batch_norm_mode(mode):
     model, facts = steps.make_model("resnet18", steps.options().parse_args(["--bn", mode, "--device", "cpu"]))
@@ -287,7 +299,7 @@ def test_rivals(tmp_path, monkeypatch, capsys):
     exact = ["compiled", "compiled_func", "fuse_compiled"]
     if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
         exact = ["compiled_func"]
-    others = ["finite_difference", "natural", "pgd3"]
+    others = ["finite_difference", "finite_difference_compiled", "natural", "pgd3"]
     arguments = [
         *SMALL_STEP,
         "--model",
@@ -376,12 +388,14 @@ class TestReport:
             "variant": "fuse",
             "error": "out of memory",
         }
+        row["profile"] = [{"op": "aten::mm", "calls": 1234, "milliseconds": 5.678}]
         steps = {"machine": machine, "rounds": 3, "rows": [row, failed]}
         (tmp_path / "steps-cuda.json").write_text(json.dumps(steps))
         page = report.page(tmp_path)
         assert "a machine" in page and "commit 1234567" in page
         assert "| vit | 8 at 32² | float32 | stock | 12.3 | 11.0 to 13.0 | 1.000 |  |" in page
         assert "| vit | 8 at 32² | float32 | fuse | out of memory |" in page
+        assert "| vit | float32 | stock | `aten::mm` | 1,234 | 5.7 |" in page
 
     def test_costs_relative_to_other_training(self, tmp_path):
         row = {"model": "vit", "shape": [8, 3, 32, 32], "dtype": "float32", "milliseconds_min": 1.0}
