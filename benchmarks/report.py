@@ -2,8 +2,8 @@
 
     python -m benchmarks.report [--check] [--summary]
 
-The page is a function of those files alone. ``--check`` writes nothing and fails where the page on disk
-differs.
+The page is a function of those files alone, and so are the tables of README.md between ``<!-- NAME -->`` and
+``<!-- /NAME -->``. ``--check`` writes nothing and fails where either on disk differs.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "results.md"
+README = ROOT / "README.md"
 DEVICES = ("cpu", "cuda")
 NOT_MEASURED = "not measured"
 NOT_COUNTED = "not counted"
@@ -209,11 +210,7 @@ def kernels(results: Path) -> Iterable[str]:
             yield f"{device}: {NOT_MEASURED}."
             continue
         yield _conditions(measured)
-        cases: dict[tuple[str, ...], dict[tuple[str, str], Mapping[str, Any]]] = defaultdict(dict)
-        for row in measured["rows"]:
-            name = f"{row['op']} {row['setting']}".strip()
-            key = (row["dtype"], name, "x".join(map(str, row["shape"])))
-            cases[key][row["pass"], row["variant"]] = row
+        cases = _passes(measured["rows"])
         bars = [
             (f"{name} {shape}", passes["double_backward", "fused"]["fraction_of_copy"])
             for (dtype, name, shape), passes in cases.items()
@@ -240,6 +237,16 @@ def kernels(results: Path) -> Iterable[str]:
                     if kind == dtype
                 ],
             )
+
+
+def _passes(rows: Rows) -> dict[tuple[str, str, str], dict[tuple[str, str], Mapping[str, Any]]]:
+    """The rows by dtype, op and shape, and by pass and variant."""
+    cases: dict[tuple[str, str, str], dict[tuple[str, str], Mapping[str, Any]]] = defaultdict(dict)
+    for row in rows:
+        name = f"{row['op']} {row['setting']}".strip()
+        key = (row["dtype"], name, "x".join(map(str, row["shape"])))
+        cases[key][row["pass"], row["variant"]] = row
+    return cases
 
 
 def _case(passes: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[str]:
@@ -373,6 +380,129 @@ SECTIONS: dict[str, Callable[[Path], Iterable[str]]] = {
 }
 
 
+def short_steps(results: Path) -> Iterable[str]:
+    for measured in _measured(results, "steps"):
+        yield _conditions(measured)
+        yield _table(
+            ["model", "dtype", "stock, s", "`fuse(model)`, s", "stock / this", "switch, s", "stock / this"],
+            [
+                [
+                    *names,
+                    _number(_seconds(case, "stock"), ".2f", NOT_MEASURED),
+                    *(
+                        cell
+                        for variant in ("fuse", "switch")
+                        for cell in (
+                            _number(_seconds(case, variant), ".2f", NOT_MEASURED),
+                            _number(_ratio(case, "stock", variant), ".2f", NOT_MEASURED),
+                        )
+                    ),
+                ]
+                for names, case in _cases(measured["rows"]).items()
+            ],
+        )
+
+
+def short_rivals(results: Path) -> Iterable[str]:
+    for measured in _measured(results, "rivals"):
+        yield _conditions(measured)
+        variants = list(dict.fromkeys(row["variant"] for row in measured["rows"]))
+        yield _table(
+            ["time / stock's", *variants],
+            [
+                [
+                    " ".join(names),
+                    *(
+                        case[variant].get("error") or f"{case[variant]['time_over_stock']:.2f}"
+                        if variant in case
+                        else NOT_MEASURED
+                        for variant in variants
+                    ),
+                ]
+                for names, case in _cases(measured["rows"]).items()
+            ],
+        )
+
+
+def short_costs(results: Path) -> Iterable[str]:
+    for measured in _measured(results, "steps"):
+        yield _table(
+            ["", "stock / PGD-3", "fused / PGD-3", "stock / natural", "fused / natural"],
+            [
+                [
+                    " ".join(names),
+                    *(
+                        _number(_ratio(case, ours, rival), ".2f", NOT_MEASURED)
+                        for rival in ("pgd3", "natural")
+                        for ours in ("stock", "fuse")
+                    ),
+                ]
+                for names, case in _cases(measured["rows"]).items()
+            ],
+        )
+
+
+def short_kernels(results: Path) -> Iterable[str]:
+    for measured in _measured(results, "kernels"):
+        yield _conditions(measured)
+        cases = [
+            (name, shape, _case(passes))
+            for (dtype, name, shape), passes in _passes(measured["rows"]).items()
+            if dtype == "float32"
+        ]
+        yield _table(
+            [
+                "op",
+                "input",
+                "forward, fused / stock",
+                "backward, fused / stock",
+                "double backward: stock, ms",
+                "fused, ms",
+                "stock / fused",
+            ],
+            [
+                [name, shape, forward, backward, stock, fused, f"{1 / float(ratio):.1f}"]
+                for name, shape, (forward, backward, ratio, stock, fused, *_) in cases
+            ],
+        )
+
+
+def short_traffic(results: Path) -> Iterable[str]:
+    yield next(table for table in traffic(results) if table.startswith("| model"))
+
+
+# What README.md shows of the page.
+BLOCKS: dict[str, Callable[[Path], Iterable[str]]] = {
+    "studies": lambda results: list(studies(results))[1:],
+    "traffic": short_traffic,
+    "steps": short_steps,
+    "rivals": short_rivals,
+    "costs": short_costs,
+    "kernels": short_kernels,
+    "penalties": lambda results: list(penalties(results))[1:],
+}
+
+
+def readme(text: str, results: Path = RESULTS) -> str:
+    """``text`` with its blocks written anew."""
+    for name, block in BLOCKS.items():
+        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        before, found, rest = text.partition(begin)
+        _, closed, after = rest.partition(end)
+        if not (found and closed):
+            raise ValueError(f"text: expected a block from {begin} to {end}")
+        text = before + "\n\n".join([begin, *(list(block(results)) or [NOT_MEASURED]), end]) + after
+    return text
+
+
+def _measured(results: Path, name: str) -> Iterable[dict[str, Any]]:
+    return [measured for _, measured in _by_device(results, name) if measured is not None]
+
+
+def _seconds(case: Mapping[str, Mapping[str, Any]], variant: str) -> float:
+    return case.get(variant, {}).get("milliseconds", math.nan) / 1e3
+
+
 def _by_device(results: Path, name: str) -> Iterable[tuple[str, dict[str, Any] | None]]:
     for device in DEVICES:
         yield device, _read(results / f"{name}-{device}.json")
@@ -443,15 +573,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; fail where the page differs")
     parser.add_argument("--summary", action="store_true", help="also print the steps' comparison")
     args = parser.parse_args(arguments)
-    text = page()
+    written = {PAGE: page(), README: readme(README.read_text())}
     if args.check:
-        if not PAGE.exists() or PAGE.read_text() != text:
-            print(f"{PAGE} differs: run python -m benchmarks.report", file=sys.stderr)
-            return 1
-        return 0
-    PAGE.parent.mkdir(exist_ok=True)
-    PAGE.write_text(text)
-    print(f"wrote {PAGE}")
+        differing = [path for path, text in written.items() if not path.exists() or path.read_text() != text]
+        for path in differing:
+            print(f"{path} differs: run python -m benchmarks.report", file=sys.stderr)
+        return 1 if differing else 0
+    for path, text in written.items():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        print(f"wrote {path}")
     if args.summary:
         for name, device in itertools.product(("steps", "rivals"), DEVICES):
             measured = _read(RESULTS / f"{name}-{device}.json")

@@ -362,6 +362,14 @@ def test_a_penalty_that_disagrees_stops_the_run(monkeypatch):
 
 
 class TestReport:
+    @pytest.fixture(autouse=True)
+    def copies(self, monkeypatch, tmp_path, request):
+        """Of what is written; the committed ones are only checked."""
+        if "committed" not in request.node.name:
+            copy = tmp_path / "README.md"
+            copy.write_text(report.README.read_text())
+            monkeypatch.setattr(report, "README", copy)
+
     def test_the_page_is_that_of_the_committed_results(self):
         """Else: python -m benchmarks.report"""
         assert report.main(["--check"]) == 0
@@ -371,8 +379,21 @@ class TestReport:
         assert report.main(["--check"]) == 1
         assert "run python -m benchmarks.report" in capsys.readouterr().err
         assert report.main([]) == 0 and report.main(["--check"]) == 0
-        report.PAGE.write_text(report.PAGE.read_text().replace("ms", "s", 1))
-        assert report.main(["--check"]) == 1
+        for path in (report.PAGE, report.README):
+            path.write_text(path.read_text().replace("| model |", "| models |", 1))
+            assert report.main(["--check"]) == 1
+            assert f"{path} differs" in capsys.readouterr().err
+            report.main([])
+
+    def test_readme_blocks(self, tmp_path):
+        text = "\n".join(f"a\n<!-- {name} -->\nold\n<!-- /{name} -->\nz" for name in report.BLOCKS)
+        written = report.readme(text)
+        assert "old" not in written and written.count("a\n<!--") == written.count("-->\nz") == len(
+            report.BLOCKS
+        )
+        assert report.readme(written) == written
+        with pytest.raises(ValueError, match="expected a block from <!-- traffic --> to <!-- /traffic -->"):
+            report.readme(text.replace("<!-- traffic -->", ""))
 
     def test_what_is_not_there_is_not_measured(self, tmp_path):
         page = report.page(tmp_path)
