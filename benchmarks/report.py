@@ -456,8 +456,10 @@ def short_kernels(results: Path) -> Iterable[str]:
                 "stock / fused",
             ],
             [
-                [name, shape, forward, backward, stock, fused]
-                + [f"{1 / passes['double_backward', 'fused']['time_over_stock']:.1f}"]
+                [
+                    *(name, shape, forward, backward, stock, fused),
+                    f"{1 / passes['double_backward', 'fused']['time_over_stock']:.1f}",
+                ]
                 for (dtype, name, shape), passes in _passes(measured["rows"]).items()
                 if dtype == "float32"
                 for forward, backward, _, stock, fused, *_ in [_case(passes)]
