@@ -53,7 +53,8 @@ format: $(BIN)/.lint
 	$(BIN)/clang-format -i $(FORMATTED_CXX)
 
 RESULTS := benchmarks/results
-RIVALS := stock fuse compiled compiled_func fuse_compiled finite_difference
+RIVALS := stock fuse switch compiled compiled_func fuse_compiled \
+	forward_over_reverse finite_difference finite_difference_compiled
 LARGE := --batch 64 --model swin_base_patch4_window7_224 resnet50 vit_base_patch16_224 convnext_base
 STEPS := -m benchmarks.steps --device
 DEVICE = $(shell $(BIN)/python -c "import torch; print('cuda' if torch.cuda.is_available() else 'cpu')")

@@ -117,6 +117,7 @@ def describe_machine(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version("triton"),
+        "timm": _version("timm"),
         "gradnorm_kernels": _version("gradnorm_kernels"),
         "commit": _commit(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
@@ -128,7 +129,7 @@ def describe_machine(device: str) -> dict[str, Any]:
             "instruction_set": torch.backends.cpu.get_cpu_capability(),
         }
     else:
-        facts["driver_cuda"] = torch.version.cuda
+        facts["cuda"] = torch.version.cuda
     return facts
 
 

@@ -33,7 +33,8 @@ def page(results: Path = RESULTS) -> str:
         "# Results",
         "Written by `python -m benchmarks.report` from the JSON files in `benchmarks/results/`, which hold"
         " the commands, spreads and commits as well. Times are medians of rounds in which the variants take"
-        " turns in one process; ratios are medians of the rounds' ratios.",
+        " turns in one process; ratios to stock are medians of the rounds' ratios, and other ratios quotients"
+        " of these.",
     ]
     for title, section in SECTIONS.items():
         parts += [f"## {title}", *section(results)]
@@ -53,8 +54,9 @@ def steps(results: Path) -> Iterable[str]:
 def rivals(results: Path) -> Iterable[str]:
     yield (
         "Likewise, of the whole step compiled by `torch.compile`: `compiled` with `.backward()` in the graph,"
-        " `compiled_func` by `torch.func.grad`, `fuse_compiled` the fused model; `finite_difference` has no"
-        " second derivatives. A cell that says why has no time."
+        " `compiled_func` by `torch.func.grad`, `fuse_compiled` the fused model; `forward_over_reverse` and"
+        " `finite_difference`, the latter not exact, are other engines of the objective. A cell that says why"
+        " has no time."
     )
     yield from _steps(results, "rivals")
 
@@ -268,7 +270,7 @@ def traffic(results: Path) -> Iterable[str]:
         "Counted on meta tensors, not measured: every op that is not a view reads its inputs and writes its"
         " outputs; kernels of several passes are charged for each. One step, fused by `fuse(model)`."
         " `compiled` is stock's whole step in Inductor's own count of what its kernels read and write, fused"
-        " as for a CPU."
+        " as for a CPU: a lower bound, since it charges every kernel once for a tensor."
     )
     counted = [json.loads(path.read_text()) for path in sorted(results.glob("traffic-*.json"))]
     summary, bars = [], []
@@ -347,11 +349,12 @@ def studies(results: Path) -> Iterable[str]:
         yield f"### {measured['study']}"
         yield (
             f"{config['model']} on {config['data'] or 'scikit-learn digits'}, {config['epochs']} epochs;"
-            f" {measured['attack']} at ε = {config['epsilon']:.4g} on {measured['attacked']} held-out images."
+            f" {measured['attack']} at ε = {config['epsilon']:.4g} on {measured['attacked']} held-out images;"
+            f" {len(next(iter(measured['rows'].values()))['clean'])} seeds a row."
             f" {measured['conditions']}"
         )
         rows, reference = measured["rows"], measured["reference"]
-        seconds = rows[reference]["step_seconds"]
+        seconds = rows[reference]["step_seconds"] if reference in rows else math.nan
         watched = any("eval_apgd_accuracy" in line for row in rows.values() for line in row["histories"][0])
         heading = ["training", "clean", measured["attack"], "step, ms", f"step / {reference}"]
         yield _table(
@@ -362,7 +365,7 @@ def studies(results: Path) -> Iterable[str]:
                     _spread(row["clean"]),
                     _spread(row["robust"]),
                     f"{row['step_seconds'] * 1e3:.1f}",
-                    f"{row['step_seconds'] / seconds:.2f}",
+                    _number(row["step_seconds"] / seconds, ".2f", NOT_MEASURED),
                     *[", ".join(str(epoch or "no") for epoch in row["collapsed"])] * watched,
                 ]
                 for name, row in rows.items()
@@ -384,19 +387,22 @@ def short_steps(results: Path) -> Iterable[str]:
     for measured in _measured(results, "steps"):
         yield _conditions(measured)
         yield _table(
-            ["model", "dtype", "stock, s", "`fuse(model)`, s", "stock / this", "switch, s", "stock / this"],
+            [
+                "model",
+                "dtype",
+                "stock, ms",
+                "`fuse(model)`, ms",
+                "stock / this",
+                "switch, ms",
+                "stock / this",
+            ],
             [
                 [
                     *names,
-                    _number(_seconds(case, "stock"), ".2f", NOT_MEASURED),
-                    *(
-                        cell
-                        for variant in ("fuse", "switch")
-                        for cell in (
-                            _number(_seconds(case, variant), ".2f", NOT_MEASURED),
-                            _number(_ratio(case, "stock", variant), ".2f", NOT_MEASURED),
-                        )
-                    ),
+                    *(_cell(case, variant, _time(case.get(variant, {}))[0]) for variant in ("stock", "fuse")),
+                    _number(_ratio(case, "stock", "fuse"), ".2f"),
+                    _cell(case, "switch", _time(case.get("switch", {}))[0]),
+                    _number(_ratio(case, "stock", "switch"), ".2f"),
                 ]
                 for names, case in _cases(measured["rows"]).items()
             ],
@@ -413,9 +419,7 @@ def short_rivals(results: Path) -> Iterable[str]:
                 [
                     " ".join(names),
                     *(
-                        case[variant].get("error") or f"{case[variant]['time_over_stock']:.2f}"
-                        if variant in case
-                        else NOT_MEASURED
+                        _cell(case, variant, _number(case.get(variant, {}).get("time_over_stock"), ".2f"))
                         for variant in variants
                     ),
                 ]
@@ -426,6 +430,7 @@ def short_rivals(results: Path) -> Iterable[str]:
 
 def short_costs(results: Path) -> Iterable[str]:
     for measured in _measured(results, "steps"):
+        yield _conditions(measured)
         yield _table(
             ["", "stock / PGD-3", "fused / PGD-3", "stock / natural", "fused / natural"],
             [
@@ -499,8 +504,9 @@ def _measured(results: Path, name: str) -> Iterable[dict[str, Any]]:
     return [measured for _, measured in _by_device(results, name) if measured is not None]
 
 
-def _seconds(case: Mapping[str, Mapping[str, Any]], variant: str) -> float:
-    return case.get(variant, {}).get("milliseconds", math.nan) / 1e3
+def _cell(case: Mapping[str, Mapping[str, Any]], variant: str, text: str) -> str:
+    """``text``, or why there is none."""
+    return case[variant].get("error", text) if variant in case else NOT_MEASURED
 
 
 def _by_device(results: Path, name: str) -> Iterable[tuple[str, dict[str, Any] | None]]:
@@ -533,8 +539,8 @@ def _model(count: Mapping[str, Any]) -> str:
 
 
 def _time(row: Mapping[str, Any]) -> list[str]:
-    if "error" in row:
-        return [row["error"], ""]
+    if "milliseconds" not in row:
+        return [row.get("error", NOT_MEASURED), ""]
     least, most = row["milliseconds_min"], row["milliseconds_max"]
     return [f"{row['milliseconds']:.1f}", f"{least:.1f} to {most:.1f}"]
 
@@ -550,7 +556,7 @@ def _spread(shares: Sequence[float]) -> str:
 
 def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [heading, ["---"] * len(heading), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def _bars(title: str, bars: Sequence[tuple[str, float]], unit: str) -> str:
