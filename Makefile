@@ -17,7 +17,7 @@ FORMATTED_CXX := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h test
 INSTALL := pip install --quiet --disable-pip-version-check
 PYTEST_OPTIONS := --numprocesses auto --dist worksteal
 
-.PHONY: demo test test-all test-python test-cpp test-cpu-only lint format bench bench-rivals bench-gpu clean
+.PHONY: demo test test-all test-python test-cpp test-cpu-only lint format bench bench-traffic bench-rivals bench-gpu clean
 
 demo: $(BIN)/.built
 	$(BIN)/gradnorm demo --output demo
@@ -57,17 +57,32 @@ RIVALS := stock fuse switch compiled compiled_func fuse_compiled \
 	forward_over_reverse finite_difference finite_difference_compiled
 LARGE := --batch 64 --model swin_base_patch4_window7_224 resnet50 vit_base_patch16_224 convnext_base
 STEPS := -m benchmarks.steps --device
+SIZES = $(if $(filter cuda,$(DEVICE)),$(LARGE) --dtype bfloat16 tf32 float32)
+# ConvNeXt's graph is too large for a compiler: a loop over the groups of every depthwise convolution.
+TRAFFIC := $(BIN)/python -m benchmarks.traffic --variants stock fuse compiled --batch 64 --model
 DEVICE = $(shell $(BIN)/python -c "import torch; print('cuda' if torch.cuda.is_available() else 'cpu')")
 
+# On a CPU, a quarter of an hour.
 bench: $(BIN)/.built
 	$(BIN)/python -m benchmarks.kernels --op all --json $(RESULTS)/kernels-$(DEVICE).json
-	$(BIN)/python $(STEPS) $(DEVICE) --variants stock fuse switch natural pgd3 --json $(RESULTS)/steps-$(DEVICE).json
+	$(BIN)/python $(STEPS) $(DEVICE) $(SIZES) --variants stock fuse switch natural pgd3 --profile \
+		--json $(RESULTS)/steps-$(DEVICE).json
 	$(BIN)/python -m benchmarks.penalties --json $(RESULTS)/penalties-$(DEVICE).json
+	$(BIN)/python -m benchmarks.report
+
+# Needs no GPU, whatever it counts for. The compiler takes minutes a model.
+bench-traffic: $(BIN)/.built
+	$(TRAFFIC) swin_base_patch4_window7_224 --json $(RESULTS)/traffic-swin_base.json
+	$(TRAFFIC) vit_base_patch16_224 --json $(RESULTS)/traffic-vit_base.json
+	$(TRAFFIC) resnet50 --act gelu --json $(RESULTS)/traffic-resnet50-train.json
+	$(TRAFFIC) resnet50 --act gelu --bn eval --json $(RESULTS)/traffic-resnet50-eval.json
+	$(TRAFFIC) convnext_base --variants stock fuse --json $(RESULTS)/traffic-convnext_base.json
 	$(BIN)/python -m benchmarks.report
 
 # Compilers take minutes a model.
 bench-rivals: $(BIN)/.built
-	$(BIN)/python $(STEPS) $(DEVICE) --variants $(RIVALS) --rounds 3 --json $(RESULTS)/rivals-$(DEVICE).json
+	$(BIN)/python $(STEPS) $(DEVICE) $(SIZES) --variants $(RIVALS) --rounds 3 \
+		--json $(RESULTS)/rivals-$(DEVICE).json
 	$(BIN)/python -m benchmarks.report
 
 # Within nine minutes on one H100, most important first.

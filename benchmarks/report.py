@@ -88,13 +88,14 @@ def _steps(results: Path, name: str) -> Iterable[str]:
                 "gradient off stock's",
                 "of the floor",
                 "TFLOP/s",
+                "images/s",
                 "first step, s",
                 "peak, GiB",
             ],
             [
                 [
                     row["model"],
-                    f"{row['shape'][0]} at {row['shape'][-1]}²",
+                    _images(row),
                     row["dtype"],
                     row["variant"],
                     *_time(row),
@@ -102,6 +103,7 @@ def _steps(results: Path, name: str) -> Iterable[str]:
                     _number(row.get("gradient_difference"), ".1e"),
                     _number(row.get("fraction_of_floor"), ".2f"),
                     _number(row.get("teraflops_per_second"), ".3g"),
+                    _number(row.get("images_per_second"), ".3g"),
                     _number(row.get("first_step_seconds"), ".1f"),
                     _number(row.get("peak_memory_bytes", math.nan) / 2**30, ".2f"),
                 ]
@@ -139,7 +141,7 @@ def _ratio(case: Mapping[str, Mapping[str, Any]], a: str, b: str, of: str = "") 
 
 
 def _profiles(rows: Rows) -> Iterable[str]:
-    profiled = [row for row in rows if "profile" in row]
+    profiled = [row for row in rows if "profile" in row and row["variant"] in ("stock", "fuse")]
     if profiled:
         yield "Where the time of one step goes, as PyTorch's profiler has it:"
         yield _table(
@@ -152,7 +154,7 @@ def _profiles(rows: Rows) -> Iterable[str]:
                     f"{op['milliseconds']:.1f}",
                 ]
                 for row in profiled
-                for op in row["profile"]
+                for op in row["profile"][:8]
             ],
         )
 
@@ -389,6 +391,7 @@ def short_steps(results: Path) -> Iterable[str]:
         yield _table(
             [
                 "model",
+                "batch",
                 "dtype",
                 "stock, ms",
                 "`fuse(model)`, ms",
@@ -398,13 +401,15 @@ def short_steps(results: Path) -> Iterable[str]:
             ],
             [
                 [
-                    *names,
+                    model,
+                    _images(next(iter(case.values()))),
+                    dtype,
                     *(_cell(case, variant, _time(case.get(variant, {}))[0]) for variant in ("stock", "fuse")),
                     _number(_ratio(case, "stock", "fuse"), ".2f"),
                     _cell(case, "switch", _time(case.get("switch", {}))[0]),
                     _number(_ratio(case, "stock", "switch"), ".2f"),
                 ]
-                for names, case in _cases(measured["rows"]).items()
+                for (model, dtype), case in _cases(measured["rows"]).items()
             ],
         )
 
@@ -536,6 +541,10 @@ def _model(count: Mapping[str, Any]) -> str:
     if count["model"].startswith("resnet"):
         details.append(f"BatchNorm in {count['bn']} mode")
     return ", ".join([count["model"], *details])
+
+
+def _images(row: Mapping[str, Any]) -> str:
+    return f"{row['shape'][0]} at {row['shape'][-1]}²"
 
 
 def _time(row: Mapping[str, Any]) -> list[str]:

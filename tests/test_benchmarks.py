@@ -459,7 +459,7 @@ class TestReport:
         assert "| vit | 8 at 32² | float32 | fuse | out of memory |" in page
         (tmp_path / "rivals-cuda.json").write_text(json.dumps(steps))
         text = report.readme(report.README.read_text(), tmp_path)
-        assert "| vit | float32 | 12.3 | out of memory |  | not measured |  |" in text
+        assert "| vit | 8 at 32² | float32 | 12.3 | out of memory |  | not measured |  |" in text
         assert "| vit float32 | 1.00 | out of memory |" in text
         assert "| vit | float32 | stock | `aten::mm` | 1,234 | 5.7 |" in page
 

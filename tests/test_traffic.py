@@ -79,6 +79,23 @@ def test_floating_point_operations():
     assert flops(lambda: torch.ops.gradnorm_kernels.qkv_attention(qkv)) == 2 * (2 * 2 * 3 * 7 * 7 * 16)
 
 
+@pytest.mark.parametrize(("approximate", "elements", "launches"), [("none", 26, 10), ("tanh", 78, 31)])
+def test_gelus_double_backward(approximate, elements, launches):
+    """What README says of it; the tanh form's differs between releases of PyTorch."""
+    x = torch.empty(1000, device="meta", requires_grad=True)
+    g, v = torch.empty_like(x, requires_grad=True), torch.empty_like(x)
+
+    def counted(functional):
+        output = functional.gelu(x, approximate=approximate)
+        (grad_input,) = torch.autograd.grad(output, x, g, create_graph=True)
+        moved, launched = count(lambda: torch.autograd.grad(grad_input, (g, x), v))
+        return moved / 4000, launched
+
+    stock = counted(torch.nn.functional)
+    assert stock == (elements, launches) if approximate == "none" else stock >= (elements, launches)
+    assert counted(gk.functional) == (5, 1)
+
+
 def test_views_and_allocations_cost_nothing():
     x = torch.empty(10, 8, device="meta")
     assert count(lambda: (torch.empty_like(x), x.expand(3, 10, 8), x.detach(), x.t(), x.view(80)[None])) == (
