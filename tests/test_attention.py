@@ -1,6 +1,7 @@
 """Attention on the CPU: values, derivatives of every order, the switch, transforms, compilers, bad input."""
 
 import math
+import time
 from dataclasses import dataclass
 
 import pytest
@@ -852,3 +853,25 @@ def test_other_bad_input_is_named():
 def test_tables_cover_every_op():
     assert {"scaled_dot_product_attention", "qkv_attention"} <= set(gk.functional.__all__)
     assert all(isinstance(t, torch.Tensor) for t in tree_leaves([case.operands() for case in CASES]))
+
+
+def test_weights_that_a_mask_leaves_tiny():
+    """exp(-100) is no normal number: it costs no time, is 0, and leaves the process's arithmetic as it was."""
+    torch.manual_seed(0)
+    qkv = torch.randn(64, 49, 3, 4, 16)
+    upstream = torch.randn(64, 49, 4, 16)
+    excluded = torch.rand(49, 49) < 0.5
+
+    def seconds(lowest):
+        mask = torch.zeros(49, 49).masked_fill_(excluded, lowest)
+        taken = []
+        for _ in range(10):
+            start = time.perf_counter()
+            OPS.qkv_attention(qkv, mask)
+            OPS.qkv_attention_backward(upstream, qkv, mask, output_mask=[True, False])
+            taken.append(time.perf_counter() - start)
+        return min(taken)
+
+    assert seconds(-100.0) < 2 * seconds(-1000.0)
+    tiny = torch.tensor(1e-40)
+    assert (tiny * 1).item() > 0

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "../elementary.h"
+#include "denormals.h"
 #include "parallel.h"
 
 namespace gradnorm_kernels::CPU_CAPABILITY {
@@ -627,6 +628,7 @@ void run(const AttentionProblem& p) {
     const int64_t tile_size = p.query.size(3) * p.key.size(3);
     A* const mask_sums = sums ? p.grad_attn_mask.mutable_data_ptr<A>() : nullptr;
     gradnorm_kernels::parallel_for(0, parts * tiles, 1, [&](int64_t begin, int64_t end) {
+      const FlushDenormals flush;
       Worker<scalar_t, pass> worker(p);
       for (int64_t task = begin; task < end; ++task) {
         const int64_t part = task / tiles, tile = task % tiles;
