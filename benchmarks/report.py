@@ -477,6 +477,20 @@ def short_kernels(results: Path) -> Iterable[str]:
         )
 
 
+def slower_kernels(results: Path) -> Iterable[str]:
+    """What takes more than 1.05 of stock's time."""
+    for measured in _measured(results, "kernels"):
+        found = defaultdict(list)
+        for row in measured["rows"]:
+            ratio = row["time_over_stock"]
+            if row["variant"] == "fused" and ratio > 1.05:
+                which = row["pass"].replace("_", " ")
+                found[row["dtype"]].append(
+                    f"{row['op']} {row['setting']}".strip() + f", {which}: {ratio:.2f}"
+                )
+        yield "\n".join(f"- {dtype}: {'; '.join(cells)}." for dtype, cells in found.items()) or "None."
+
+
 def short_traffic(results: Path) -> Iterable[str]:
     yield next(table for table in traffic(results) if table.startswith("| model"))
 
@@ -489,6 +503,7 @@ BLOCKS: dict[str, Callable[[Path], Iterable[str]]] = {
     "rivals": short_rivals,
     "costs": short_costs,
     "kernels": short_kernels,
+    "slower": slower_kernels,
     "penalties": lambda results: list(penalties(results))[1:],
 }
 
