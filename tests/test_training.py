@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -271,11 +272,13 @@ class TestRun:
         assert not (tmp_path / CHECKPOINT).exists()
         assert signal.getsignal(signal.SIGINT) is before
 
-    def test_conflicting_option_is_named(self, uninterrupted):
+    def test_conflicting_option_is_named(self, uninterrupted, tmp_path):
         with pytest.raises(TrainingError, match=r"weight_decay: 0\.1 conflicts with .* 0\.05"):
             train(replace(QUICK, weight_decay=0.1), uninterrupted, resume=True)
         assert resumed_config(uninterrupted, {"workers": 1}) == replace(QUICK, workers=1)
-        train(replace(QUICK, workers=1, device="cpu"), uninterrupted, resume=True)
+        # Of a copy, since it writes the options that it goes on with.
+        copy = shutil.copytree(uninterrupted, tmp_path / "copy")
+        train(replace(QUICK, workers=1, device="cpu"), copy, resume=True)
 
     def test_a_run_is_not_overwritten(self, uninterrupted):
         with pytest.raises(TrainingError, match=r"--output: .*already holds a run"):
