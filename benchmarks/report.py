@@ -173,8 +173,7 @@ def comparison(rows: Rows) -> str:
     """What the variants of each model and precision say of each other."""
 
     def ratio(case: Mapping[str, Mapping[str, Any]], a: str, b: str, of: str = "") -> str:
-        found = _ratio(case, a, b, of)
-        return NOT_MEASURED if math.isnan(found) else f"{found:.2f}"
+        return _number(_ratio(case, a, b, of), ".2f", NOT_MEASURED)
 
     def best_compiled(case: Mapping[str, Mapping[str, Any]]) -> str:
         times = {name: case.get(name, {}).get("milliseconds", math.inf) for name in _COMPILED}
@@ -481,13 +480,10 @@ def slower_kernels(results: Path) -> Iterable[str]:
     """What takes more than 1.05 of stock's time."""
     for measured in _measured(results, "kernels"):
         found = defaultdict(list)
-        for row in measured["rows"]:
-            ratio = row["time_over_stock"]
-            if row["variant"] == "fused" and ratio > 1.05:
-                which = row["pass"].replace("_", " ")
-                found[row["dtype"]].append(
-                    f"{row['op']} {row['setting']}".strip() + f", {which}: {ratio:.2f}"
-                )
+        for (dtype, name, _), passes in _passes(measured["rows"]).items():
+            for (which, variant), row in passes.items():
+                if variant == "fused" and row["time_over_stock"] > 1.05:
+                    found[dtype].append(f"{name}, {which.replace('_', ' ')}: {row['time_over_stock']:.2f}")
         yield "\n".join(f"- {dtype}: {'; '.join(cells)}." for dtype, cells in found.items()) or "None."
 
 
