@@ -3,6 +3,8 @@ import os
 # Before torch reads it. The tensors here are small, and threads waiting for one another would take most of
 # the time; tests of several threads ask for them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# No test needs the network, and none may wait for one that does not answer.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch

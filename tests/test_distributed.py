@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from datetime import timedelta
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ def in_two_processes(function):
 def _process(rank, function, port):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", timeout=timedelta(minutes=2))
     torch.manual_seed(1)
     batch = torch.rand(8, 3, 2, 2, dtype=torch.float64), torch.randint(4, (8,))
     try:
@@ -126,7 +127,7 @@ def test_fully_sharded():
 
 # BatchNorm's frozen statistics and dropout-free models: what is random within a step differs by process.
 @pytest.mark.parametrize(
-    "options", [[], ["accumulate=2", "clip_norm=0.1"], ["model=preact_resnet10", "epochs=1"]]
+    "options", [["accumulate=2", "clip_norm=0.1"], ["model=preact_resnet10", "epochs=1"]]
 )
 def test_a_run_of_two_processes_equals_that_of_one(options, tmp_path):
     """Weights, averaged weights and metrics, after interleaved evaluation too."""
@@ -153,7 +154,7 @@ def test_a_run_of_two_processes_equals_that_of_one(options, tmp_path):
     ]
     states = []
     for name, run in (("one", [sys.executable]), ("two", torchrun)):
-        subprocess.run([*run, *command, str(tmp_path / name)], env=environment, check=True, timeout=120)
+        subprocess.run([*run, *command, str(tmp_path / name)], env=environment, check=True, timeout=300)
         states.append(load_checkpoint(tmp_path / name / CHECKPOINT))
     one, two = states
     for part in ("model", "ema"):
