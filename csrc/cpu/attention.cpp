@@ -71,9 +71,9 @@ Left<T> transposed(Rows<T> m) {
 constexpr int kBlockRows = 6;
 constexpr int kBlockVectors = sizeof(Vectorized<float>) >= 64 ? 4 : 2;
 
-template <class T, int R, int N>
-void multiply_block(
-    int64_t depth, T alpha, Left<T> a, Rows<const T> b, bool add, Rows<T> c, int64_t columns) {
+// c is of whole vectors: with a count of columns, the sums would go through memory, and every store branch.
+template <class T, int R, int N, bool add>
+void multiply_block(int64_t depth, T alpha, Left<T> a, Rows<const T> b, Rows<T> c) {
   using V = Vectorized<T>;
   V sums[R][N];
   for (int i = 0; i < R; ++i) {
@@ -96,21 +96,19 @@ void multiply_block(
   for (int i = 0; i < R; ++i) {
     for (int j = 0; j < N; ++j) {
       T* const out = c.at(i) + j * kWidth<T>;
-      const int64_t count = std::min(kWidth<T>, columns - j * kWidth<T>);
       const V product = sums[i][j] * V(alpha);
-      (add ? product + V::loadu(out, count) : product).store(out, count);
+      (add ? product + V::loadu(out) : product).store(out);
     }
   }
 }
 
-template <class T, int N, int R = kBlockRows>
-void multiply_rows(
-    int64_t rows, int64_t depth, T alpha, Left<T> a, Rows<const T> b, bool add, Rows<T> c, int64_t columns) {
+template <class T, int N, bool add, int R = kBlockRows>
+void multiply_rows(int64_t rows, int64_t depth, T alpha, Left<T> a, Rows<const T> b, Rows<T> c) {
   if (rows == R) {
-    return multiply_block<T, R, N>(depth, alpha, a, b, add, c, columns);
+    return multiply_block<T, R, N, add>(depth, alpha, a, b, c);
   }
   if constexpr (R > 1) {
-    multiply_rows<T, N, R - 1>(rows, depth, alpha, a, b, add, c, columns);
+    multiply_rows<T, N, add, R - 1>(rows, depth, alpha, a, b, c);
   }
 }
 
@@ -125,9 +123,23 @@ void multiply_columns(
   // Blocks of equal height rather than a low one at the end.
   const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
   for (int64_t block = 0; block < blocks; ++block) {
-    const int64_t start = rows * block / blocks, end = rows * (block + 1) / blocks;
-    multiply_rows<T, N>(
-        end - start, depth, alpha, {a.data + start * a.row, a.row, a.column}, b, add, c.from(start), columns);
+    const int64_t start = rows * block / blocks, height = rows * (block + 1) / blocks - start;
+    const Left<T> left{a.data + start * a.row, a.row, a.column};
+    const Rows<T> target = c.from(start);
+    if (columns < N * kWidth<T>) {
+      T whole[kBlockRows * N * kWidth<T>];
+      multiply_rows<T, N, false>(height, depth, alpha, left, b, {whole, N * kWidth<T>});
+      for (int64_t i = 0; i < height; ++i) {
+        for (int64_t j = 0; j < columns; ++j) {
+          const T product = whole[i * N * kWidth<T> + j];
+          target.at(i)[j] = add ? target.at(i)[j] + product : product;
+        }
+      }
+    } else if (add) {
+      multiply_rows<T, N, true>(height, depth, alpha, left, b, target);
+    } else {
+      multiply_rows<T, N, false>(height, depth, alpha, left, b, target);
+    }
   }
 }
 
@@ -509,7 +521,7 @@ class Worker {
   void make_scores(
       int64_t n, Rows<A> scores, int64_t depth, double alpha, Rows<const A> left, const Source<T, A>& right,
       bool add = false) {
-    multiply<A>(n, keys_, depth, alpha, plain(left), right.columns(), add, scores);
+    multiply<A>(n, ld_, depth, alpha, plain(left), right.columns(), add, scores);
   }
   // target = alpha scores right
   void to_queries(
