@@ -16,8 +16,7 @@ LINTERS := clang-format==23.1.5 mypy==2.4.1 pre-commit==4.7.0 ruff==0.17.6
 FORMATTED_CXX := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h tests/cpp/*.cpp)
 INSTALL := pip install --quiet --disable-pip-version-check
 # A test that hangs fails, with what each of its threads was doing.
-TIMEOUT := --timeout 900 --timeout-method thread
-PYTEST_OPTIONS := --numprocesses auto $(TIMEOUT) --durations 20
+PYTEST_OPTIONS := --numprocesses auto --timeout 900 --timeout-method thread --durations 20
 
 .PHONY: demo test test-all test-python test-cpp test-cpu-only lint format bench bench-traffic bench-rivals bench-gpu clean
 
@@ -82,9 +81,9 @@ bench-traffic: $(BIN)/.built
 	$(TRAFFIC) convnext_base --variants stock fuse --json $(RESULTS)/traffic-convnext_base.json
 	$(BIN)/python -m benchmarks.report
 
-# Compilers take minutes a model.
+# Compilers take minutes a model and variant.
 bench-rivals: $(BIN)/.built
-	$(BIN)/python $(STEPS) $(DEVICE) $(SIZES) --variants $(RIVALS) --rounds 3 \
+	$(BIN)/python $(STEPS) $(DEVICE) $(SIZES) --variants $(RIVALS) --rounds 3 --first-step-limit 900 \
 		--json $(RESULTS)/rivals-$(DEVICE).json
 	$(BIN)/python -m benchmarks.report
 

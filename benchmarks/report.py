@@ -7,7 +7,6 @@ The page is a function of those files alone, and so are the tables of README.md 
 """
 
 import argparse
-import itertools
 import json
 import math
 import sys
@@ -526,12 +525,10 @@ def _cell(case: Mapping[str, Mapping[str, Any]], variant: str, text: str) -> str
 
 
 def _by_device(results: Path, name: str) -> Iterable[tuple[str, dict[str, Any] | None]]:
+    """A device's runs, of which the file says after its name what each is of; or that there are none."""
     for device in DEVICES:
-        yield device, _read(results / f"{name}-{device}.json")
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text()) if path.exists() else None
+        for path in sorted(results.glob(f"{name}-{device}*.json")) or [None]:
+            yield device, path and json.loads(path.read_text())
 
 
 def _conditions(measured: Mapping[str, Any]) -> str:
@@ -610,9 +607,10 @@ def main(arguments: list[str] | None = None) -> int:
         path.write_text(text)
         print(f"wrote {path}")
     if args.summary:
-        for name, device in itertools.product(("steps", "rivals"), DEVICES):
-            measured = _read(RESULTS / f"{name}-{device}.json")
-            print(f"\n{name}, {device}:", "\n" + comparison(measured["rows"]) if measured else NOT_MEASURED)
+        for name in ("steps", "rivals"):
+            for device, measured in _by_device(RESULTS, name):
+                rows = "\n" + comparison(measured["rows"]) if measured else NOT_MEASURED
+                print(f"\n{name}, {device}:", rows)
     return 0
 
 

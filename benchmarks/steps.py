@@ -32,9 +32,11 @@ import copy
 import functools
 import itertools
 import math
+import signal
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -217,6 +219,29 @@ def peak_memory(run: Callable[[], None]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
+class _TooLong(BaseException):
+    """No Exception, which a compiler would take for one of its own."""
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Ends the block by an exception after so many seconds, if they are finite."""
+    if math.isinf(seconds):
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise _TooLong
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
 def profile(run: Callable[[], None], device: str, most: int = 12) -> list[dict[str, Any]]:
     """The ops that take most of a run's time, without those that they call."""
     with torch.profiler.profile() as profiler:
@@ -256,7 +281,8 @@ def measure(name: str, dtype: str, limits: Limits, args: argparse.Namespace) -> 
             changed = variant.prepare(copy.deepcopy(model))
             step = variant.step(variant.objective, dtype == "bfloat16")
             run = functools.partial(zeroed, step, changed, images, targets)
-            row["first_step_seconds"] = wall_time(run)
+            with within(args.first_step_limit):
+                row["first_step_seconds"] = wall_time(run)
             if isinstance(variant.objective, GradientNormLoss):
                 if expected is None:
                     expected = gradients(changed)
@@ -268,6 +294,11 @@ def measure(name: str, dtype: str, limits: Limits, args: argparse.Namespace) -> 
                 changed.zero_grad()
         except torch.OutOfMemoryError:
             row["error"] = "out of memory"
+            continue
+        except _TooLong:
+            row["error"] = f"first step not done in {args.first_step_limit:g} s"
+            # What a compiler did not finish is of no use to the next one.
+            torch._dynamo.reset()
             continue
         except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:
             # A compiler that gives up, or an engine that refuses the precision, is a result too.
@@ -369,6 +400,13 @@ def options() -> argparse.ArgumentParser:
         default=math.inf,
         metavar="SECONDS",
         help="begin no other model or dtype afterwards; default: none",
+    )
+    parser.add_argument(
+        "--first-step-limit",
+        type=float,
+        default=math.inf,
+        metavar="SECONDS",
+        help="leave a variant whose first step, in which compilers work, takes longer; default: none",
     )
     parser.add_argument(
         "--profile", action="store_true", help="also list the ops that take most of a step's time"

@@ -1,7 +1,10 @@
 """The benchmarks, on tensors and models too small to time: what they write, and what stops them."""
 
+import contextlib
 import json
+import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -305,6 +308,25 @@ def test_time_limit(tmp_path, capsys):
     steps.main([*options, "--model", TRANSFORMER])
     assert not file.exists()
     assert f"{TRANSFORMER} float32: not measured within 0 s" in capsys.readouterr().out
+
+
+def test_first_step_limit(monkeypatch, tmp_path):
+    """A compiler that does not end is left, though it takes every exception for its own."""
+
+    def endless(model, images, targets):
+        while True:
+            with contextlib.suppress(Exception):
+                time.sleep(60)
+
+    monkeypatch.setitem(steps.VARIANTS, "compiled", steps.Variant(lambda *_: endless, steps.PENALTY))
+    file = tmp_path / "out.json"
+    options = [*SMALL_STEP, "--model", TRANSFORMER, "--variants", "compiled", "fuse", "--json", str(file)]
+    before = signal.getsignal(signal.SIGALRM)
+    steps.main([*options, "--first-step-limit", "3"])
+    stock, compiled, fuse = json.loads(file.read_text())["rows"]
+    assert compiled["error"] == "first step not done in 3 s" and "milliseconds" not in compiled
+    assert stock["milliseconds"] > 0 and fuse["milliseconds"] > 0
+    assert signal.getsignal(signal.SIGALRM) == before
 
 
 def test_relative_difference():
