@@ -426,6 +426,8 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse(parser, arguments)
     if args.batch < 1:
         parser.error(f"--batch: expected at least 1, got {args.batch}")
+    if not args.first_step_limit > 0:
+        parser.error(f"--first-step-limit: expected more than 0, got {args.first_step_limit:g}")
     try:
         get_act_layer(args.act)
     except (AssertionError, KeyError):

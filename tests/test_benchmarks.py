@@ -343,6 +343,7 @@ def test_relative_difference():
     ("arguments", "message"),
     [
         (["--batch", "0"], "--batch: expected at least 1, got 0"),
+        (["--first-step-limit", "0"], "--first-step-limit: expected more than 0, got 0"),
         (["--dtype", "tf32"], "--dtype tf32: needs a GPU"),
         (["--act", "nothing"], "--act: timm knows none called nothing"),
         (["--variants", "other"], "--variants"),
