@@ -283,7 +283,9 @@ def test_fuzzed_shapes_dims_biases_and_strides(data, dtype):
         scale = max(1, truth.abs().max().item())
         # The bias's gradients are sums.
         scale *= math.sqrt(max(1, v.numel() / result.numel()))
-        assert (result.double() - truth).abs().max().item() <= 8 * torch.finfo(dtype).eps * scale
+        # In float64 the reference errs like what it is compared with.
+        units = 16 if dtype == torch.float64 else 8
+        assert (result.double() - truth).abs().max().item() <= units * torch.finfo(dtype).eps * scale
 
 
 @each_instruction_set
