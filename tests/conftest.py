@@ -1,3 +1,4 @@
+import contextlib
 import os
 
 # Before torch reads it. The tensors here are small, and threads waiting for one another would take most of
@@ -12,6 +13,16 @@ import torch
 
 def pytest_addoption(parser):
     parser.addoption("--run-slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_configure(config):
+    """Hypothesis draws the same examples in every run, and new ones in `make test-all`."""
+    with contextlib.suppress(ImportError):
+        from hypothesis import settings
+
+        settings.register_profile("repeatable", derandomize=True)
+        if not config.getoption("--run-slow"):
+            settings.load_profile("repeatable")
 
 
 def pytest_collection_modifyitems(config, items):
