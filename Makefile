@@ -32,7 +32,7 @@ test-all: test
 test-python: $(BIN)/.built
 	$(BIN)/python -m pytest $(PYTEST_OPTIONS)
 
-# Not optimised, which takes half of the time; what optimised code computes the other tests check.
+# Not optimised, to compile sooner; what optimised code computes the other tests check.
 test-cpp: $(BIN)/.built
 	$(BIN)/cmake -S . -B build/cmake -G Ninja -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" \
 		-DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(BIN)/ninja" -DCMAKE_CXX_FLAGS_RELEASE=-O0
