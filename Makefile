@@ -15,8 +15,9 @@ NATIVE := setup.py pyproject.toml $(wildcard csrc/*.* csrc/cpu/*.*)
 LINTERS := clang-format==23.1.5 mypy==2.4.1 pre-commit==4.7.0 ruff==0.17.6
 FORMATTED_CXX := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h tests/cpp/*.cpp)
 INSTALL := pip install --quiet --disable-pip-version-check
-# A test that hangs fails, with what each of its threads was doing.
-PYTEST_OPTIONS := --numprocesses auto --timeout 900 --timeout-method thread --durations 20
+# Of a test that hangs, stderr says what each thread was doing; half a minute later it fails.
+PYTEST_OPTIONS := --numprocesses auto --timeout 600 --timeout-method thread -o faulthandler_timeout=570 \
+	--durations 20
 
 .PHONY: demo test test-all test-python test-cpp test-cpu-only lint format bench bench-traffic bench-rivals bench-gpu clean
 
