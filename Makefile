@@ -15,6 +15,8 @@ NATIVE := setup.py pyproject.toml $(wildcard csrc/*.* csrc/cpu/*.*)
 LINTERS := clang-format==23.1.5 mypy==2.4.1 pre-commit==4.7.0 ruff==0.17.6
 FORMATTED_CXX := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h tests/cpp/*.cpp)
 INSTALL := pip install --quiet --disable-pip-version-check
+# C++ tests compile all files of a target at once.
+UNITY := ON
 # Of a test that hangs, stderr says what each thread was doing; half a minute later it fails.
 PYTEST_OPTIONS := --numprocesses auto --timeout 600 --timeout-method thread -o faulthandler_timeout=570 \
 	--durations 20
@@ -28,15 +30,18 @@ test: test-cpp test-cpu-only test-python
 
 # One test at a time: some take most of the memory.
 test-all: PYTEST_OPTIONS := --run-slow --durations 20
+# Shows that every C++ file compiles by itself.
+test-all: UNITY := OFF
 test-all: test
 
 test-python: $(BIN)/.built
 	$(BIN)/python -m pytest $(PYTEST_OPTIONS)
 
-# Not optimised, to compile sooner; what optimised code computes the other tests check.
+# Not optimised, and in few pieces, to compile sooner; what optimised code computes the other tests check.
 test-cpp: $(BIN)/.built
 	$(BIN)/cmake -S . -B build/cmake -G Ninja -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" \
-		-DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(BIN)/ninja" -DCMAKE_CXX_FLAGS_RELEASE=-O0
+		-DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(BIN)/ninja" -DCMAKE_CXX_FLAGS_RELEASE=-O0 \
+		-DCMAKE_UNITY_BUILD=$(UNITY) -DCMAKE_UNITY_BUILD_BATCH_SIZE=0
 	$(BIN)/cmake --build build/cmake
 	$(BIN)/ctest --test-dir build/cmake --output-on-failure
 

@@ -13,7 +13,7 @@
 #include "common.h"
 #include "cpu/activation.h"
 
-namespace gradnorm_kernels {
+namespace gradnorm_kernels::activation {
 namespace {
 
 using torch::autograd::AutogradContext;
@@ -625,4 +625,4 @@ TORCH_LIBRARY_IMPL(gradnorm_kernels, AutocastCUDA, m) {
 }
 
 }  // namespace
-}  // namespace gradnorm_kernels
+}  // namespace gradnorm_kernels::activation

@@ -28,7 +28,7 @@
 
 #include "common.h"
 
-namespace gradnorm_kernels {
+namespace gradnorm_kernels::attention {
 namespace {
 
 using torch::autograd::AutogradContext;
@@ -1394,4 +1394,4 @@ TORCH_LIBRARY_IMPL(gradnorm_kernels, CompositeExplicitAutograd, m) {
 }
 
 }  // namespace
-}  // namespace gradnorm_kernels
+}  // namespace gradnorm_kernels::attention

@@ -14,7 +14,7 @@
 
 #include "common.h"
 
-namespace gradnorm_kernels {
+namespace gradnorm_kernels::batch_norm {
 namespace {
 
 using torch::autograd::AutogradContext;
@@ -875,4 +875,4 @@ TORCH_LIBRARY_IMPL(gradnorm_kernels, CompositeExplicitAutograd, m) {
 }
 
 }  // namespace
-}  // namespace gradnorm_kernels
+}  // namespace gradnorm_kernels::batch_norm

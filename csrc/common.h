@@ -1,4 +1,5 @@
-// What every op family shares: when to take the composite path, and how bad input is reported.
+// What every op family shares: when to take the composite path, and how bad input is reported. setup.py
+// compiles the families as one file, so each keeps its own names in a namespace.
 #pragma once
 
 #include <ATen/ATen.h>

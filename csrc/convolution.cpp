@@ -13,7 +13,7 @@
 
 #include "common.h"
 
-namespace gradnorm_kernels {
+namespace gradnorm_kernels::convolution {
 namespace {
 
 using c10::SymInt;
@@ -449,4 +449,4 @@ TORCH_LIBRARY_IMPL(gradnorm_kernels, AutocastCUDA, m) {
 }
 
 }  // namespace
-}  // namespace gradnorm_kernels
+}  // namespace gradnorm_kernels::convolution

@@ -122,9 +122,10 @@ struct Logistic {
   V slope;  // s (1 - s)
   V skew;   // 1 - 2 s
 };
-// Through exp(-|x|), so that neither 1 - s nor exp loses the small side.
+// Through exp(-|x|), so that neither 1 - s nor exp loses the small side. Inlined, or each of the two calls
+// for a vector of half types would spill the registers.
 template <class T>
-Logistic<at::vec::Vectorized<T>> logistic(const at::vec::Vectorized<T>& x) {
+C10_ALWAYS_INLINE Logistic<at::vec::Vectorized<T>> logistic(const at::vec::Vectorized<T>& x) {
   using V = at::vec::Vectorized<T>;
   const V one(static_cast<T>(1)), zero(static_cast<T>(0));
   const V decay = exp_nonpositive(x.abs().neg());
@@ -149,9 +150,9 @@ struct MishGate {
 };
 // Rational in e = exp(x): with D = 2 + 2 e + e^2 they are e (2 + e) / D = 1 - 2 / D, 4 e (1 + e) / D^2 and
 // 4 e (2 + 2 e - 3 e^2 - 2 e^3) / D^3. For x > 0 the fractions are reduced by the powers of e, to be
-// written in d = exp(-|x|) on either side.
+// written in d = exp(-|x|) on either side. Inlined as above.
 template <class T>
-MishGate<at::vec::Vectorized<T>> mish_gate(const at::vec::Vectorized<T>& x) {
+C10_ALWAYS_INLINE MishGate<at::vec::Vectorized<T>> mish_gate(const at::vec::Vectorized<T>& x) {
   const auto positive = x > 0.0_c;
   const auto d = exp_nonpositive(x.abs().neg());
   const auto scale = operand<at::vec::Vectorized<T>>(1.0_c) /

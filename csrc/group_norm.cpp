@@ -15,7 +15,7 @@
 
 #include "common.h"
 
-namespace gradnorm_kernels {
+namespace gradnorm_kernels::group_norm {
 namespace {
 
 using torch::autograd::AutogradContext;
@@ -715,4 +715,4 @@ TORCH_LIBRARY_IMPL(gradnorm_kernels, AutocastCUDA, m) {
 }
 
 }  // namespace
-}  // namespace gradnorm_kernels
+}  // namespace gradnorm_kernels::group_norm

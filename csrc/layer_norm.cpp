@@ -13,7 +13,7 @@
 
 #include "common.h"
 
-namespace gradnorm_kernels {
+namespace gradnorm_kernels::layer_norm {
 namespace {
 
 using torch::autograd::AutogradContext;
@@ -367,7 +367,7 @@ c10::SymDimVector statistics_shape(const Tensor& input) {
 
 struct Cpu {
   // With 1 column in a row, or none, the statistics' sizes still say which rows there are.
-  static Rows rows_of(const Tensor& input, const Tensor& mean) {
+  static NormalizedRows rows_of(const Tensor& input, const Tensor& mean) {
     int64_t inner = 1;
     for (auto d = input.dim() - 1; d >= 0 && mean.size(d) == input.size(d); --d) {
       inner *= input.size(d);
@@ -375,7 +375,7 @@ struct Cpu {
     return {mean.numel() / inner, input.numel() / mean.numel(), inner};
   }
   static Tensor parameter(
-      const OptionalTensor& parameter, double absent, const Tensor& input, const Rows& rows) {
+      const OptionalTensor& parameter, double absent, const Tensor& input, const NormalizedRows& rows) {
     const auto options = arithmetic_options(input);
     return is_defined(parameter) ? parameter->to(options.dtype()).contiguous()
                                  : at::full({rows.columns}, absent, options);
@@ -383,7 +383,7 @@ struct Cpu {
   static Tensor statistic(const Tensor& tensor, const Tensor& input) {
     return tensor.to(arithmetic_options(input).dtype()).contiguous();
   }
-  static Tensor partial_sums(bool wanted, const Tensor& input, const Rows& rows) {
+  static Tensor partial_sums(bool wanted, const Tensor& input, const NormalizedRows& rows) {
     return wanted ? at::empty({rows.chunks(), rows.columns}, arithmetic_options(input)) : Tensor();
   }
   static Tensor sum(const Tensor& partial_sums, const Tensor& like) {
@@ -399,7 +399,7 @@ struct Cpu {
         at::empty(shape, arithmetic_options(input))};
     const auto& [output, mean, rstd] = outputs;
     if (input.numel() != 0) {
-      const Rows rows = rows_of(input, mean);
+      const NormalizedRows rows = rows_of(input, mean);
       GRADNORM_KERNELS(layer_norm_kernels)
           .forward(
               {output, mean, rstd, input.contiguous(), parameter(weight, 1, input, rows),
@@ -419,7 +419,7 @@ struct Cpu {
       const Tensor zeros = at::zeros_like(like);
       return {grad_input, output_mask[1] ? zeros : Tensor(), output_mask[2] ? zeros.clone() : Tensor()};
     }
-    const Rows rows = rows_of(input, mean);
+    const NormalizedRows rows = rows_of(input, mean);
     const Tensor grad_weight = partial_sums(output_mask[1], input, rows);
     const Tensor grad_bias = partial_sums(output_mask[2], input, rows);
     GRADNORM_KERNELS(layer_norm_kernels)
@@ -442,7 +442,7 @@ struct Cpu {
     if (input.numel() == 0) {
       return {grad_grad_output, grad_input, output_mask[2] ? at::zeros_like(*weight) : Tensor()};
     }
-    const Rows rows = rows_of(input, mean);
+    const NormalizedRows rows = rows_of(input, mean);
     const Tensor grad_weight = partial_sums(output_mask[2], input, rows);
     const bool parameters = is_defined(grad_grad_weight) || is_defined(grad_grad_bias);
     GRADNORM_KERNELS(layer_norm_kernels)
@@ -803,4 +803,4 @@ TORCH_LIBRARY_IMPL(gradnorm_kernels, CompositeExplicitAutograd, m) {
 }
 
 }  // namespace
-}  // namespace gradnorm_kernels
+}  // namespace gradnorm_kernels::layer_norm

@@ -5,7 +5,7 @@
 
 #include "common.h"
 
-namespace gradnorm_kernels {
+namespace gradnorm_kernels::permute_rows {
 namespace {
 
 using torch::autograd::AutogradContext;
@@ -86,4 +86,4 @@ TORCH_LIBRARY_IMPL(gradnorm_kernels, CompositeExplicitAutograd, m) {
 }
 
 }  // namespace
-}  // namespace gradnorm_kernels
+}  // namespace gradnorm_kernels::permute_rows

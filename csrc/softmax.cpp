@@ -16,7 +16,7 @@
 
 #include "common.h"
 
-namespace gradnorm_kernels {
+namespace gradnorm_kernels::softmax {
 namespace {
 
 using at::ScalarType;
@@ -447,4 +447,4 @@ TORCH_LIBRARY_IMPL(gradnorm_kernels, CompositeExplicitAutograd, m) {
 }
 
 }  // namespace
-}  // namespace gradnorm_kernels
+}  // namespace gradnorm_kernels::softmax

@@ -45,7 +45,7 @@ struct Lanes {
 
 // A scalar, or an array along the channels, as the operand of part k of the lanes.
 template <class Vec>
-struct Along {
+struct AlongChannels {
   const typename Vec::value_type* data;
   int64_t count;
 
@@ -266,11 +266,11 @@ class DoubleBackward {
       const auto v = L::load(v_ + i, count);
       const auto g = L::load(g_ + i, count);
       const auto x = L::load(x_ + i, count);
-      const Along<Vec> mean{means + channel, count};
+      const AlongChannels<Vec> mean{means + channel, count};
       for (int64_t k = 0; k < L::parts; ++k) {
         std::array<Vec, kSums> totals;
         for (int s = 0; s < kSums; ++s) {
-          totals[s] = Along<Vec>{sums + s * stride_ + channel, count}[k];
+          totals[s] = AlongChannels<Vec>{sums + s * stride_ + channel, count}[k];
         }
         accumulate(totals, v[k], g[k], x[k], mean[k]);
         const int64_t left = std::clamp<int64_t>(count - k * Vec::size(), 0, Vec::size());
@@ -354,7 +354,7 @@ class DoubleBackward {
       const Scalar* const first = coefficients(scratch, kMean);
       for_each_vector_of_rows(n, piece, [&](int64_t i, int64_t channel, int64_t count) {
         apply_to_vector<Out, In>(i, count, [&](Coefficient coefficient) {
-          return Along<Vec>{first + coefficient * stride_ + channel, count};
+          return AlongChannels<Vec>{first + coefficient * stride_ + channel, count};
         });
       });
       return;

@@ -122,9 +122,9 @@ T* mutable_data(const Tensor& tensor) {
 
 // unit(index, chunk) for every unit of work, with the chunk's number, on all threads; begin(chunk) before.
 template <class Begin, class Unit>
-void for_each_unit(const Rows& rows, const Begin& begin, const Unit& unit) {
+void for_each_unit(const NormalizedRows& rows, const Begin& begin, const Unit& unit) {
   const int64_t in_chunk = rows.units_in_chunk();
-  const int64_t chunk_elements = in_chunk * rows.columns * std::min(rows.inner, Rows::kTile);
+  const int64_t chunk_elements = in_chunk * rows.columns * std::min(rows.inner, NormalizedRows::kTile);
   const int64_t grain = std::max<int64_t>(1, at::internal::GRAIN_SIZE / chunk_elements);
   gradnorm_kernels::parallel_for(0, rows.chunks(), grain, [&](int64_t first, int64_t last) {
     for (int64_t chunk = first; chunk < last; ++chunk) {
@@ -140,22 +140,22 @@ void for_each_unit(const Rows& rows, const Begin& begin, const Unit& unit) {
 struct Tile {
   int64_t element, row, count;
 
-  Tile(const Rows& rows, int64_t unit) {
+  Tile(const NormalizedRows& rows, int64_t unit) {
     const int64_t outer = unit / rows.tiles();
-    const int64_t start = (unit % rows.tiles()) * Rows::kTile;
+    const int64_t start = (unit % rows.tiles()) * NormalizedRows::kTile;
     element = outer * rows.columns * rows.inner + start;
     row = outer * rows.inner + start;
-    count = std::min(Rows::kTile, rows.inner - start);
+    count = std::min(NormalizedRows::kTile, rows.inner - start);
   }
 };
 
 // One V for every pack of a tile.
 template <class P, class V>
-using PerPack = std::array<V, std::max<int64_t>(1, Rows::kTile / P::size)>;
+using PerPack = std::array<V, std::max<int64_t>(1, NormalizedRows::kTile / P::size)>;
 
 // The sums over the columns of a tile of terms(start, count, column), for every pack of its rows.
 template <class P, size_t N, class Terms>
-PerPack<P, std::array<P, N>> sum_tile(const Rows& rows, const Tile& tile, const Terms& terms) {
+PerPack<P, std::array<P, N>> sum_tile(const NormalizedRows& rows, const Tile& tile, const Terms& terms) {
   PerPack<P, std::array<P, N>> totals{};
   for (int64_t column = 0; column < rows.columns;) {
     const int64_t end = std::min(column + kBlock, rows.columns);
@@ -173,7 +173,7 @@ PerPack<P, std::array<P, N>> sum_tile(const Rows& rows, const Tile& tile, const 
 }
 
 template <class T>
-void forward(const LayerNormKernels::Forward& t, double eps, const Rows& rows) {
+void forward(const LayerNormKernels::Forward& t, double eps, const NormalizedRows& rows) {
   using P = Pack<T>;
   using Scalar = typename P::Scalar;
   using Vector = typename P::Vector;
@@ -221,7 +221,7 @@ void forward(const LayerNormKernels::Forward& t, double eps, const Rows& rows) {
 }
 
 template <class T>
-void backward(const LayerNormKernels::Backward& t, const Rows& rows) {
+void backward(const LayerNormKernels::Backward& t, const NormalizedRows& rows) {
   using P = Pack<T>;
   using Scalar = typename P::Scalar;
   const T* const grad_output = data<T>(t.grad_output);
@@ -342,7 +342,7 @@ struct DoubleBackwardRow {
 };
 
 template <class T, bool kParameters>
-void double_backward(const LayerNormKernels::DoubleBackward& t, const Rows& rows) {
+void double_backward(const LayerNormKernels::DoubleBackward& t, const NormalizedRows& rows) {
   using P = Pack<T>;
   using Scalar = typename P::Scalar;
   const T* const grad_grad_input = data<T>(t.grad_grad_input);
@@ -467,13 +467,13 @@ void dispatch(const Operands& operands, const Fn& fn) {
 }  // namespace
 
 const LayerNormKernels layer_norm_kernels{
-    [](const LayerNormKernels::Forward& operands, double eps, const Rows& rows) {
+    [](const LayerNormKernels::Forward& operands, double eps, const NormalizedRows& rows) {
       dispatch(operands, [&](auto type) { forward<decltype(type)>(operands, eps, rows); });
     },
-    [](const LayerNormKernels::Backward& operands, const Rows& rows) {
+    [](const LayerNormKernels::Backward& operands, const NormalizedRows& rows) {
       dispatch(operands, [&](auto type) { backward<decltype(type)>(operands, rows); });
     },
-    [](const LayerNormKernels::DoubleBackward& operands, const Rows& rows) {
+    [](const LayerNormKernels::DoubleBackward& operands, const NormalizedRows& rows) {
       dispatch(operands, [&](auto type) {
         if (operands.grad_grad_weight.defined()) {
           double_backward<decltype(type), true>(operands, rows);

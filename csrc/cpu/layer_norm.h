@@ -10,7 +10,7 @@ using at::Tensor;
 
 // A contiguous tensor as [outer, columns, inner], normalised over its columns. inner is 1 where these are the
 // last dimensions, and height * width for the channels of NCHW.
-struct Rows {
+struct NormalizedRows {
   int64_t outer, columns, inner;
 
   // A kernel's unit of work: one row, or a tile of neighbouring rows that are interleaved in memory.
@@ -38,19 +38,19 @@ struct LayerNormKernels {
   struct Forward {
     Tensor output, mean, rstd, input, weight, bias;
   };
-  void (*forward)(const Forward&, double eps, const Rows&);
+  void (*forward)(const Forward&, double eps, const NormalizedRows&);
 
   struct Backward {
     Tensor grad_input, grad_weight, grad_bias, grad_output, input, mean, rstd, weight;
   };
-  void (*backward)(const Backward&, const Rows&);
+  void (*backward)(const Backward&, const NormalizedRows&);
 
   // grad_grad_weight and grad_grad_bias are both defined, or neither is.
   struct DoubleBackward {
     Tensor grad_grad_output, grad_input, grad_weight;
     Tensor grad_grad_input, grad_grad_weight, grad_grad_bias, grad_output, input, mean, rstd, weight;
   };
-  void (*double_backward)(const DoubleBackward&, const Rows&);
+  void (*double_backward)(const DoubleBackward&, const NormalizedRows&);
 };
 
 GRADNORM_DECLARE_KERNELS(LayerNormKernels, layer_norm_kernels)
