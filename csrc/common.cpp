@@ -9,24 +9,19 @@
 
 namespace gradnorm_kernels {
 
-bool needs_composite(at::TensorList tensors) {
+bool is_transforming() {
   // Included in the thread's dispatch keys as long as any torch.func transform is active.
   if (c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode)) {
     return true;
   }
   using c10::impl::TorchDispatchModeKey;
-  using c10::impl::TorchDispatchModeTLS;
-  if (TorchDispatchModeTLS::get_mode(TorchDispatchModeKey::PROXY).has_value()) {
-    return true;
-  }
+  return c10::impl::TorchDispatchModeTLS::get_mode(TorchDispatchModeKey::PROXY).has_value();
+}
+
+bool is_foreign(const Tensor& tensor) {
   constexpr uint64_t outermost_level = 0;
-  for (const auto& tensor : tensors) {
-    if (tensor.is_nested() || tensor.key_set().has(c10::DispatchKey::Python) ||
-        tensor._fw_grad(outermost_level).defined()) {
-      return true;
-    }
-  }
-  return false;
+  return tensor.is_nested() || tensor.key_set().has(c10::DispatchKey::Python) ||
+         tensor._fw_grad(outermost_level).defined();
 }
 
 namespace {
@@ -37,37 +32,39 @@ bool is_supported_dtype(at::ScalarType dtype) {
 
 }  // namespace
 
-void check_floating(
-    const char* op, const char* suffix, std::initializer_list<NamedTensor> tensors, bool same_dtype) {
+void check_floating(const char* op, std::initializer_list<NamedTensor> tensors, bool same_dtype) {
   const auto& first = *tensors.begin();
   for (const auto& [name, tensor] : tensors) {
+    if (!tensor.defined()) {
+      continue;
+    }
     const auto dtype = tensor.scalar_type();
     TORCH_CHECK_TYPE(
-        is_supported_dtype(dtype), op, suffix, ": expected ", name,
+        is_supported_dtype(dtype), op, ": expected ", name,
         " to be float16, bfloat16, float32 or float64, got ", dtype);
     TORCH_CHECK(
-        tensor.layout() == at::kStrided, op, suffix, ": expected ", name, " to be a strided tensor, got ",
+        tensor.layout() == at::kStrided, op, ": expected ", name, " to be a strided tensor, got ",
         tensor.layout());
     TORCH_CHECK_TYPE(
-        !same_dtype || dtype == first.tensor.scalar_type(), op, suffix, ": expected ", name,
-        " to have the dtype of ", first.name, " (", first.tensor.scalar_type(), "), got ", dtype);
+        !same_dtype || dtype == first.tensor.scalar_type(), op, ": expected ", name, " to have the dtype of ",
+        first.name, " (", first.tensor.scalar_type(), "), got ", dtype);
     TORCH_CHECK(
-        tensor.device() == first.tensor.device(), op, suffix, ": expected ", name, " to be on the device of ",
+        tensor.device() == first.tensor.device(), op, ": expected ", name, " to be on the device of ",
         first.name, " (", first.tensor.device(), "), got ", tensor.device());
   }
 }
 
-void check_elementwise(const char* op, const char* suffix, std::initializer_list<NamedTensor> tensors) {
+void check_elementwise(const char* op, std::initializer_list<NamedTensor> tensors) {
   const auto& first = *tensors.begin();
   for (const auto& [name, tensor] : tensors) {
     if (tensor.is_nested()) {
       return;
     }
   }
-  check_floating(op, suffix, tensors);
+  check_floating(op, tensors);
   for (const auto& [name, tensor] : tensors) {
     TORCH_CHECK_VALUE(
-        tensor.sym_sizes() == first.tensor.sym_sizes(), op, suffix, ": expected ", name,
+        !tensor.defined() || tensor.sym_sizes() == first.tensor.sym_sizes(), op, ": expected ", name,
         " to have the shape of ", first.name, " (", first.tensor.sym_sizes(), "), got ", tensor.sym_sizes());
   }
 }

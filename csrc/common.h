@@ -1,5 +1,6 @@
-// What every op family shares: when to take the composite path, and how bad input is reported. setup.py
-// compiles the families as one file, so each keeps its own names in a namespace.
+// What every op family shares below op.h: when to take the composite, how bad input is reported, and how
+// PyTorch's own ops are replaced. setup.py compiles the families as one file, so each keeps its own names in
+// a namespace.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -14,25 +15,30 @@ namespace gradnorm_kernels {
 using at::Tensor;
 
 // True where an autograd Function or a kernel of ours would raise or be silently incomplete, and plain ATen
-// ops are right: inside torch.func transforms, under forward-mode AD, for nested tensors and for tensor
-// subclasses that implement ATen's ops (DTensor), and while a graph is traced for a compiler, which fuses
-// plain ops with their neighbours.
-bool needs_composite(at::TensorList tensors);
+// ops are right: inside torch.func transforms and while a graph is traced for a compiler, which fuses plain
+// ops with their neighbours,
+bool is_transforming();
+// for nested tensors and tensor subclasses that implement ATen's ops (DTensor), and under forward-mode AD.
+bool is_foreign(const Tensor& tensor);
+
+template <class... Tensors>
+bool needs_composite(const Tensors&... tensors) {
+  return is_transforming() || (is_foreign(tensors) || ...);
+}
 
 struct NamedTensor {
   const char* name;
   const Tensor& tensor;
 };
 
-// The checks raise, naming the op (its name and suffix) and the argument.
+// The checks raise, naming the op and the argument. Undefined tensors pass.
 
 // Unless all are strided float16, bfloat16, float32 or float64 tensors on the first one's device and, if
 // asked for, of its dtype.
-void check_floating(
-    const char* name, const char* suffix, std::initializer_list<NamedTensor> tensors, bool same_dtype = true);
+void check_floating(const char* op, std::initializer_list<NamedTensor> tensors, bool same_dtype = true);
 // Unless all pass check_floating and share the first one's shape. Nested tensors, whose shapes only ATen's
 // ops know, are left to these.
-void check_elementwise(const char* name, const char* suffix, std::initializer_list<NamedTensor> tensors);
+void check_elementwise(const char* op, std::initializer_list<NamedTensor> tensors);
 
 // float32 for float16 and bfloat16: the dtype arithmetic is done in.
 Tensor to_opmath(const Tensor& tensor);

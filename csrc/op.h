@@ -1,0 +1,352 @@
+// What makes an op of the dispatcher, and what makes it differentiable; every op family uses it.
+//
+// An op is a struct. Its members are the arguments, in the order of its schema, and its member functions are
+// its implementations, each named after the dispatch key it is registered at. A call of the op is an object
+// of the struct: call(DoubleBackward{.grad_output = g, .input = x}).
+//
+//   struct Op {
+//     static constexpr auto schema = "op(Tensor input, Tensor? weight, float eps) -> Tensor";
+//     const Tensor& input;
+//     OptionalTensor weight;
+//     double eps;
+//     auto tie() const { return std::tie(input, weight, eps); }
+//
+//     Tensor composite() const;  // plain ATen ops; the op's result is its result
+//     Tensor autograd() const;   // or differentiable(), see below
+//     Tensor cpu() const;        // and meta, cuda, any_device, autocast_cpu, autocast_cuda, where there is one
+//   };
+//   const Registration<Op> registration;
+#pragma once
+
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/library.h>
+
+#include <array>
+#include <bitset>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "common.h"
+
+namespace gradnorm_kernels {
+
+using torch::autograd::variable_list;
+using TensorPair = std::tuple<Tensor, Tensor>;
+using TensorTriple = std::tuple<Tensor, Tensor, Tensor>;
+// Which of an op's results are wanted.
+template <size_t N>
+using Mask = std::array<bool, N>;
+
+// A tensor that may be undefined, in schemas a Tensor?.
+struct OptionalTensor : Tensor {
+  OptionalTensor() = default;
+  OptionalTensor(const Tensor& tensor) : Tensor(tensor) {}
+  OptionalTensor(const std::optional<Tensor>& tensor) : Tensor(tensor.value_or(Tensor())) {}
+};
+
+// What ATen takes for a tensor that may be undefined.
+inline std::optional<Tensor> optional(const Tensor& tensor) {
+  return tensor.defined() ? std::optional<Tensor>(tensor) : std::nullopt;
+}
+
+namespace detail {
+
+// The types of a member of an op, as the dispatcher passes it.
+template <class Member>
+struct Parameter {
+  using type = Member;
+  static const Member& pass(const Member& member) {
+    return member;
+  }
+};
+template <>
+struct Parameter<Tensor> {
+  using type = const Tensor&;
+  static const Tensor& pass(const Tensor& member) {
+    return member;
+  }
+};
+template <>
+struct Parameter<OptionalTensor> {
+  using type = const std::optional<Tensor>&;
+  static std::optional<Tensor> pass(const OptionalTensor& member) {
+    return optional(member);
+  }
+};
+
+template <class Op>
+auto result_of(const Op& op) {
+  if constexpr (requires { op.composite(); }) {
+    return op.composite();
+  }
+}
+
+template <class Op, class Members = decltype(std::declval<const Op&>().tie())>
+struct Dispatched;
+
+template <class Op, class... Members>
+struct Dispatched<Op, std::tuple<const Members&...>> {
+  using Result = decltype(result_of(std::declval<const Op&>()));
+  using Signature = Result(typename Parameter<Members>::type...);
+
+  // Put together at run time, where schemas of several ops differ in a part.
+  static std::string schema() {
+    if constexpr (requires { Op::schema(); }) {
+      return Op::schema();
+    } else {
+      return Op::schema;
+    }
+  }
+  static std::string name() {
+    return schema().substr(0, schema().find('('));
+  }
+  static Result call(const Op& op) {
+    static const auto handle = find_op<Signature>("gradnorm_kernels::" + name());
+    return std::apply(
+        [](const Members&... members) { return handle.call(Parameter<Members>::pass(members)...); },
+        op.tie());
+  }
+  // An implementation with the arguments that the dispatcher gives.
+  template <Result (Op::*implementation)() const>
+  static Result implement(typename Parameter<Members>::type... arguments) {
+    return (Op{arguments...}.*implementation)();
+  }
+  // At the Autograd key of an op whose result is itself differentiated only by its composite.
+  static Result composite_where_differentiated(typename Parameter<Members>::type... arguments) {
+    const Op op{arguments...};
+    return std::apply(
+        [&](const auto&... tensors) {
+          if (needs_composite(tensors...) || torch::autograd::compute_requires_grad(tensors...)) {
+            return op.composite();
+          }
+          at::AutoDispatchBelowADInplaceOrView guard;
+          return call(op);
+        },
+        op.differentiable());
+  }
+};
+
+}  // namespace detail
+
+template <class Op>
+const char* name_of() {
+  static const auto name = detail::Dispatched<Op>::name();
+  return name.c_str();
+}
+
+// Through the dispatcher.
+template <class Op>
+auto call(const Op& op) {
+  return detail::Dispatched<Op>::call(op);
+}
+template <class Op>
+auto call_below_autograd(const Op& op) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return call(op);
+}
+
+// The ops of a family, defined and implemented at every key. Where an op has no implementation of its own for
+// a device or under torch.func, its composite is taken; where it has differentiable(), the tensors that it can
+// be differentiated by, in place of autograd(), the composite is taken as soon as one of them is differentiated.
+template <class... Ops>
+class Registration {
+ public:
+  Registration() {
+    torch::Library definitions(
+        torch::Library::FRAGMENT, "gradnorm_kernels", std::nullopt, __FILE__, __LINE__);
+    (definitions.def(detail::Dispatched<Ops>::schema().c_str()), ...);
+    libraries_.push_back(std::move(definitions));
+#define GRADNORM_IMPLEMENT(key, function)                           \
+  implement_at(c10::DispatchKey::key, [](torch::Library& m, auto op) { \
+    using Op = typename decltype(op)::type;                         \
+    if constexpr (requires(const Op& o) { o.function(); }) {        \
+      using D = detail::Dispatched<Op>;                             \
+      m.impl(name_of<Op>(), &D::template implement<&Op::function>); \
+    }                                                               \
+  })
+    GRADNORM_IMPLEMENT(CPU, cpu);
+    GRADNORM_IMPLEMENT(CUDA, cuda);
+    GRADNORM_IMPLEMENT(Meta, meta);
+    GRADNORM_IMPLEMENT(AutocastCPU, autocast_cpu);
+    GRADNORM_IMPLEMENT(AutocastCUDA, autocast_cuda);
+    GRADNORM_IMPLEMENT(FuncTorchBatched, composite);
+    GRADNORM_IMPLEMENT(Autograd, autograd);
+#undef GRADNORM_IMPLEMENT
+    implement_at(c10::DispatchKey::Autograd, [](torch::Library& m, auto op) {
+      using Op = typename decltype(op)::type;
+      if constexpr (requires(const Op& o) { o.differentiable(); }) {
+        m.impl(name_of<Op>(), &detail::Dispatched<Op>::composite_where_differentiated);
+      }
+    });
+    implement_at(c10::DispatchKey::CompositeExplicitAutograd, [](torch::Library& m, auto op) {
+      using Op = typename decltype(op)::type;
+      using D = detail::Dispatched<Op>;
+      if constexpr (requires(const Op& o) { o.any_device(); }) {
+        m.impl(name_of<Op>(), &D::template implement<&Op::any_device>);
+      } else if constexpr (requires(const Op& o) { o.composite(); }) {
+        m.impl(name_of<Op>(), &D::template implement<&Op::composite>);
+      }
+    });
+  }
+
+ private:
+  template <class Implement>
+  void implement_at(c10::DispatchKey key, const Implement& implement) {
+    torch::Library library(torch::Library::IMPL, "gradnorm_kernels", key, __FILE__, __LINE__);
+    (implement(library, std::type_identity<Ops>()), ...);
+    libraries_.push_back(std::move(library));
+  }
+
+  std::vector<torch::Library> libraries_;
+};
+
+// Which of the tensors that were differentiated need a gradient.
+using Needs = std::bitset<8>;
+
+// The first N tensors, as ops return them.
+template <size_t N>
+auto to_tuple(const variable_list& tensors) {
+  return [&]<size_t... i>(std::index_sequence<i...>) {
+    return std::make_tuple(tensors[i]...);
+  }(std::make_index_sequence<N>());
+}
+template <class... Tensors>
+variable_list to_list(const std::tuple<Tensors...>& tensors) {
+  return std::apply([](const auto&... tensor) { return variable_list{tensor...}; }, tensors);
+}
+// Those that are wanted: some of ATen's kernels return more.
+template <class... Tensors>
+variable_list to_list(const std::tuple<Tensors...>& tensors, const Mask<sizeof...(Tensors)>& wanted) {
+  auto list = to_list(tensors);
+  for (size_t i = 0; i < list.size(); ++i) {
+    if (!wanted[i]) {
+      list[i].reset();
+    }
+  }
+  return list;
+}
+
+namespace detail {
+
+// An autograd Function has no undefined outputs: its outputs are the defined ones of the results.
+struct Gathered {
+  int64_t defined = 0;  // a bit for each result
+  size_t count = 0;
+
+  variable_list gather(variable_list results) {
+    count = results.size();
+    variable_list outputs;
+    for (size_t i = 0; i < count; ++i) {
+      if (results[i].defined()) {
+        defined |= int64_t{1} << i;
+        outputs.push_back(std::move(results[i]));
+      }
+    }
+    return outputs;
+  }
+  variable_list scatter(const variable_list& outputs) const {
+    variable_list results(count);
+    auto next = outputs.begin();
+    for (size_t i = 0; i < count; ++i) {
+      if (defined >> i & 1) {
+        results[i] = *next++;
+      }
+    }
+    return results;
+  }
+};
+
+template <class Derivative>
+struct Recorded : torch::autograd::Function<Recorded<Derivative>> {
+  using Compute = c10::function_ref<variable_list(variable_list& saved)>;
+
+  static variable_list forward(
+      torch::autograd::AutogradContext* ctx, at::TensorList differentiated,
+      const typename Derivative::Settings& settings, Compute compute, Gathered* gathered) {
+    ctx->set_materialize_grads(false);
+    at::AutoDispatchBelowADInplaceOrView guard;
+    variable_list saved;
+    const auto outputs = gathered->gather(compute(saved));
+    ctx->save_for_backward(std::move(saved));
+    ctx->saved_data["state"] = std::make_tuple(
+        settings, gathered->defined, static_cast<int64_t>(gathered->count),
+        static_cast<int64_t>(differentiated.size()));
+    if constexpr (requires { Derivative::differentiable_results; }) {
+      ctx->mark_non_differentiable(
+          variable_list(outputs.begin() + Derivative::differentiable_results, outputs.end()));
+    }
+    return outputs;
+  }
+
+  static variable_list backward(torch::autograd::AutogradContext* ctx, const variable_list& outputs) {
+    const auto [settings, defined, count, operands] =
+        ctx->saved_data["state"]
+            .template to<std::tuple<typename Derivative::Settings, int64_t, int64_t, int64_t>>();
+    constexpr size_t others = 3;  // arguments of forward
+    const auto grads = Gathered{defined, static_cast<size_t>(count)}.scatter(outputs);
+    variable_list results;
+    if (std::any_of(grads.begin(), grads.end(), [](const Tensor& grad) { return grad.defined(); })) {
+      Needs needs;
+      for (int64_t i = 0; i < operands; ++i) {
+        needs[i] = ctx->needs_input_grad(i);
+      }
+      results = Derivative::backward(grads, ctx->get_saved_variables(), needs, settings);
+    }
+    results.resize(operands + others);
+    return results;
+  }
+};
+
+}  // namespace detail
+
+// What compute returns, recorded as a function of the tensors in differentiated, some of which may be
+// undefined. compute runs below autograd and may leave results undefined; it puts into its argument what is
+// saved for Derivative, which gives their gradients:
+//
+//   struct Derivative {
+//     using Settings = std::tuple<...>;  // what is saved beside tensors
+//     // grads: of the results, at least one defined. Returns the gradients of differentiated.
+//     static variable_list backward(
+//         const variable_list& grads, const variable_list& saved, Needs needs, const Settings& settings);
+//   };
+template <class Derivative>
+variable_list record(
+    at::TensorList differentiated, const typename Derivative::Settings& settings,
+    typename detail::Recorded<Derivative>::Compute compute) {
+  if (!torch::autograd::compute_requires_grad(differentiated)) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    variable_list unused;
+    return compute(unused);
+  }
+  detail::Gathered gathered;
+  const auto outputs =
+      detail::Recorded<Derivative>::apply(differentiated, settings, compute, &gathered);
+  return gathered.scatter(outputs);
+}
+
+// PyTorch's own op, replaced at the Autograd key while set_fused_double_backward is on by Self::autograd, which
+// takes the dispatch keys and then the op's arguments, and leaves to stock() what ours does not cover.
+template <class Self>
+struct Override {
+  template <class Return, class... Args>
+  static Return stock(c10::DispatchKeySet keys, const Args&... args) {
+    return kernel->template call<Return>(keys, args...);
+  }
+  static void install(torch::Library& aten_autograd, const std::string& op) {
+    if (!kernel) {
+      kernel.emplace(("aten::" + op).c_str());
+    }
+    aten_autograd.impl(op.c_str(), &Self::autograd);
+  }
+
+ private:
+  static inline std::optional<StockKernel> kernel;
+};
+
+}  // namespace gradnorm_kernels
