@@ -17,11 +17,6 @@ Normalized normalized(const Tensor& input, const Tensor& mean, const Tensor& rst
   return result;
 }
 
-// What stands for an absent parameter, of the channels of input.
-Tensor like_parameter(const Tensor& input, const Tensor& weight) {
-  return weight.defined() ? weight : at::ones_symint({input.sym_size(1)}, input.options());
-}
-
 struct DoubleBackward {
   static constexpr auto schema =
       "layer_norm_double_backward(Tensor grad_grad_input, Tensor? grad_grad_weight, Tensor? grad_grad_bias, "
@@ -139,13 +134,13 @@ struct Backward2d {
   }
   TensorTriple composite() const {
     check();
-    const Tensor like = like_parameter(input, weight);
+    const Tensor like = parameter_or_stand_in(weight, input, input.scalar_type());
     return Backward{grad_output, input, mean, rstd, like, like, kNchw, output_mask}.composite();
   }
   TensorTriple cpu() const {
     check();
     const Tensor grad_input = empty_contiguous(input, output_mask[0]);
-    const Tensor like = like_parameter(input, weight);
+    const Tensor like = parameter_or_stand_in(weight, input, input.scalar_type());
     if (input.numel() == 0) {
       const auto zeros = [&](bool wanted) { return wanted ? at::zeros_like(like) : Tensor(); };
       return {grad_input, zeros(output_mask[1]), zeros(output_mask[2])};
@@ -156,13 +151,13 @@ struct Backward2d {
     GRADNORM_KERNELS(layer_norm_kernels)
         .backward(
             {grad_input, grad_weight, grad_bias, grad_output.contiguous(), input.contiguous(),
-             on_cpu.statistic(mean), on_cpu.statistic(rstd), on_cpu.parameter(like, 1)},
+             on_cpu.statistic(mean), on_cpu.statistic(rstd), on_cpu.parameter(weight, 1)},
             on_cpu.rows);
     return {grad_input, on_cpu.sum(grad_weight, like), on_cpu.sum(grad_bias, like)};
   }
   TensorTriple meta() const {
     check();
-    const Tensor like = like_parameter(input, weight);
+    const Tensor like = parameter_or_stand_in(weight, input, input.scalar_type());
     return {
         empty_contiguous(input, output_mask[0]), empty_contiguous(like, output_mask[1]),
         empty_contiguous(like, output_mask[2])};

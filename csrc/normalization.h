@@ -13,6 +13,7 @@
 #pragma once
 
 #include <ATen/OpMathType.h>
+#include <ATen/autocast_mode.h>
 
 #include <vector>
 
@@ -130,8 +131,23 @@ inline Tensor to_dtype_of(const Tensor& like, const Tensor& tensor) {
   return tensor.defined() ? tensor.to(like.scalar_type()) : tensor;
 }
 
+// A weight or, where there is none, what has the shape and dtype of its gradient.
+inline Tensor parameter_or_stand_in(const Tensor& weight, const Tensor& input, at::ScalarType dtype) {
+  return weight.defined() ? weight
+                          : at::empty({}, input.options().dtype(dtype)).expand_symint({input.sym_size(1)});
+}
+
+inline Tensor empty_contiguous(const Tensor& like, bool wanted = true) {
+  return wanted ? at::empty_like(like, at::MemoryFormat::Contiguous) : Tensor();
+}
+
 inline at::TensorOptions arithmetic_options(const Tensor& tensor) {
   return tensor.options().dtype(at::toOpMathType(tensor.scalar_type()));
+}
+
+// CUDA's autocast runs normalisations in float32; the CPU's leaves them alone.
+inline Tensor autocast_to_float(const Tensor& tensor) {
+  return tensor.defined() ? at::autocast::cached_cast(at::kFloat, tensor, at::kCUDA) : tensor;
 }
 
 // Raises unless the tensors, where they are defined, have this shape, and the device of input.

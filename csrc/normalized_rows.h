@@ -2,8 +2,6 @@
 // row have the shape of the input with these dimensions reduced to 1.
 #pragma once
 
-#include <ATen/autocast_mode.h>
-
 #include <numeric>
 #include <vector>
 
@@ -96,10 +94,6 @@ inline void check_elements(
   }
 }
 
-inline Tensor empty_contiguous(const Tensor& like, bool wanted = true) {
-  return wanted ? at::empty_like(like, at::MemoryFormat::Contiguous) : Tensor();
-}
-
 // The operands of a CPU kernel.
 struct RowsOnCpu {
   const Tensor& input;
@@ -129,10 +123,5 @@ struct RowsOnCpu {
     return partial_sums.defined() ? partial_sums.sum(0).view(like.sizes()).to(like.scalar_type()) : Tensor();
   }
 };
-
-// CUDA's autocast runs normalisations in float32; the CPU's leaves them alone.
-inline Tensor autocast_to_float(const Tensor& tensor) {
-  return tensor.defined() ? at::autocast::cached_cast(at::kFloat, tensor, at::kCUDA) : tensor;
-}
 
 }  // namespace gradnorm_kernels

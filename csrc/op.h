@@ -307,7 +307,7 @@ struct Recorded : torch::autograd::Function<Recorded<Derivative>> {
 
 // What compute returns, recorded as a function of the tensors in differentiated, some of which may be
 // undefined. compute runs below autograd and may leave results undefined; it puts into its argument what is
-// saved for Derivative, which gives their gradients:
+// saved for Derivative, which gives their gradients. settings are read after it has run.
 //
 //   struct Derivative {
 //     using Settings = std::tuple<...>;  // what is saved beside tensors
