@@ -16,6 +16,8 @@
 //     Tensor cpu() const;        // and meta, cuda, any_device, autocast_cpu, autocast_cuda, where there is one
 //   };
 //   const Registration<Op> registration;
+//
+// An op that only calls others has implicit() alone: it is differentiated and traced through them.
 #pragma once
 
 #include <torch/csrc/autograd/custom_function.h>
@@ -84,6 +86,10 @@ template <class Op>
 auto result_of(const Op& op) {
   if constexpr (requires { op.composite(); }) {
     return op.composite();
+  } else if constexpr (requires { op.implicit(); }) {
+    return op.implicit();
+  } else {
+    return op.meta();
   }
 }
 
@@ -177,6 +183,7 @@ class Registration {
     GRADNORM_IMPLEMENT(AutocastCUDA, autocast_cuda);
     GRADNORM_IMPLEMENT(FuncTorchBatched, composite);
     GRADNORM_IMPLEMENT(Autograd, autograd);
+    GRADNORM_IMPLEMENT(CompositeImplicitAutograd, implicit);
 #undef GRADNORM_IMPLEMENT
     implement_at(c10::DispatchKey::Autograd, [](torch::Library& m, auto op) {
       using Op = typename decltype(op)::type;
@@ -207,7 +214,16 @@ class Registration {
 };
 
 // Which of the tensors that were differentiated need a gradient.
-using Needs = std::bitset<8>;
+struct Needs : std::bitset<8> {
+  template <size_t N>
+  operator Mask<N>() const {
+    Mask<N> mask;
+    for (size_t i = 0; i < N; ++i) {
+      mask[i] = test(i);
+    }
+    return mask;
+  }
+};
 
 // The first N tensors, as ops return them.
 template <size_t N>
