@@ -250,49 +250,53 @@ variable_list to_list(const std::tuple<Tensors...>& tensors, const Mask<sizeof..
 
 namespace detail {
 
-// An autograd Function has no undefined outputs: its outputs are the defined ones of the results.
-struct Gathered {
-  int64_t defined = 0;  // a bit for each result
-  size_t count = 0;
+// An autograd Function has neither undefined operands nor undefined outputs: it is given the defined ones of
+// several tensors, and knows where these belong.
+struct Places {
+  int64_t defined = 0;  // a bit for each tensor
+  int64_t count = 0;
 
-  variable_list gather(variable_list results) {
-    count = results.size();
-    variable_list outputs;
-    for (size_t i = 0; i < count; ++i) {
-      if (results[i].defined()) {
+  variable_list gather(at::TensorList tensors) {
+    count = static_cast<int64_t>(tensors.size());
+    variable_list gathered;
+    for (int64_t i = 0; i < count; ++i) {
+      if (tensors[i].defined()) {
         defined |= int64_t{1} << i;
-        outputs.push_back(std::move(results[i]));
+        gathered.push_back(tensors[i]);
       }
     }
-    return outputs;
+    return gathered;
   }
-  variable_list scatter(const variable_list& outputs) const {
-    variable_list results(count);
-    auto next = outputs.begin();
-    for (size_t i = 0; i < count; ++i) {
-      if (defined >> i & 1) {
-        results[i] = *next++;
+  bool has(int64_t i) const {
+    return defined >> i & 1;
+  }
+  variable_list scatter(const variable_list& gathered) const {
+    variable_list tensors(count);
+    auto next = gathered.begin();
+    for (int64_t i = 0; i < count; ++i) {
+      if (has(i)) {
+        tensors[i] = *next++;
       }
     }
-    return results;
+    return tensors;
   }
 };
 
 template <class Derivative>
 struct Recorded : torch::autograd::Function<Recorded<Derivative>> {
+  using Settings = typename Derivative::Settings;
   using Compute = c10::function_ref<variable_list(variable_list& saved)>;
 
   static variable_list forward(
-      torch::autograd::AutogradContext* ctx, at::TensorList differentiated,
-      const typename Derivative::Settings& settings, Compute compute, Gathered* gathered) {
+      torch::autograd::AutogradContext* ctx, at::TensorList differentiated, const Places& operands,
+      const Settings& settings, Compute compute, Places* results) {
     ctx->set_materialize_grads(false);
     at::AutoDispatchBelowADInplaceOrView guard;
     variable_list saved;
-    const auto outputs = gathered->gather(compute(saved));
+    const auto outputs = results->gather(compute(saved));
     ctx->save_for_backward(std::move(saved));
     ctx->saved_data["state"] = std::make_tuple(
-        settings, gathered->defined, static_cast<int64_t>(gathered->count),
-        static_cast<int64_t>(differentiated.size()));
+        settings, operands.defined, operands.count, results->defined, results->count);
     if constexpr (requires { Derivative::differentiable_results; }) {
       ctx->mark_non_differentiable(
           variable_list(outputs.begin() + Derivative::differentiable_results, outputs.end()));
@@ -301,21 +305,28 @@ struct Recorded : torch::autograd::Function<Recorded<Derivative>> {
   }
 
   static variable_list backward(torch::autograd::AutogradContext* ctx, const variable_list& outputs) {
-    const auto [settings, defined, count, operands] =
-        ctx->saved_data["state"]
-            .template to<std::tuple<typename Derivative::Settings, int64_t, int64_t, int64_t>>();
-    constexpr size_t others = 3;  // arguments of forward
-    const auto grads = Gathered{defined, static_cast<size_t>(count)}.scatter(outputs);
-    variable_list results;
-    if (std::any_of(grads.begin(), grads.end(), [](const Tensor& grad) { return grad.defined(); })) {
+    const auto [settings, defined, count, defined_results, result_count] =
+        ctx->saved_data["state"].template to<std::tuple<Settings, int64_t, int64_t, int64_t, int64_t>>();
+    const Places operands{defined, count}, results{defined_results, result_count};
+    variable_list gradients;
+    if (std::any_of(outputs.begin(), outputs.end(), [](const Tensor& grad) { return grad.defined(); })) {
       Needs needs;
-      for (int64_t i = 0; i < operands; ++i) {
-        needs[i] = ctx->needs_input_grad(i);
+      for (int64_t i = 0, next = 0; i < count; ++i) {
+        needs[i] = operands.has(i) && ctx->needs_input_grad(next++);
       }
-      results = Derivative::backward(grads, ctx->get_saved_variables(), needs, settings);
+      gradients = Derivative::backward(
+          results.scatter(outputs), ctx->get_saved_variables(), needs, settings);
     }
-    results.resize(operands + others);
-    return results;
+    gradients.resize(count);
+    variable_list of_inputs;
+    for (int64_t i = 0; i < count; ++i) {
+      if (operands.has(i)) {
+        of_inputs.push_back(std::move(gradients[i]));
+      }
+    }
+    constexpr size_t others = 4;  // of forward's arguments
+    of_inputs.resize(of_inputs.size() + others);
+    return of_inputs;
   }
 };
 
@@ -340,10 +351,11 @@ variable_list record(
     variable_list unused;
     return compute(unused);
   }
-  detail::Gathered gathered;
-  const auto outputs =
-      detail::Recorded<Derivative>::apply(differentiated, settings, compute, &gathered);
-  return gathered.scatter(outputs);
+  detail::Places operands, results;
+  const auto given = operands.gather(differentiated);
+  const auto outputs = detail::Recorded<Derivative>::apply(
+      at::TensorList(given), operands, settings, compute, &results);
+  return results.scatter(outputs);
 }
 
 // PyTorch's own op, replaced at the Autograd key while set_fused_double_backward is on by Self::autograd, which
