@@ -232,6 +232,9 @@ auto to_tuple(const variable_list& tensors) {
     return std::make_tuple(tensors[i]...);
   }(std::make_index_sequence<N>());
 }
+inline variable_list to_list(const Tensor& tensor) {
+  return {tensor};
+}
 template <class... Tensors>
 variable_list to_list(const std::tuple<Tensors...>& tensors) {
   return std::apply([](const auto&... tensor) { return variable_list{tensor...}; }, tensors);
