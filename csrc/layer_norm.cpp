@@ -68,8 +68,9 @@ void check_channels(
   check_shapes(op, input, parameters, input.sym_sizes().slice(1, 1));
 }
 
-// The first one is defined.
+// The last one is defined.
 void check_statistics(const char* op, const Tensor& input, std::initializer_list<NamedTensor> all) {
+  const Tensor& last = std::prev(all.end())->tensor;
   for (const auto& [name, tensor] : all) {
     if (!tensor.defined()) {
       continue;
@@ -80,7 +81,7 @@ void check_statistics(const char* op, const Tensor& input, std::initializer_list
       matches = tensor.sym_size(d) == 1 || tensor.sym_size(d) == input.sym_size(d);
     }
     TORCH_CHECK_VALUE(
-        matches && tensor.sym_sizes() == all.begin()->tensor.sym_sizes() &&
+        matches && tensor.sym_sizes() == last.sym_sizes() &&
             RowLayout(input, tensor).adjacent,
         op, ": expected ", name, " to have the shape of input (", input.sym_sizes(),
         ") with adjacent dimensions reduced to 1, got ", tensor.sym_sizes());
@@ -183,7 +184,7 @@ struct Backward {
 
   void check() const {
     check_elementwise(op, {{"input", input}, {"grad_output", grad_output}});
-    check_statistics(op, input, {{"rstd", rstd}, {"mean", mean}});
+    check_statistics(op, input, {{"mean", mean}, {"rstd", rstd}});
     check_elements(op, input, rstd, {{"weight", weight}});
   }
   // Of the parameters' gradients, the shape and dtype.
@@ -237,7 +238,7 @@ struct DoubleBackward {
   void check() const {
     check_elementwise(
         op, {{"input", input}, {"grad_output", grad_output}, {"grad_grad_input", grad_grad_input}});
-    check_statistics(op, input, {{"rstd", rstd}, {"mean", mean}});
+    check_statistics(op, input, {{"mean", mean}, {"rstd", rstd}});
     TORCH_CHECK_VALUE(
         !output_mask[2] || weight.defined(), op, ": expected weight, whose gradient output_mask asks for");
     check_elements(

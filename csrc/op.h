@@ -88,7 +88,7 @@ auto result_of(const Op& op) {
     return op.composite();
   } else if constexpr (requires { op.implicit(); }) {
     return op.implicit();
-  } else {
+  } else if constexpr (requires { op.meta(); }) {
     return op.meta();
   }
 }
