@@ -11,20 +11,24 @@
 // Every op comes in two forms: of query, key and value (Separate), and of all three in one tensor, whose
 // gradient is then one tensor, too (Packed). An op of either form makes a Pass of its arguments, compute()
 // fills in its results by one of five paths, and the op takes them from there.
+#include "cpu/attention.h"
+
 #include <ATen/OpMathType.h>
 #include <ATen/TensorUtils.h>
 #include <ATen/autocast_mode.h>
 
+#include <bit>
 #include <limits>
 #include <map>
 
-#include "cpu/attention.h"
 #include "op.h"
 
 namespace gradnorm_kernels::attention {
 namespace {
 
 using TensorQuad = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+constexpr auto kInfinity = std::numeric_limits<double>::infinity();
 
 enum Order : size_t { kForward, kBackward, kDoubleBackward };
 
@@ -56,12 +60,10 @@ Path path_of(const Pass& pass) {
   // Kernels hold this many columns of a head. Where the mask has a gradient, they hold a whole window.
   constexpr int64_t columns = 64, window_tokens = 64;
   const bool mask_has_gradient = pass.wanted.attn_mask || pass.grad_grad_attn_mask.defined();
-  const auto is_long = [&] {
-    return pass.query.sym_size(-2) > window_tokens || pass.key.sym_size(-2) > window_tokens;
-  };
+  const bool is_window = pass.query.sym_size(-2) <= window_tokens && pass.key.sym_size(-2) <= window_tokens;
   if (!(pass.query.is_cuda() || pass.query.is_meta()) || pass.query.scalar_type() == at::kDouble ||
       pass.query.sym_size(-1) > columns || pass.value.sym_size(-1) > columns ||
-      (mask_has_gradient && is_long())) {
+      (mask_has_gradient && !is_window)) {
     return Path::kRows;
   }
   return pass.query.is_meta() ? Path::kMeta : Path::kCuda;
@@ -92,7 +94,8 @@ Tensor empty_with_heads_inside(bool wanted, const Tensor& like, const c10::SymIn
 // The ops of the rows of scores.
 
 struct Softmax {
-  static constexpr auto schema = "_attention_softmax(Tensor scores, Tensor? attn_mask, float scale) -> Tensor";
+  static constexpr auto schema =
+      "_attention_softmax(Tensor scores, Tensor? attn_mask, float scale) -> Tensor";
   const Tensor& scores;
   OptionalTensor attn_mask;
   double scale;
@@ -107,7 +110,7 @@ struct Softmax {
       return softmax_by_parts(scaled, -1);
     }
     const Tensor masked = scaled + attn_mask;
-    const Tensor nothing = at::eq(masked, -std::numeric_limits<double>::infinity()).all(-1, true);
+    const Tensor nothing = at::eq(masked, -kInfinity).all(-1, true);
     return softmax_by_parts(masked.masked_fill(nothing, 0), -1).masked_fill(nothing, 0);
   }
   Tensor composite() const {
@@ -115,6 +118,10 @@ struct Softmax {
   }
 };
 
+// Undefined is zero.
+Tensor plus(const Tensor& a, const Tensor& b) {
+  return !a.defined() ? b : !b.defined() ? a : a + b;
+}
 Tensor centred(const Tensor& probabilities, const Tensor& x) {
   return probabilities * (x - (probabilities * x).sum(-1, true));
 }
@@ -156,82 +163,108 @@ struct SoftmaxDoubleBackward {
   }
 
   TensorQuad composite() const {
-    const auto widened = [](const Tensor& t) { return t.defined() ? to_opmath(t) : t; };
-    const Tensor p = Softmax{scores, attn_mask, scale}.probabilities();
-    const Tensor dp = to_opmath(grad_probabilities), dp_sum = widened(grad_probabilities_sum);
+    const Tensor p = Softmax{scores, attn_mask, scale}.probabilities(), dp = to_opmath(grad_probabilities);
     const Tensor ds = centred(p, dp);
-    Tensor a = grad_grad_scores.defined() ? widened(grad_grad_scores) * scale : Tensor();
+    Tensor a, b, c;
+    if (grad_grad_scores.defined()) {
+      a = to_opmath(grad_grad_scores) * scale;
+    }
     if (grad_grad_attn_mask.defined()) {
       a = a.defined() ? a + grad_grad_attn_mask : grad_grad_attn_mask.expand_symint(scores.sym_sizes());
     }
-    Tensor b, c = dp_sum;
     if (a.defined()) {
-      const Tensor alpha = (p * a).sum(-1, true);
-      const Tensor delta = (p * dp).sum(-1, true);
+      const Tensor alpha = (p * a).sum(-1, true), delta = (p * dp).sum(-1, true);
       b = p * (a - alpha);
       c = a * (dp - delta) - alpha * dp;
-      c = dp_sum.defined() ? c + dp_sum : c;
     } else {
       b = at::zeros_like(p);
+    }
+    if (grad_probabilities_sum.defined()) {
+      c = plus(c, to_opmath(grad_probabilities_sum));
     }
     const auto dtype = scores.scalar_type();
     return {p.to(dtype), ds.to(dtype), b.to(dtype), centred(p, c).to(dtype)};
   }
 };
 
-// Matrix products and row ops, on tensors that operand() has prepared. Undefined is zero.
-class Parts {
+// Matrix products and row ops. Undefined is zero.
+class Decomposed {
  public:
-  Parts(const Pass& pass, Path path) : plain_(path == Path::kComposite), dtype_(pass.query.scalar_type()) {
-    if (!plain_) {
-      batch_ = pass.query.sizes().slice(0, pass.query.dim() - 2).vec();
+  Decomposed(Pass& pass, Path path) : p(pass), plain(path == Path::kComposite) {
+    if (!plain) {
+      batch = p.query.sizes().slice(0, p.query.dim() - 2).vec();
     }
   }
 
+  void forward() const {
+    const Tensor scores = times(operand(p.query), transposed(operand(p.key)));
+    const Tensor probabilities = rows(Softmax{with_batch(scores), p.attn_mask, p.scale});
+    p.output = result(times(probabilities, operand(p.value)));
+  }
+
+  void backward() const {
+    const Tensor query = operand(p.query), key = operand(p.key), d_output = operand(p.grad_output);
+    const Tensor scores = times(query, transposed(key));
+    const Tensor d_probabilities = times(d_output, transposed(operand(p.value)));
+    const auto [probabilities, d_scores] =
+        rows(SoftmaxBackward{with_batch(d_probabilities), with_batch(scores), p.attn_mask, p.scale});
+    if (p.wanted.query) {
+      p.grad_query = result(times(d_scores, key, p.scale));
+    }
+    if (p.wanted.key) {
+      p.grad_key = result(times(transposed(d_scores), query, p.scale));
+    }
+    if (p.wanted.value) {
+      p.grad_value = result(times(transposed(probabilities), d_output));
+    }
+    if (p.wanted.attn_mask) {
+      p.grad_attn_mask = to_mask(d_scores);
+    }
+  }
+
+  void double_backward() const {
+    const Tensor query = operand(p.query), key = operand(p.key), value = operand(p.value);
+    const Tensor dd_query = operand(p.grad_grad_query), dd_key = operand(p.grad_grad_key);
+    const Tensor dd_value = operand(p.grad_grad_value), d_output = operand(p.grad_output);
+    const Tensor scores = times(query, transposed(key));
+    const Tensor d_probabilities = times(d_output, transposed(value));
+    const Tensor d_probabilities_sum = times(d_output, transposed(dd_value));
+    const Tensor dd_scores = plus(times(dd_query, transposed(key)), times(query, transposed(dd_key)));
+    const auto [probabilities, d_scores, dd_probabilities, second] = rows(
+        SoftmaxDoubleBackward{
+            with_batch(dd_scores), p.grad_grad_attn_mask, with_batch(d_probabilities_sum),
+            with_batch(d_probabilities), with_batch(scores), p.attn_mask, p.scale});
+    if (p.wanted.grad_grad_output) {
+      p.grad_grad_output = result(plus(times(probabilities, dd_value), times(dd_probabilities, value)));
+    }
+    if (p.wanted.query) {
+      p.grad_query = result(plus(times(second, key, p.scale), times(d_scores, dd_key, p.scale)));
+    }
+    if (p.wanted.key) {
+      p.grad_key = result(
+          plus(times(transposed(second), query, p.scale), times(transposed(d_scores), dd_query, p.scale)));
+    }
+    if (p.wanted.value) {
+      p.grad_value = result(times(transposed(dd_probabilities), d_output));
+    }
+    if (p.wanted.attn_mask) {
+      p.grad_attn_mask = to_mask(second);
+    }
+  }
+
+ private:
   // In the dtype of arithmetic or, for row ops, as (batch, rows, columns), copied if its strides leave no
   // other way.
   Tensor operand(const Tensor& tensor) const {
-    if (!tensor.defined() || plain_) {
+    if (!tensor.defined() || plain) {
       return tensor.defined() ? to_opmath(tensor) : tensor;
     }
     const bool is_view =
         at::detail::computeStride(tensor.sizes(), tensor.strides(), flat_sizes(tensor)).has_value();
     return flat(is_view ? tensor : at::clone(tensor, at::MemoryFormat::Contiguous));
   }
-  Tensor result(const Tensor& tensor) const {
-    return plain_ ? tensor.to(dtype_) : with_batch(tensor);
-  }
-  // What a row op takes.
-  Tensor scores(const Tensor& tensor) const {
-    return plain_ || !tensor.defined() ? tensor : with_batch(tensor);
-  }
-  Tensor to_mask(const Tensor& tensor, const Tensor& attn_mask) const {
-    return at::sum_to(scores(tensor), attn_mask.sym_sizes()).to(attn_mask.scalar_type());
-  }
-  // Products that PyTorch would decompose are called as their parts, which alone are what moves memory.
-  Tensor times(const Tensor& a, const Tensor& b, double factor = 1) const {
-    if (!a.defined() || !b.defined()) {
-      return Tensor();
-    }
-    if (plain_) {
-      const Tensor product = at::matmul(a, b);
-      return factor == 1 ? product : product * factor;
-    }
-    return factor == 1 ? at::bmm(a, b) : at::baddbmm(at::empty({1, 1, 1}, a.options()), a, b, 0, factor);
-  }
-  template <class RowOp>
-  auto rows(const RowOp& op) const {
-    return plain_ ? op.composite() : flat(call(op));
-  }
-
- private:
-  Tensor with_batch(const Tensor& tensor) const {
-    auto sizes = batch_;
-    sizes.insert(sizes.end(), {tensor.size(-2), tensor.size(-1)});
-    return tensor.view(sizes);
-  }
   std::vector<int64_t> flat_sizes(const Tensor& tensor) const {
-    return {c10::multiply_integers(batch_), tensor.size(-2), tensor.size(-1)};
+    return {c10::multiply_integers(batch), tensor.size(-2), tensor.size(-1)};
   }
   Tensor flat(const Tensor& tensor) const {
     return tensor.view(flat_sizes(tensor));
@@ -240,79 +273,44 @@ class Parts {
   std::tuple<Tensors...> flat(const std::tuple<Tensors...>& tensors) const {
     return std::apply([&](const auto&... t) { return std::make_tuple(flat(t)...); }, tensors);
   }
+  Tensor with_batch(const Tensor& tensor) const {
+    if (!tensor.defined() || plain) {
+      return tensor;
+    }
+    auto sizes = batch;
+    sizes.insert(sizes.end(), {tensor.size(-2), tensor.size(-1)});
+    return tensor.view(sizes);
+  }
 
-  bool plain_;
-  at::ScalarType dtype_;
-  std::vector<int64_t> batch_;
+  // Products that PyTorch would decompose are called as their parts, which alone are what moves memory.
+  Tensor times(const Tensor& a, const Tensor& b, double factor = 1) const {
+    if (!a.defined() || !b.defined()) {
+      return Tensor();
+    }
+    if (plain) {
+      const Tensor product = at::matmul(a, b);
+      return factor == 1 ? product : product * factor;
+    }
+    return factor == 1 ? at::bmm(a, b) : at::baddbmm(at::empty({1, 1, 1}, a.options()), a, b, 0, factor);
+  }
+  static Tensor transposed(const Tensor& matrix) {
+    return matrix.defined() ? matrix.transpose(-2, -1) : matrix;
+  }
+  template <class RowOp>
+  auto rows(const RowOp& op) const {
+    return plain ? op.composite() : flat(call(op));
+  }
+  Tensor result(const Tensor& tensor) const {
+    return with_batch(tensor).to(p.query.scalar_type());
+  }
+  Tensor to_mask(const Tensor& scores) const {
+    return at::sum_to(with_batch(scores), p.attn_mask.sym_sizes()).to(p.attn_mask.scalar_type());
+  }
+
+  Pass& p;
+  bool plain;
+  std::vector<int64_t> batch;
 };
-
-Tensor transposed(const Tensor& matrix) {
-  return matrix.defined() ? matrix.transpose(-2, -1) : matrix;
-}
-Tensor plus(const Tensor& a, const Tensor& b) {
-  return !a.defined() ? b : !b.defined() ? a : a + b;
-}
-
-void decomposed_forward(Pass& p, const Parts& parts) {
-  const Tensor scores = parts.times(parts.operand(p.query), transposed(parts.operand(p.key)));
-  const Tensor probabilities = parts.rows(Softmax{parts.scores(scores), p.attn_mask, p.scale});
-  p.output = parts.result(parts.times(probabilities, parts.operand(p.value)));
-}
-
-void decomposed_backward(Pass& p, const Parts& parts) {
-  const Tensor query = parts.operand(p.query), key = parts.operand(p.key);
-  const Tensor d_output = parts.operand(p.grad_output);
-  const Tensor scores = parts.times(query, transposed(key));
-  const Tensor d_probabilities = parts.times(d_output, transposed(parts.operand(p.value)));
-  const auto [probabilities, d_scores] = parts.rows(
-      SoftmaxBackward{parts.scores(d_probabilities), parts.scores(scores), p.attn_mask, p.scale});
-  if (p.wanted.query) {
-    p.grad_query = parts.result(parts.times(d_scores, key, p.scale));
-  }
-  if (p.wanted.key) {
-    p.grad_key = parts.result(parts.times(transposed(d_scores), query, p.scale));
-  }
-  if (p.wanted.value) {
-    p.grad_value = parts.result(parts.times(transposed(probabilities), d_output));
-  }
-  if (p.wanted.attn_mask) {
-    p.grad_attn_mask = parts.to_mask(d_scores, p.attn_mask);
-  }
-}
-
-void decomposed_double_backward(Pass& p, const Parts& parts) {
-  const Tensor query = parts.operand(p.query), key = parts.operand(p.key), value = parts.operand(p.value);
-  const Tensor d_output = parts.operand(p.grad_output);
-  const Tensor dd_query = parts.operand(p.grad_grad_query), dd_key = parts.operand(p.grad_grad_key);
-  const Tensor dd_value = parts.operand(p.grad_grad_value);
-  const Tensor scores = parts.times(query, transposed(key));
-  const Tensor d_probabilities = parts.times(d_output, transposed(value));
-  const Tensor d_probabilities_sum = parts.times(d_output, transposed(dd_value));
-  const Tensor dd_scores =
-      plus(parts.times(dd_query, transposed(key)), parts.times(query, transposed(dd_key)));
-  const auto [probabilities, d_scores, dd_probabilities, second] = parts.rows(SoftmaxDoubleBackward{
-      parts.scores(dd_scores), p.grad_grad_attn_mask, parts.scores(d_probabilities_sum),
-      parts.scores(d_probabilities), parts.scores(scores), p.attn_mask, p.scale});
-  if (p.wanted.grad_grad_output) {
-    p.grad_grad_output =
-        parts.result(plus(parts.times(probabilities, dd_value), parts.times(dd_probabilities, value)));
-  }
-  if (p.wanted.query) {
-    p.grad_query =
-        parts.result(plus(parts.times(second, key, p.scale), parts.times(d_scores, dd_key, p.scale)));
-  }
-  if (p.wanted.key) {
-    p.grad_key = parts.result(plus(
-        parts.times(transposed(second), query, p.scale),
-        parts.times(transposed(d_scores), dd_query, p.scale)));
-  }
-  if (p.wanted.value) {
-    p.grad_value = parts.result(parts.times(transposed(dd_probabilities), d_output));
-  }
-  if (p.wanted.attn_mask) {
-    p.grad_attn_mask = parts.to_mask(second, p.attn_mask);
-  }
-}
 
 // Ops of which gradnorm_kernels/kernels/attention.py has the only implementation. They take the tensors of
 // an AttentionProblem.
@@ -370,16 +368,18 @@ constexpr AttentionKernels cuda_kernels{
         },
     .backward =
         [](const AttentionProblem& p) {
-          call(KernelBackward{
-              p.grad_output, p.query, p.key, p.value, p.attn_mask, p.scale, p.grad_query, p.grad_key,
-              p.grad_value, p.grad_attn_mask});
+          call(
+              KernelBackward{
+                  p.grad_output, p.query, p.key, p.value, p.attn_mask, p.scale, p.grad_query, p.grad_key,
+                  p.grad_value, p.grad_attn_mask});
         },
     .double_backward =
         [](const AttentionProblem& p) {
-          call(KernelDoubleBackward{
-              p.grad_grad_query, p.grad_grad_key, p.grad_grad_value, p.grad_grad_attn_mask, p.grad_output,
-              p.query, p.key, p.value, p.attn_mask, p.scale, p.grad_grad_output, p.grad_query, p.grad_key,
-              p.grad_value, p.grad_attn_mask});
+          call(
+              KernelDoubleBackward{
+                  p.grad_grad_query, p.grad_grad_key, p.grad_grad_value, p.grad_grad_attn_mask, p.grad_output,
+                  p.query, p.key, p.value, p.attn_mask, p.scale, p.grad_grad_output, p.grad_query, p.grad_key,
+                  p.grad_value, p.grad_attn_mask});
         },
 };
 
@@ -395,78 +395,54 @@ Tensor to_problem(const Tensor& tensor) {
   }
   return batch.stride(-1) == 1 ? batch : batch.contiguous();
 }
-// The mask with the dimensions of a problem, of size 1 where it is broadcast over a batch dimension.
 Tensor mask_to_problem(const Tensor& mask, const Pass& pass) {
-  const Tensor& query = pass.query;
-  Tensor own = mask.to(at::toOpMathType(query.scalar_type()));
-  while (own.dim() < query.dim()) {
+  Tensor own = mask.to(at::toOpMathType(pass.query.scalar_type()));
+  while (own.dim() < pass.query.dim()) {
     own = own.unsqueeze(0);
   }
-  auto sizes = own.sizes().vec();
-  sizes[sizes.size() - 2] = query.size(-2);
-  sizes[sizes.size() - 1] = pass.key.size(-2);
-  // Of several leading dimensions all are broadcast, or none.
-  const auto leading = sizes.begin() + std::max<int64_t>(0, query.dim() - 4);
-  if (std::any_of(sizes.begin(), leading, [](int64_t size) { return size != 1; })) {
-    std::copy_n(query.sizes().begin(), leading - sizes.begin(), sizes.begin());
-  }
-  if (own.size(-1) != sizes.back()) {
-    own = own.expand(sizes).contiguous();
-  }
+  auto sizes = pass.query.sizes().vec();
+  sizes.back() = pass.key.size(-2);
+  // Its columns become contiguous before it is broadcast over the batch.
+  own = own.expand([&] {
+    auto s = own.sizes().vec();
+    s.back() = sizes.back();
+    return s;
+  }());
+  own = own.stride(-1) == 1 ? own : own.contiguous();
   return to_problem(own.expand(sizes));
-}
-Tensor broadcast_batch(const Tensor& mask, const Tensor& query) {
-  auto sizes = mask.sizes().vec();
-  std::copy_n(query.sizes().begin(), 3, sizes.begin());
-  return mask.expand(sizes);
 }
 
 // The gradient of the mask: partial sums, whose order does not depend on the number of threads.
-class MaskSums {
- public:
-  // mask: as of mask_to_problem. There are about as many sums as tasks, where the batch is large enough;
-  // columns pads their rows.
-  MaskSums(AttentionProblem& p, const Tensor& mask, int64_t tasks, int64_t columns)
-      : sizes_(mask.sizes().vec()) {
-    int64_t tiles = 1, repeats = 1;
-    bool leading = true;
-    for (int d = 0; d < 3; ++d) {
-      leading = leading && mask.size(d) == 1;
-      sizes_[d] = leading ? 1 : p.query.size(d);
-      (leading ? repeats : tiles) *= p.query.size(d);
+struct MaskSums {
+  std::vector<int64_t> sizes;  // of their total
+  Tensor padded;
+
+  // There are about as many sums as tasks, where the batch is large enough; columns pads their rows.
+  MaskSums(const Pass& pass, int64_t tasks, int64_t columns) : sizes(pass.query.sizes().vec()) {
+    const Tensor& mask = pass.attn_mask;
+    const auto batch = sizes.size() - 2, missing = sizes.size() - mask.dim();
+    sizes.back() = pass.key.size(-2);
+    // Dimensions that the mask is broadcast over: of those that the problem has as one, all or none.
+    size_t leading = 0;
+    while (leading < batch && (leading < missing || mask.size(leading - missing) == 1)) {
+      ++leading;
     }
+    leading = leading + 2 < batch ? 0 : leading;
+    const auto repeats = c10::multiply_integers(sizes.begin(), sizes.begin() + leading);
+    const auto tiles = c10::multiply_integers(sizes.begin() + leading, sizes.begin() + batch);
+    std::fill_n(sizes.begin(), leading, 1);
     const int64_t parts =
         std::clamp<int64_t>(tasks / std::max<int64_t>(tiles, 1), 1, std::max<int64_t>(repeats, 1));
-    p.grad_attn_mask = at::empty({parts, tiles, mask.size(3), columns}, mask.options());
-    sums_ = p.grad_attn_mask.narrow(-1, 0, mask.size(4));
+    padded = at::empty(
+        {parts, tiles, sizes[batch], columns},
+        mask.options().dtype(at::toOpMathType(pass.query.scalar_type())));
   }
-  Tensor total(const Pass& pass) const {
-    const Tensor total = sums_.size(0) == 1 ? sums_.select(0, 0) : sums_.sum(0);
-    // The leading dimensions that the problem has as one.
-    auto sizes = sizes_;
-    const auto extra = pass.query.dim() - static_cast<int64_t>(sizes.size());
-    if (extra > 0) {
-      sizes.insert(sizes.begin(), extra, 1);
-      if (sizes_[0] != 1) {
-        std::copy_n(pass.query.sizes().begin(), extra + 1, sizes.begin());
-      }
-    } else {
-      sizes.erase(sizes.begin(), sizes.begin() - extra);
-    }
-    return at::sum_to(total.view(sizes), pass.attn_mask.sizes()).to(pass.attn_mask.scalar_type());
+  Tensor total(const Tensor& mask) const {
+    const Tensor sums = padded.narrow(-1, 0, sizes.back());
+    const Tensor total = sums.size(0) == 1 ? sums.select(0, 0) : sums.sum(0);
+    return at::sum_to(total.view(sizes), mask.sizes()).to(mask.scalar_type());
   }
-
- private:
-  std::vector<int64_t> sizes_;
-  Tensor sums_;
 };
-
-int64_t power_of_2(int64_t least, int64_t size) {
-  while (least < size) {
-    least *= 2;
-  }
-  return least;
-}
 
 // Kernels write into the results that are there, but for the mask's gradient.
 void run_kernels(Pass& pass, Path path) {
@@ -479,36 +455,34 @@ void run_kernels(Pass& pass, Path path) {
         &p.output, &p.grad_grad_output, &p.grad_query, &p.grad_key, &p.grad_value}) {
     *tensor = to_problem(*tensor);
   }
-  Tensor mask;
-  if (pass.attn_mask.defined()) {
-    mask = mask_to_problem(pass.attn_mask, pass);
-    p.attn_mask = broadcast_batch(mask, p.query);
-  }
-  if (pass.grad_grad_attn_mask.defined()) {
-    p.grad_grad_attn_mask = broadcast_batch(mask_to_problem(pass.grad_grad_attn_mask, pass), p.query);
+  for (auto* mask : {&p.attn_mask, &p.grad_grad_attn_mask}) {
+    if (mask->defined()) {
+      *mask = mask_to_problem(*mask, pass);
+    }
   }
   const bool on_cpu = path == Path::kCpu;
   std::optional<MaskSums> mask_sums;
   if (pass.wanted.attn_mask) {
-    const int64_t keys = p.key.size(3);
+    const int64_t keys = p.key.size(3), padded = std::bit_ceil(static_cast<uint64_t>(keys));
     // Tasks enough for many threads or multiprocessors.
-    mask_sums.emplace(p, mask, on_cpu ? 64 : 2048, on_cpu ? keys : power_of_2(16, keys));
+    mask_sums.emplace(pass, on_cpu ? 64 : 2048, on_cpu ? keys : std::max<int64_t>(padded, 16));
+    p.grad_attn_mask = mask_sums->padded;
   }
   const auto& kernels = on_cpu ? GRADNORM_KERNELS(attention_kernels) : cuda_kernels;
   const std::array by_order{kernels.forward, kernels.backward, kernels.double_backward};
   by_order[pass.order](p);
   if (mask_sums) {
-    pass.grad_attn_mask = mask_sums->total(pass);
+    pass.grad_attn_mask = mask_sums->total(pass.attn_mask);
   }
 }
 
 void compute(Pass& pass, Path path) {
   static constexpr std::array decomposed{
-      &decomposed_forward, &decomposed_backward, &decomposed_double_backward};
+      &Decomposed::forward, &Decomposed::backward, &Decomposed::double_backward};
   switch (path) {
     case Path::kComposite:
     case Path::kRows:
-      return decomposed[pass.order](pass, Parts(pass, path));
+      return (Decomposed(pass, path).*decomposed[pass.order])();
     case Path::kCpu:
     case Path::kCuda:
       return run_kernels(pass, path);
@@ -532,7 +506,8 @@ std::string listed(at::ArrayRef<const char*> names, const std::string& type_and_
   return list;
 }
 
-void check_shape(const char* op, const std::string& name, const Tensor& tensor, c10::SymIntArrayRef expected) {
+void check_shape(
+    const char* op, const std::string& name, const Tensor& tensor, c10::SymIntArrayRef expected) {
   TORCH_CHECK_VALUE(
       !tensor.defined() || tensor.sym_sizes() == expected, op, ": expected ", name, " to have the shape ",
       expected, ", got ", tensor.sym_sizes());
@@ -630,22 +605,32 @@ struct Packed {
     if (pass.grad_qkv.defined() || !pass.grad_query.defined()) {
       return {pass.grad_qkv};
     }
-    return {at::stack(
-        {exchanged(pass.grad_query), exchanged(pass.grad_key), exchanged(pass.grad_value)}, -3)};
+    return {
+        at::stack({exchanged(pass.grad_query), exchanged(pass.grad_key), exchanged(pass.grad_value)}, -3)};
   }
 };
 
 // The arguments of the three ops of a form.
 
+template <class Arguments>
+struct Op;
 template <template <class> class Form>
-struct OfForward;
+struct Backward;
 template <template <class> class Form>
-struct OfBackward;
+struct DoubleBackward;
+
+using Settings = std::tuple<std::optional<double>>;  // the scale
+
+template <size_t N>
+Mask<N> to_mask(const Needs& needs) {
+  return [&]<size_t... i>(std::index_sequence<i...>) {
+    return Mask<N>{needs[i]...};
+  }(std::make_index_sequence<N>());
+}
 
 template <template <class> class Form>
 struct Forward {
   using Operands = Form<const Tensor&>;
-  using Derivative = OfForward<Form>;
   static std::string schema() {
     return Operands::name + ("(" + listed(Operands::names, "Tensor ")) +
            ", Tensor? attn_mask=None, *, float? scale=None) -> Tensor";
@@ -673,6 +658,17 @@ struct Forward {
     return Operands::exchanged(pass.output);
   }
 
+  struct Derivative {
+    using Settings = attention::Settings;
+    static variable_list backward(
+        const variable_list& grads, const variable_list& saved, Needs needs, const Settings& settings) {
+      return to_list(call(
+          Op<Backward<Form>>{
+              {grads[0], Operands::from(saved.data()), saved.back(), std::get<0>(settings),
+               to_mask<Backward<Form>::count>(needs)}}));
+    }
+  };
+
  private:
   static void check_mask(const char* op, const Pass& pass) {
     if (!pass.attn_mask.defined()) {
@@ -681,32 +677,27 @@ struct Forward {
     check_floating(op, {{"query", pass.query}, {"attn_mask", pass.attn_mask}}, /*same_dtype=*/false);
     const auto scores = with_last_sizes(pass.query, pass.query.sym_size(-2), pass.key.sym_size(-2));
     const auto sizes = pass.attn_mask.sym_sizes();
-    bool broadcasts = sizes.size() <= scores.size();
-    for (size_t d = 1; broadcasts && d <= sizes.size(); ++d) {
-      const auto& size = sizes[sizes.size() - d];
-      broadcasts = size == 1 || size == scores[scores.size() - d];
-    }
     TORCH_CHECK_VALUE(
-        broadcasts, op, ": expected attn_mask to broadcast to the shape of the scores (",
-        c10::SymIntArrayRef(scores), "), got ", sizes);
+        at::is_expandable_to(sizes, scores), op,
+        ": expected attn_mask to broadcast to the shape of the scores (", c10::SymIntArrayRef(scores),
+        "), got ", sizes);
   }
 };
 
 template <template <class> class Form>
 struct Backward {
   using Operands = Form<const Tensor&>;
-  using Derivative = OfBackward<Form>;
-  static constexpr size_t results_count = Operands::names.size() + 1;
+  static constexpr size_t count = Operands::names.size() + 1;
   static std::string schema() {
     return Operands::name + ("_backward(Tensor grad_output, " + listed(Operands::names, "Tensor ")) +
-           ", Tensor? attn_mask=None, *, float? scale=None, bool[" + std::to_string(results_count) +
+           ", Tensor? attn_mask=None, *, float? scale=None, bool[" + std::to_string(count) +
            "] output_mask) -> (" + listed(Operands::names, "Tensor grad_") + ", Tensor grad_attn_mask)";
   }
   const Tensor& grad_output;
   Operands operands;
   OptionalTensor attn_mask;
   std::optional<double> scale;
-  Mask<results_count> output_mask;
+  Mask<count> output_mask;
   auto tie() const {
     return std::tuple_cat(std::tie(grad_output), operands.tie(), std::tie(attn_mask, scale, output_mask));
   }
@@ -728,17 +719,27 @@ struct Backward {
   static auto results(const Pass& pass) {
     return std::tuple_cat(Operands::gradients(pass), std::tuple(pass.grad_attn_mask));
   }
+
+  struct Derivative {
+    using Settings = attention::Settings;
+    static variable_list backward(
+        const variable_list& grads, const variable_list& saved, Needs needs, const Settings& settings) {
+      return to_list(call(
+          Op<DoubleBackward<Form>>{
+              {Form<OptionalTensor>::from(grads.data()), grads.back(), saved[0], Operands::from(&saved[1]),
+               saved.back(), std::get<0>(settings), to_mask<DoubleBackward<Form>::count>(needs)}}));
+    }
+  };
 };
 
 template <template <class> class Form>
 struct DoubleBackward {
   using Operands = Form<const Tensor&>;
-  using Derivative = void;
-  static constexpr size_t results_count = Operands::names.size() + 2;
+  static constexpr size_t count = Operands::names.size() + 2;
   static std::string schema() {
     return Operands::name + ("_double_backward(" + listed(Operands::names, "Tensor? grad_grad_")) +
            ", Tensor? grad_grad_attn_mask, Tensor grad_output, " + listed(Operands::names, "Tensor ") +
-           ", Tensor? attn_mask=None, *, float? scale=None, bool[" + std::to_string(results_count) +
+           ", Tensor? attn_mask=None, *, float? scale=None, bool[" + std::to_string(count) +
            "] output_mask) -> (Tensor grad_grad_output, " + listed(Operands::names, "Tensor grad_") +
            ", Tensor grad_attn_mask)";
   }
@@ -748,7 +749,7 @@ struct DoubleBackward {
   Operands operands;
   OptionalTensor attn_mask;
   std::optional<double> scale;
-  Mask<results_count> output_mask;
+  Mask<count> output_mask;
   auto tie() const {
     return std::tuple_cat(
         grad_grads.tie(), std::tie(grad_grad_attn_mask, grad_output), operands.tie(),
@@ -756,7 +757,7 @@ struct DoubleBackward {
   }
 
   Pass pass(const char* op = name_of<DoubleBackward>()) const {
-    Mask<results_count - 1> of_backward;
+    Mask<count - 1> of_backward;
     std::copy(output_mask.begin() + 1, output_mask.end(), of_backward.begin());
     Pass pass = Backward<Form>{grad_output, operands, attn_mask, scale, of_backward}.pass(op);
     pass.order = kDoubleBackward;
@@ -769,8 +770,7 @@ struct DoubleBackward {
     }
     std::tie(pass.grad_grad_query, pass.grad_grad_key, pass.grad_grad_value) = grad_grads.heads();
     if (grad_grad_attn_mask.defined()) {
-      TORCH_CHECK_VALUE(
-          attn_mask.defined(), op, ": expected no grad_grad_attn_mask without attn_mask");
+      TORCH_CHECK_VALUE(attn_mask.defined(), op, ": expected no grad_grad_attn_mask without attn_mask");
       check_shape(op, "grad_grad_attn_mask", grad_grad_attn_mask, attn_mask.sym_sizes());
       pass.grad_grad_attn_mask = grad_grad_attn_mask;
     }
@@ -786,7 +786,6 @@ struct DoubleBackward {
 template <class Arguments>
 struct Op : Arguments {
   using Result = decltype(Arguments::results(std::declval<Pass>()));
-  using Derivative = typename Arguments::Derivative;
   static constexpr bool is_forward = std::is_same_v<Result, Tensor>;
 
   Result composite() const {
@@ -811,17 +810,18 @@ struct Op : Arguments {
     if (is_transforming() || std::any_of(tensors.begin(), tensors.end(), is_foreign)) {
       return composite();
     }
-    if constexpr (std::is_void_v<Derivative>) {
+    if constexpr (!requires { typename Arguments::Derivative; }) {
       if (torch::autograd::compute_requires_grad(tensors)) {
         return composite();
       }
       at::AutoDispatchBelowADInplaceOrView guard;
       return whole_or_parts();
     } else {
-      const auto results = record<Derivative>(tensors, {this->scale}, [&](variable_list& saved) {
-        saved = tensors;
-        return to_list(whole_or_parts());
-      });
+      const auto results =
+          record<typename Arguments::Derivative>(tensors, {this->scale}, [&](variable_list& saved) {
+            saved = tensors;
+            return to_list(whole_or_parts());
+          });
       if constexpr (is_forward) {
         return results[0];
       } else {
@@ -853,7 +853,7 @@ struct Op : Arguments {
     return by(path, this->pass());
   }
   Result by(Path path, Pass pass) const {
-    if (path == Path::kCpu || path == Path::kCuda || path == Path::kMeta) {
+    if (path >= Path::kCpu) {
       const auto columns = pass.value.sym_size(-1);
       pass.output = empty_with_heads_inside(is_forward, pass.query, columns);
       pass.grad_grad_output = empty_with_heads_inside(pass.wanted.grad_grad_output, pass.query, columns);
@@ -880,42 +880,6 @@ struct Op : Arguments {
   }
 };
 
-template <size_t N>
-Mask<N> to_mask(const Needs& needs) {
-  Mask<N> mask;
-  for (size_t i = 0; i < N; ++i) {
-    mask[i] = needs[i];
-  }
-  return mask;
-}
-
-template <template <class> class Form>
-struct OfForward {
-  using Settings = std::tuple<std::optional<double>>;
-
-  static variable_list backward(
-      const variable_list& grads, const variable_list& saved, Needs needs, const Settings& settings) {
-    using Arguments = Backward<Form>;
-    return to_list(call(Op<Arguments>{
-        {grads[0], Arguments::Operands::from(saved.data()), saved.back(), std::get<0>(settings),
-         to_mask<Arguments::results_count>(needs)}}));
-  }
-};
-
-template <template <class> class Form>
-struct OfBackward {
-  using Settings = std::tuple<std::optional<double>>;
-
-  static variable_list backward(
-      const variable_list& grads, const variable_list& saved, Needs needs, const Settings& settings) {
-    using Arguments = DoubleBackward<Form>;
-    return to_list(call(Op<Arguments>{
-        {Form<OptionalTensor>::from(grads.data()), grads.back(), saved[0],
-         Arguments::Operands::from(&saved[1]), saved.back(), std::get<0>(settings),
-         to_mask<Arguments::results_count>(needs)}}));
-  }
-};
-
 const Registration<
     Op<Forward<Separate>>, Op<Backward<Separate>>, Op<DoubleBackward<Separate>>, Op<Forward<Packed>>,
     Op<Backward<Packed>>, Op<DoubleBackward<Packed>>, KernelForward, KernelBackward, KernelDoubleBackward,
@@ -923,26 +887,10 @@ const Registration<
     registration;
 
 // The backwards of PyTorch's fused attention, which it cannot differentiate. Whatever ours does not cover
-// stays PyTorch's.
-constexpr std::array kStockBackwards{
-    "_scaled_dot_product_flash_attention_for_cpu_backward", "_scaled_dot_product_flash_attention_backward",
-    "_scaled_dot_product_efficient_attention_backward", "_scaled_dot_product_cudnn_attention_backward"};
-
-// Boxed, since their schemas differ from op to op and between releases: arguments are found by name.
+// stays PyTorch's. Boxed, since their schemas differ from op to op and between releases: arguments are found
+// by name.
 struct AtenAttentionBackward {
-  static const StockKernel& stock(const c10::OperatorHandle& op) {
-    static const auto kernels = [] {
-      std::map<std::string, StockKernel> kernels;
-      for (const auto* name : kStockBackwards) {
-        const auto full = std::string("aten::") + name;
-        if (c10::Dispatcher::singleton().findSchema({full, ""})) {
-          kernels.emplace(full, full.c_str());
-        }
-      }
-      return kernels;
-    }();
-    return kernels.at(op.operator_name().name);
-  }
+  static inline std::map<std::string, StockKernel> stock;
 
   static void autograd(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
     const auto& schema = op.schema();
@@ -956,8 +904,7 @@ struct AtenAttentionBackward {
       return c10::IValue();
     };
     const auto tensor = [&](std::initializer_list<const char*> names) {
-      const auto found = argument(names);
-      return found.isTensor() ? found.toTensor() : Tensor();
+      return OptionalTensor(argument(names).toOptional<Tensor>());
     };
     const Tensor grad_output = tensor({"grad_out", "grad_out_"});
     const Tensor query = tensor({"query"}), key = tensor({"key"}), value = tensor({"value"});
@@ -965,19 +912,17 @@ struct AtenAttentionBackward {
     if (!torch::autograd::compute_requires_grad(grad_output, query, key, value, attn_mask) ||
         needs_composite(grad_output, query, key, value, attn_mask) ||
         argument({"dropout_p"}).toDouble() > 0 || !covers({grad_output, {query, key, value}, attn_mask})) {
-      stock(op).call_boxed(keys, *stack);
+      stock.at(op.operator_name().name).call_boxed(keys, *stack);
       return;
     }
     if (argument({"is_causal"}).toBool()) {
-      const Tensor causal = at::full_symint(
-                                {query.sym_size(-2), key.sym_size(-2)},
-                                -std::numeric_limits<double>::infinity(), query.options())
-                                .triu(1);
+      const Tensor causal =
+          at::full_symint({query.sym_size(-2), key.sym_size(-2)}, -kInfinity, query.options()).triu(1);
       attn_mask = attn_mask.defined() ? attn_mask + causal : causal;
     }
     // The value is PyTorch's, its derivative ours. Not all of these ops return a gradient of the mask.
     const auto count = schema.returns().size();
-    auto grads = record<OfBackward<Separate>>(
+    const auto grads = record<Backward<Separate>::Derivative>(
         {grad_output, query, key, value, attn_mask}, {argument({"scale"}).toOptional<double>()},
         [&](variable_list& saved) {
           saved = {grad_output, query, key, value, attn_mask};
@@ -986,13 +931,10 @@ struct AtenAttentionBackward {
           for (const auto& result : torch::jit::pop(*stack, count)) {
             results.push_back(result.toTensor());
           }
-          results.resize(Backward<Separate>::results_count);
+          results.resize(Backward<Separate>::count);
           return results;
         });
-    grads.resize(count);
-    for (const auto& grad : grads) {
-      stack->emplace_back(grad);
-    }
+    stack->insert(stack->end(), grads.begin(), grads.begin() + count);
   }
 
   static bool covers(const Backward<Separate>& backward) {
@@ -1005,11 +947,12 @@ struct AtenAttentionBackward {
   }
 
   static void install(torch::Library& aten_autograd) {
-    for (const auto* name : kStockBackwards) {
-      const auto full = std::string("aten::") + name;
-      if (const auto op = c10::Dispatcher::singleton().findSchema({full, ""})) {
-        stock(*op);
-        aten_autograd.impl(name, torch::CppFunction::makeFromBoxedFunction<&autograd>());
+    for (const std::string kernels :
+         {"flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention"}) {
+      const auto name = "aten::_scaled_dot_product_" + kernels + "_backward";
+      if (c10::Dispatcher::singleton().findSchema({name, ""})) {
+        stock.try_emplace(name, name.c_str());
+        aten_autograd.impl(name.c_str(), torch::CppFunction::makeFromBoxedFunction<&autograd>());
       }
     }
   }
