@@ -132,7 +132,7 @@ def test_fully_sharded():
 def test_a_run_of_two_processes_equals_that_of_one(options, tmp_path):
     """Weights, averaged weights and metrics, after interleaved evaluation too."""
     pytest.importorskip("timm")
-    from gradnorm_kernels.training.trainer import CHECKPOINT, load_checkpoint
+    from gradnorm_kernels.training.files import load_checkpoint
 
     settings = [
         "epochs=2",
@@ -155,7 +155,7 @@ def test_a_run_of_two_processes_equals_that_of_one(options, tmp_path):
     states = []
     for name, run in (("one", [sys.executable]), ("two", torchrun)):
         subprocess.run([*run, *command, str(tmp_path / name)], env=environment, check=True, timeout=300)
-        states.append(load_checkpoint(tmp_path / name / CHECKPOINT))
+        states.append(load_checkpoint(tmp_path / name))
     one, two = states
     for part in ("model", "ema"):
         for key, value in one[part].items():

@@ -19,19 +19,13 @@ pytest.importorskip("timm", reason="training needs: pip install 'gradnorm_kernel
 from PIL import Image
 
 from gradnorm_kernels import FusedGeLU
-from gradnorm_kernels.training import trainer as trainer_module
-from gradnorm_kernels.training.config import MAY_CHANGE, TrainConfig, TrainingError, load_recipe
+from gradnorm_kernels.training import models
+from gradnorm_kernels.training.config import MAY_CHANGE, Interrupted, TrainConfig, load_recipe
 from gradnorm_kernels.training.data import Data, load_data, seed_everything
-from gradnorm_kernels.training.models import Normalize, create_model, input_spec
-from gradnorm_kernels.training.trainer import (
-    CHECKPOINT,
-    Interrupted,
-    Trainer,
-    load_checkpoint,
-    load_model,
-    resumed_config,
-    train,
-)
+from gradnorm_kernels.training.files import CHECKPOINT, load_checkpoint, resumed_config, write_file
+from gradnorm_kernels.training.models import Normalize, create_model, input_spec, load_model
+from gradnorm_kernels.training.options import TrainingError
+from gradnorm_kernels.training.trainer import Trainer, train
 
 # Four steps an epoch, the least in which the middle of an epoch differs from its ends.
 QUICK = TrainConfig(epochs=3, batch_size=359, lr=4e-3, warmup_epochs=1.0, epsilon=0.1)
@@ -256,7 +250,7 @@ class TestRun:
             model.model.head_drop = nn.Dropout(0.5)
             return model
 
-        monkeypatch.setattr(trainer_module, "create_model", with_dropout)
+        monkeypatch.setattr(models, "create_model", with_dropout)
         config = TrainConfig(
             data=str(image_folder), image_size=16, batch_size=4, **RECIPE, workers=1, mode="train",
             epochs=2, lr=4e-3, warmup_epochs=0.5, ramp_epochs=1.0,
@@ -322,9 +316,7 @@ class TestRun:
         assert kept["epoch"] == 1 and all(torch.isfinite(v).all() for v in kept["model"].values())
 
     def test_not_finite_gradient_stops(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(
-            trainer_module.nn.utils, "clip_grad_norm_", lambda *args: torch.tensor(float("inf"))
-        )
+        monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda *args: torch.tensor(float("inf")))
         with pytest.raises(TrainingError, match="gradient's norm inf, not finite, in epoch 1, step 1"):
             train(QUICK, tmp_path)
         assert not (tmp_path / CHECKPOINT).exists()
@@ -371,9 +363,9 @@ class TestRun:
         config = replace(QUICK, epochs=1)
         train(config, tmp_path)
         before = (tmp_path / CHECKPOINT).read_bytes()
-        monkeypatch.setattr(trainer_module.torch, "save", fail_half_way)
+        monkeypatch.setattr(torch, "save", fail_half_way)
         with pytest.raises(OSError, match="disk full"):
-            trainer_module.write_file(tmp_path / CHECKPOINT, lambda file: torch.save({}, file))
+            write_file(tmp_path / CHECKPOINT, lambda file: torch.save({}, file))
         # Not compared in the assertion: see different_leaves.
         unchanged = (tmp_path / CHECKPOINT).read_bytes() == before
         assert unchanged
@@ -388,7 +380,7 @@ class TestRun:
 
     def test_nothing_to_fuse_is_reported(self, monkeypatch):
         config = replace(QUICK, fused="on")
-        monkeypatch.setattr(trainer_module, "fuse", lambda model: model)
+        monkeypatch.setattr(models, "fuse", lambda model: model)
         with pytest.raises(TrainingError, match="fused: there is nothing to fuse"):
             Trainer(config, load_data(config))
 
@@ -445,7 +437,7 @@ sys.exit(main({arguments!r}))
         before = load_checkpoint(tmp_path / CHECKPOINT)
         script = f"""
 import os, pathlib, torch
-from gradnorm_kernels.training.trainer import write_file
+from gradnorm_kernels.training.files import write_file
 path = pathlib.Path({str(tmp_path / CHECKPOINT)!r})
 def write(file):
     file.write(b"half a checkpoint")
@@ -467,7 +459,7 @@ class TestOptions:
             trainer = Trainer(config, data)
             # The head starts at 0, where the norm has no gradient.
             nn.init.normal_(trainer.model.model.head.weight)
-            batch = data.soften(*next(data.training_batches(epoch=0, start=0)))
+            batch = data.first_batch()
             loss, norm = trainer.step(*batch)
             gradients.append(
                 [loss.total, norm, loss.parts["gradient_norm"], *(p.grad for p in trainer.model.parameters())]
@@ -482,7 +474,7 @@ class TestOptions:
             data = load_data(config)
             trainer = Trainer(config, data)
             nn.init.normal_(trainer.model.model.head.weight)
-            loss = trainer.loss(*data.soften(*next(data.training_batches(epoch=0, start=0))))
+            loss = trainer.loss(*data.first_batch())
             assert all(
                 p.dtype == torch.float32 and p.grad.isfinite().all() for p in trainer.model.parameters()
             )
@@ -533,7 +525,7 @@ class TestOptions:
             config = replace(QUICK, compile=compiled)
             data = load_data(config)
             trainer = Trainer(config, data)
-            batch = data.soften(*next(data.training_batches(epoch=0, start=0)))
+            batch = data.first_batch()
             for trainer.epoch in range(5):
                 loss, _ = trainer.step(*batch)
             steps.append([loss.total, *trainer.model.state_dict().values()])
@@ -546,7 +538,7 @@ class TestOptions:
         trainer = Trainer(config, data)
         trainer.model.register_forward_pre_hook(lambda *args: torch._dynamo.graph_break())
         with pytest.raises(TrainingError, match="compile: "):
-            trainer.loss(*data.soften(*next(data.training_batches(epoch=0, start=0))))
+            trainer.loss(*data.first_batch())
 
     def test_watched_robustness(self, tmp_path):
         lines = train(replace(QUICK, epochs=2, robust_every=2, robust_images=20), tmp_path)

@@ -22,9 +22,10 @@ from timm.data.readers import create_reader
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset, TensorDataset
 
-from .config import TrainConfig, TrainingError
+from .config import TrainConfig
 from .distributed import rank, world_size
 from .models import InputSpec, input_spec
+from .options import TrainingError
 
 __all__ = ["Data", "load_data", "load_digits", "seed_everything"]
 
@@ -77,6 +78,10 @@ class Data:
         """Batches of ``epoch`` (from 0), from the step ``start`` on, in an order of its own."""
         self._order.epoch, self._order.start = epoch, start
         return iter(self._training_loader)
+
+    def first_batch(self) -> tuple[Tensor, Tensor]:
+        """The images of the first step, softened."""
+        return self.soften(*next(self.training_batches(epoch=0, start=0)))
 
     def evaluation_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The held-out set, in its order; of several processes, each has its share of it."""

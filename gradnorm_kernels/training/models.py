@@ -1,4 +1,4 @@
-"""Models that take pixels in [0, 1]: timm's, PreActResNet-18, and a small GELU network for small images."""
+"""Builds models that take pixels in [0, 1]: timm's, PreActResNet, a small GELU network for small images."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,10 +13,21 @@ from timm.models import load_state_dict as load_weights
 from timm.models.mlp_mixer import MlpMixer
 from torch import Tensor, nn
 
-from .config import TrainingError
+from ..fuse import fuse
+from .config import TrainConfig
+from .files import load_checkpoint
+from .options import TrainingError
 from .preact_resnet import PreActResNet
 
-__all__ = ["InputSpec", "Normalize", "create_model", "input_spec", "swap_activations"]
+__all__ = [
+    "InputSpec",
+    "Normalize",
+    "build_model",
+    "create_model",
+    "input_spec",
+    "load_model",
+    "swap_activations",
+]
 
 SMALL_MODEL = "gelu_mixer"
 # Blocks a stage, channels of the first, and stride of the first convolution.
@@ -88,6 +99,48 @@ def input_spec(name: str, channels: int, size: int | None = None) -> InputSpec:
         crop_pct=cfg.crop_pct if size in (None, own) else 1.0,
         interpolation=cfg.interpolation,
     )
+
+
+def build_model(
+    config: TrainConfig,
+    spec: InputSpec,
+    num_classes: int,
+    device: torch.device | str,
+    *,
+    initial: bool = True,
+) -> nn.Module:
+    """The model of a run, on ``device``; without ``initial``, whatever weights it starts from.
+
+    Raises:
+        TrainingError: if it cannot be built.
+    """
+    weights = {"pretrained": config.pretrained, "init": config.init} if initial else {}
+    model = create_model(config.model, spec, num_classes, act=config.act, **weights).to(device)
+    if config.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    on = torch.device(device).type in ("cpu", "cuda") if config.fused == "auto" else config.fused == "on"
+    if on:
+        before = [type(module) for module in model.modules()]
+        fuse(model)
+        if config.fused == "on" and before == [type(module) for module in model.modules()]:
+            raise TrainingError(f"fused: there is nothing to fuse in {config.model}")
+    return model
+
+
+def load_model(path: Path, device: str | torch.device = "cpu") -> nn.Module:
+    """The averaged model of a run, in eval mode: from pixels in [0, 1] to logits.
+
+    Args:
+        path: the run's output directory, or a checkpoint.
+
+    Raises:
+        TrainingError: if there is no readable checkpoint.
+    """
+    saved = load_checkpoint(path)
+    config, spec = TrainConfig(**saved["config"]), InputSpec(**saved["spec"])
+    model = build_model(config, spec, len(saved["classes"]), device, initial=False)
+    model.load_state_dict(saved["ema"])
+    return model.eval()
 
 
 def create_model(

@@ -11,14 +11,16 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
-from .config import MAY_CHANGE, TrainConfig, TrainingError, load_recipe
+from .attacks import input_gradient
+from .config import MAY_CHANGE, TrainConfig, load_recipe
 from .data import Data, load_data
+from .files import CHECKPOINT, load_checkpoint, write_text
+from .models import load_model
 from .objectives.edge import edges
-from .report import conditions, curves, gradient_figure, page, text_table
-from .runs import evaluate_run, input_gradients, step_seconds
-from .trainer import CHECKPOINT, Trainer, load_checkpoint, load_model, train, write_file
+from .options import TrainingError
+from .report import conditions, gradient_figure, history_figure, page, text_table
+from .runs import evaluate_run, step_seconds
+from .trainer import Trainer, train
 
 __all__ = ["STUDIES", "Outcome", "Row", "Study", "study"]
 
@@ -218,11 +220,17 @@ def study(
         for row, config in configs.items()
     }
     held_out = load_data(shared)
-    seconds = _step_seconds(configs, {row: paths[0] for row, paths in runs.items()}, timed_steps)
+    first = {row: paths[0] for row, paths in runs.items()}
+    # From their ends, since a fresh run's ramp would begin without the gradient norm.
+    trainers = {
+        row: Trainer(config, load_data(config), saved=load_checkpoint(first[row]))
+        for row, config in configs.items()
+    }
+    seconds = step_seconds(trainers, timed_steps)
     rows = {}
     for row, paths in runs.items():
         results = [evaluate_run(path, attack=attack, n=n).results[0] for path in paths]
-        histories = [load_checkpoint(path / CHECKPOINT)["history"] for path in paths]
+        histories = [load_checkpoint(path)["history"] for path in paths]
         rows[row] = Row(
             [result.clean_accuracy for result in results],
             [result.robust_accuracy for result in results],
@@ -232,10 +240,8 @@ def study(
         )
     attacked = min(n, len(held_out.evaluation))
     outcome = Outcome(chosen, shared, attack, attacked, rows)
-    text = json.dumps(outcome.to_dict(), indent=1).encode()
-    write_file(output / "study.json", lambda file: file.write(text))
-    report = _report(outcome, held_out, {row: paths[0] for row, paths in runs.items()}).encode()
-    write_file(output / "report.html", lambda file: file.write(report))
+    write_text(output / "study.json", json.dumps(outcome.to_dict(), indent=1))
+    write_text(output / "report.html", _report(outcome, held_out, first))
     return outcome
 
 
@@ -247,19 +253,6 @@ def _trained(config: TrainConfig, runs: Path) -> Path:
     path = runs / "-".join([*named, digest])
     train(config, path, resume=(path / CHECKPOINT).exists())
     return path
-
-
-def _step_seconds(
-    configs: Mapping[str, TrainConfig], runs: Mapping[str, Path], count: int
-) -> dict[str, float]:
-    trainers = {}
-    for row, config in configs.items():
-        # A fresh run's ramp would begin without the gradient norm.
-        saved = load_checkpoint(runs[row] / CHECKPOINT)
-        trainers[row] = Trainer(config, load_data(config), saved=saved)
-    data = next(iter(trainers.values())).data
-    batch = data.soften(*next(data.training_batches(epoch=0, start=0)))
-    return step_seconds(trainers, *batch, count)
 
 
 def _collapse(history: list[dict[str, Any]], num_classes: int) -> int | None:
@@ -292,9 +285,21 @@ def _report(outcome: Outcome, data: Data, runs: Mapping[str, Path]) -> str:
         f" L-infinity, epsilon {config.epsilon:.4g} (pixels in [0, 1]). Step: median of whole training steps,"
         f" the rows taking turns in one process. {conditions()}"
     )
-    sections = [_history_section(outcome, keys) for keys in _panels(outcome)]
+    panels = [{"eval_accuracy": "accuracy held out, %", "eval_cross_entropy": "cross-entropy held out, nats"}]
+    if outcome.study.per_epoch:
+        attacked = {"eval_apgd_accuracy": "accuracy under APGD-CE, %"}
+        panels.append({**attacked, "eval_gradient_norm": "epsilon x gradient norm held out, nats"})
+    histories = {name: row.histories[0] for name, row in outcome.rows.items()}
+    sections = [
+        (
+            "By epoch: " + " and ".join(label.split(",")[0] for label in keys.values()),
+            "First seed.",
+            history_figure(histories, keys),
+        )
+        for keys in panels
+    ]
     images, labels = data.evaluation_sample(6)
-    gradients = {row: input_gradients(load_model(path), images, labels) for row, path in runs.items()}
+    gradients = {row: input_gradient(load_model(path), images, labels) for row, path in runs.items()}
     sections.append(
         (
             "Input gradients",
@@ -304,31 +309,3 @@ def _report(outcome: Outcome, data: Data, runs: Mapping[str, Path]) -> str:
         )
     )
     return page(outcome.study.title, outcome.cells(), notes, sections)
-
-
-def _panels(outcome: Outcome) -> list[dict[str, str]]:
-    panels = [{"eval_accuracy": "accuracy held out, %", "eval_cross_entropy": "cross-entropy held out, nats"}]
-    if outcome.study.per_epoch:
-        panels.append(
-            {
-                "eval_apgd_accuracy": "accuracy under APGD-CE, %",
-                "eval_gradient_norm": "epsilon x gradient norm held out, nats",
-            }
-        )
-    return panels
-
-
-def _history_section(outcome: Outcome, keys: Mapping[str, str]) -> tuple[str, str, Figure]:
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    for which, (key, label) in enumerate(keys.items()):
-        scale = 100 if label.endswith("%") else 1
-        points = {
-            name: [(line["epoch"], scale * line[key]) for line in row.histories[0] if key in line]
-            for name, row in outcome.rows.items()
-        }
-        curves(points, panel=(figure, len(keys), which), title=label, xlabel="epoch", ylim=(0, None))
-    return (
-        "By epoch: " + " and ".join(label.split(",")[0] for label in keys.values()),
-        "First seed.",
-        figure,
-    )

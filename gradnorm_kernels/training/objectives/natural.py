@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .common import Loss, Model, run
+from .registry import register
 
 __all__ = ["NaturalLoss"]
 
@@ -22,3 +23,6 @@ class NaturalLoss:
     def schedule(self, epoch: float) -> dict[str, float]:
         """Nothing changes with the epoch."""
         return {}
+
+
+register("natural", NaturalLoss, "cross-entropy")
