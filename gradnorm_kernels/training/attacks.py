@@ -18,8 +18,6 @@ from .checks import (
     looked_at,
 )
 
-__all__ = ["ATTACKS", "NORMS", "input_gradient", "perturb"]
-
 NORMS = ("Linf", "L2")
 ATTACKS = ("autoattack", "apgd-ce", "pgd", "fgsm")  # of ``evaluation``
 

@@ -10,16 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = [
-    "check_choice",
-    "check_count",
-    "check_images",
-    "check_logits",
-    "check_non_negative",
-    "check_pixels",
-    "check_targets",
-]
-
 
 def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
     if value not in choices:

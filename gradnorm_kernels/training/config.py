@@ -12,18 +12,6 @@ from .objectives import OBJECTIVES, objective_options
 from .objectives.common import epsilon_option
 from .options import TrainingError, as_type, check_options, option
 
-__all__ = [
-    "MAY_CHANGE",
-    "Interrupted",
-    "TrainConfig",
-    "TrainingError",
-    "as_options",
-    "describe_options",
-    "load_recipe",
-    "parse_settings",
-    "recipe_names",
-]
-
 # Options that do not change what a run computes, and so may differ when it resumes.
 MAY_CHANGE = frozenset({"device", "workers", "tensorboard"})
 

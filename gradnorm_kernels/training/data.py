@@ -27,8 +27,6 @@ from .distributed import rank, world_size
 from .models import InputSpec, input_spec
 from .options import TrainingError
 
-__all__ = ["Data", "load_data", "load_digits", "seed_everything"]
-
 EVALUATION_FOLDERS = ("val", "validation", "test")
 
 

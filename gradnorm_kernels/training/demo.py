@@ -23,8 +23,6 @@ from .report import conditions, curves, gradient_figure, history_figure, page, t
 from .runs import step_seconds
 from .trainer import Trainer, train
 
-__all__ = ["Demo", "Result", "demo"]
-
 EPSILON = 0.1  # of the objective and of the attack in the table, in pixel units
 CURVE = (0.025, 0.05, 0.1, 0.15)
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -14,8 +14,6 @@ from .distributed import world_size
 from .objectives import Loss
 from .options import TrainingError
 
-__all__ = ["allow_tf32", "compiled", "find_device", "for_training", "tf32", "without_exchange"]
-
 
 def find_device(name: str | None) -> torch.device:
     """The torch device called ``name``, or the one to use where none is named.

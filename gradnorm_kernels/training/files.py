@@ -11,17 +11,6 @@ import torch
 from .config import TrainConfig
 from .options import TrainingError
 
-__all__ = [
-    "CHECKPOINT",
-    "checkpoint_path",
-    "load_checkpoint",
-    "resumed_config",
-    "write_file",
-    "write_lines",
-    "write_tensorboard",
-    "write_text",
-]
-
 CHECKPOINT = "checkpoint.pt"
 
 

@@ -19,16 +19,6 @@ from .files import load_checkpoint
 from .options import TrainingError
 from .preact_resnet import PreActResNet
 
-__all__ = [
-    "InputSpec",
-    "Normalize",
-    "build_model",
-    "create_model",
-    "input_spec",
-    "load_model",
-    "swap_activations",
-]
-
 SMALL_MODEL = "gelu_mixer"
 # Blocks a stage, channels of the first, and stride of the first convolution.
 PREACT_RESNETS = {"preact_resnet18": (2, 64, 1), "preact_resnet10": (1, 16, 2)}

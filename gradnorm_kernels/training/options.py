@@ -6,8 +6,6 @@ from dataclasses import field, fields
 from fractions import Fraction
 from typing import Any, get_args
 
-__all__ = ["TrainingError", "as_type", "check_options", "option"]
-
 
 class TrainingError(RuntimeError):
     """Training cannot start or go on; the message says why, and names the option or path to mend."""

@@ -16,8 +16,6 @@ from torch import Tensor
 from .. import __version__
 from .._machine import processor_name
 
-__all__ = ["conditions", "curves", "gradient_figure", "history_figure", "page", "text_table"]
-
 Rows = Sequence[Sequence[str]]
 
 

@@ -22,8 +22,6 @@ from .options import TrainingError
 from .report import text_table
 from .trainer import Trainer
 
-__all__ = ["Evaluation", "evaluate_run", "step_seconds"]
-
 
 @dataclass(frozen=True)
 class Evaluation:

@@ -22,8 +22,6 @@ from .report import conditions, gradient_figure, history_figure, page, text_tabl
 from .runs import evaluate_run, step_seconds
 from .trainer import Trainer, train
 
-__all__ = ["STUDIES", "Outcome", "Row", "Study", "study"]
-
 
 @dataclass(frozen=True)
 class Study:

@@ -38,8 +38,6 @@ from .models import build_model
 from .objectives import Loss, Objective, make_objective
 from .options import TrainingError
 
-__all__ = ["Interrupted", "Trainer", "accuracy", "allow_tf32", "train"]
-
 # One stream of random numbers for the initial weights and one for the steps, apart from the data's.
 _INITIAL, _STEP = 0, 3
 
@@ -325,10 +323,7 @@ def _backward(
 
 @torch.no_grad()
 def accuracy(
-    model: nn.Module,
-    data: Data,
-    device: torch.device,
-    after_batch: Callable[[], None] = lambda: None,
+    model: nn.Module, data: Data, device: torch.device, after_batch: Callable[[], None] = lambda: None
 ) -> dict[str, float]:
     """Accuracy (share of 1) and mean cross-entropy (nats) of ``model`` on the held-out images."""
     totals = torch.zeros(2, dtype=torch.float64)

@@ -16,8 +16,6 @@ from .common import Loss, Model, Objective, epsilon_option, evaluated
 from .natural import NaturalLoss
 from .registry import register
 
-__all__ = ["AdversarialLoss"]
-
 
 @dataclass(frozen=True)
 class AdversarialLoss:

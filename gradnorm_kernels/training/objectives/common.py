@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from ..checks import check_images, check_logits, check_targets
 from ..options import option
 
-__all__ = ["Batch", "Loss", "Model", "Objective", "epsilon_option", "evaluated", "run"]
-
 Model = Callable[[Tensor], Tensor]
 
 
@@ -92,12 +90,7 @@ class _Before(NamedTuple):
 
 
 def run(
-    model: Model,
-    images: Tensor,
-    targets: Tensor,
-    *,
-    input_gradient: bool = False,
-    replayable: bool = False,
+    model: Model, images: Tensor, targets: Tensor, *, input_gradient: bool = False, replayable: bool = False
 ) -> Batch:
     """Runs the model on a batch, after checking it.
 

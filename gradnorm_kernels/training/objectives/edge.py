@@ -16,8 +16,6 @@ from .common import Loss, Model, run
 from .gradient_norm import GradientNormLoss
 from .registry import register
 
-__all__ = ["EdgeLoss", "edges"]
-
 
 @dataclass(frozen=True)
 class EdgeLoss:

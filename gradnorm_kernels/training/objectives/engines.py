@@ -13,8 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ... import functional as fused
 from .common import Batch
 
-__all__ = ["ENGINES", "NORMS"]
-
 # Of a gradient (B, ...), per sample. A half-precision sum over 150,528 pixels would overflow or round.
 Norm = Callable[[Tensor], Tensor]
 

@@ -13,8 +13,6 @@ from .common import Batch, Loss, Model, epsilon_option, run
 from .engines import ENGINES, NORMS
 from .registry import register
 
-__all__ = ["GradientNormLoss"]
-
 
 @dataclass(frozen=True)
 class GradientNormLoss:

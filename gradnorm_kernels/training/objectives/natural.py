@@ -7,8 +7,6 @@ from torch import Tensor
 from .common import Loss, Model, run
 from .registry import register
 
-__all__ = ["NaturalLoss"]
-
 
 @dataclass(frozen=True)
 class NaturalLoss:

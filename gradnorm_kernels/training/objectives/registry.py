@@ -8,8 +8,6 @@ from typing import Any
 
 from .common import Objective
 
-__all__ = ["OBJECTIVES", "make_objective", "objective_options", "register"]
-
 
 @dataclass(frozen=True)
 class Row:
@@ -25,12 +23,7 @@ OBJECTIVES: dict[str, Row] = {}
 
 
 def register(
-    name: str,
-    kind: type[Any],
-    help: str,
-    *,
-    check: Callable[[Any], None] = lambda config: None,
-    **parts: str,
+    name: str, kind: type[Any], help: str, *, check: Callable[[Any], None] = lambda config: None, **parts: str
 ) -> None:
     """Adds an objective to those that a run can have.
 
