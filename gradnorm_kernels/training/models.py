@@ -1,5 +1,6 @@
 """Builds models that take pixels in [0, 1]: timm's, PreActResNet, a small GELU network for small images."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,8 +109,7 @@ def build_model(
     model = create_model(config.model, spec, num_classes, act=config.act, **weights).to(device)
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    on = torch.device(device).type in ("cpu", "cuda") if config.fused == "auto" else config.fused == "on"
-    if on:
+    if config.fused == "on" or (config.fused == "auto" and torch.device(device).type in ("cpu", "cuda")):
         before = [type(module) for module in model.modules()]
         fuse(model)
         if config.fused == "on" and before == [type(module) for module in model.modules()]:
@@ -190,16 +190,14 @@ def create_model(
 def _gelu_mixer(size: int, channels: int, num_classes: int) -> nn.Module:
     if size % 4:
         raise TrainingError(f"image_size: {SMALL_MODEL} needs a multiple of 4, got {size}")
-    return MlpMixer(
-        img_size=size,
-        patch_size=size // 4,
-        num_blocks=3,
-        embed_dim=32,
-        mlp_ratio=(2.0, 4.0),
-        norm_layer=nn.Identity,
-        in_chans=channels,
-        num_classes=num_classes,
-    )
+    blocks: dict[str, Any] = {"num_blocks": 3, "embed_dim": 32, "mlp_ratio": (2.0, 4.0)}
+    ends: dict[str, Any] = {
+        "img_size": size,
+        "patch_size": size // 4,
+        "in_chans": channels,
+        "num_classes": num_classes,
+    }
+    return MlpMixer(**ends, **blocks, norm_layer=nn.Identity)
 
 
 # By name: the module, and the argument that a number after the name sets.
@@ -265,12 +263,11 @@ def _load(model: Normalize, path: Path) -> None:
         raise TrainingError(f"init: cannot read {path}: {error}") from error
     own = model.model.state_dict()
     # Of Normalize, of DistributedDataParallel and of torch.compile.
-    wrappers = ("model.", "module.", "_orig_mod.")
-    while not own.keys() & saved.keys() and any(key.startswith(wrappers) for key in saved):
-        saved = {key.removeprefix(_first(key, wrappers)): value for key, value in saved.items()}
-    for key in ("mean", "std"):
-        if key not in own:
-            saved.pop(key, None)
+    wrappers = re.compile(r"^(model|module|_orig_mod)\.")
+    while not own.keys() & saved.keys() and any(map(wrappers.match, saved)):
+        saved = {wrappers.sub("", key): value for key, value in saved.items()}
+    for key in {"mean", "std"} & saved.keys() - own.keys():
+        del saved[key]
     for key in _classifier_keys(model.model):
         if key in saved and saved[key].shape != own[key].shape:
             saved[key] = own[key]
@@ -278,10 +275,6 @@ def _load(model: Normalize, path: Path) -> None:
         model.model.load_state_dict(saved)
     except RuntimeError as error:
         raise TrainingError(f"init: {path} does not fit the model: {error}") from error
-
-
-def _first(key: str, prefixes: tuple[str, ...]) -> str:
-    return next((prefix for prefix in prefixes if key.startswith(prefix)), "")
 
 
 def _classifier_keys(model: nn.Module) -> list[str]:

@@ -79,28 +79,16 @@ def evaluate_run(
     output = output or path.parent
     states = output / "evaluation" / _digest(*saved["ema"].values(), images, labels, [batch_size, seed])
     states.mkdir(parents=True, exist_ok=True)
-    model = load_model(path, where)
+    model, radii = load_model(path, where), eps or [config.epsilon]
+    options: dict[str, Any] = {"attack": attack, "norm": norm, "batch_size": batch_size, "seed": seed}
     try:
         results = robustness_curve(
-            model,
-            images,
-            labels,
-            eps or [config.epsilon],
-            attack=attack,
-            norm=norm,
-            batch_size=batch_size,
-            seed=seed,
-            state_dir=states,
-            progress=progress,
+            model, images, labels, radii, **options, state_dir=states, progress=progress
         )
     except ValueError as error:
         raise TrainingError(str(error)) from error
-    report = {
-        "checkpoint": path.name,
-        "epoch": saved["epoch"],
-        "data": config.data,
-        "results": [result.to_dict() for result in results],
-    }
+    report = {"checkpoint": path.name, "epoch": saved["epoch"], "data": config.data}
+    report["results"] = [result.to_dict() for result in results]
     write_text(output / f"evaluation-{attack}.json", json.dumps(report, indent=1))
     return Evaluation(path, results)
 

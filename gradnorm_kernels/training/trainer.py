@@ -41,8 +41,10 @@ from .options import TrainingError
 # One stream of random numbers for the initial weights and one for the steps, apart from the data's.
 _INITIAL, _STEP = 0, 3
 
+State = dict[str, Any]
 
-def train(config: TrainConfig, output: Path, *, resume: bool = False) -> list[dict[str, Any]]:
+
+def train(config: TrainConfig, output: Path, *, resume: bool = False) -> list[State]:
     """Trains a model from the start, or from the checkpoint in ``output``, to the last epoch.
 
     The first SIGINT ends the run after the current step with a checkpoint; a second one aborts at once.
@@ -69,7 +71,7 @@ def train(config: TrainConfig, output: Path, *, resume: bool = False) -> list[di
         return _train(config, output, device, resume)
 
 
-def _train(config: TrainConfig, output: Path, device: torch.device, resume: bool) -> list[dict[str, Any]]:
+def _train(config: TrainConfig, output: Path, device: torch.device, resume: bool) -> list[State]:
     path = output / CHECKPOINT
     saved = load_checkpoint(path) if resume else None
     if saved:
@@ -84,7 +86,7 @@ def _train(config: TrainConfig, output: Path, device: torch.device, resume: bool
     def write_checkpoint() -> None:
         state = trainer.state_dict()
         if not all(value.isfinite().all() for value in (*state["model"].values(), *state["ema"].values())):
-            raise TrainingError(_not_finite(trainer, "weights not finite before the update"))
+            raise trainer.not_finite("weights not finite before the update")
         if rank() == 0:
             write_file(path, lambda file: torch.save(state, file))
 
@@ -117,11 +119,7 @@ class Trainer:
     """One run's model, averaged model, optimiser and progress, and the steps that change them."""
 
     def __init__(
-        self,
-        config: TrainConfig,
-        data: Data,
-        device: torch.device | None = None,
-        saved: dict[str, Any] | None = None,
+        self, config: TrainConfig, data: Data, device: torch.device | None = None, saved: State | None = None
     ) -> None:
         """From the start, or from a state that :meth:`state_dict` gave."""
         self.config, self.data, self.device = config, data, device or find_device(config.device)
@@ -149,10 +147,9 @@ class Trainer:
         )
         self.objective = make_objective(config)
         self._backward = compiled(_backward) if config.compile else _backward
-        self.epoch = 0
-        self.step_in_epoch = 0
+        self.epoch, self.step_in_epoch = 0, 0
         self.sums: defaultdict[str, float] = defaultdict(float)
-        self.history: list[dict[str, Any]] = []
+        self.history: list[State] = []
         if saved:
             self.load_state_dict(saved)
 
@@ -193,7 +190,7 @@ class Trainer:
         alone = world_size() == 1
         held_out = accuracy(self.ema.module, self.data, self.device, after_step if alone else lambda: None)
         if not math.isfinite(held_out["eval_cross_entropy"]):
-            raise TrainingError(_not_finite(self, "held-out cross-entropy that is not finite"))
+            raise self.not_finite("held-out cross-entropy that is not finite")
         if self.config.robust_every and (self.epoch + 1) % self.config.robust_every == 0:
             held_out |= self._robustness()
         self.history.append(self._summary() | held_out)
@@ -208,25 +205,21 @@ class Trainer:
             The loss before the update, of this process's images, and the norm of the gradient of all
             processes' before clipping.
         """
-        with allow_tf32(tf32(self.config)):
-            return self._step(images, targets)
-
-    def _step(self, images: Tensor, targets: Tensor) -> tuple[Loss, Tensor]:
+        parts = self.config.accumulate
+        # timm's dispatch_clip_grad calls the same as below and drops the norm.
+        limit = math.inf if self.config.clip_norm is None else self.config.clip_norm
+        update = self.epoch * self.data.steps_per_epoch + self.step_in_epoch + 1
         self.optimizer.zero_grad()
         losses = []
-        parts = self.config.accumulate
-        for i, (part, wanted) in enumerate(zip(images.chunk(parts), targets.chunk(parts), strict=True)):
-            with without_exchange(self.trained) if i + 1 < parts else nullcontext():
-                losses.append(self.loss(part, wanted, 1 / parts))
-        loss = losses[0] if parts == 1 else _mean(losses)
-        # timm's dispatch_clip_grad calls the same and drops the norm.
-        limit = math.inf if self.config.clip_norm is None else self.config.clip_norm
-        gradient_norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        self.optimizer.step()
-        update = self.epoch * self.data.steps_per_epoch + self.step_in_epoch + 1
+        with allow_tf32(tf32(self.config)):
+            for i, (part, wanted) in enumerate(zip(images.chunk(parts), targets.chunk(parts), strict=True)):
+                with without_exchange(self.trained) if i + 1 < parts else nullcontext():
+                    losses.append(self.loss(part, wanted, 1 / parts))
+            gradient_norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+            self.optimizer.step()
         self.scheduler.step_update(update)
         self.ema.update(self.model, step=update)
-        return loss, gradient_norm
+        return losses[0] if parts == 1 else _mean(losses), gradient_norm
 
     def loss(self, images: Tensor, targets: Tensor, weight: float = 1.0) -> Loss:
         """The loss at the run's progress, its gradient times ``weight`` added to the parameters' ``grad``."""
@@ -248,7 +241,7 @@ class Trainer:
             "eval_apgd_accuracy": result.robust_accuracy,
         }
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """All that changes in a run, as tensors and built-in types. The step determines the schedule."""
         return {
             "config": asdict(self.config),
@@ -263,8 +256,8 @@ class Trainer:
             "history": list(self.history),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over what :meth:`state_dict` gave."""
+    def load_state_dict(self, state: State) -> None:
+        """Goes on from what :meth:`state_dict` gave."""
         self.model.load_state_dict(state["model"])
         self.ema.module.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -280,11 +273,8 @@ class Trainer:
         *sums, images_now, gradient_norm_value = torch.cat([over_images, gradient_norm.view(1)]).tolist()
         total = sums[0]
         if not (math.isfinite(total) and math.isfinite(gradient_norm_value)):
-            raise TrainingError(
-                _not_finite(
-                    self, f"loss {total / images_now} and gradient's norm {gradient_norm_value}, not finite"
-                )
-            )
+            what = f"loss {total / images_now} and gradient's norm {gradient_norm_value}, not finite"
+            raise self.not_finite(what)
         named = dict(zip(("loss", *loss.parts, "train_accuracy"), sums, strict=True))
         named["parameter_gradient_norm"] = images_now * gradient_norm_value
         for name, value in named.items():
@@ -305,12 +295,12 @@ class Trainer:
             "images_per_second": images / seconds,
         }
 
-
-def _not_finite(trainer: Trainer, what: str) -> str:
-    return (
-        f"{what}, in epoch {trainer.epoch + 1}, step {trainer.step_in_epoch + 1}. No checkpoint was written"
-        " since; a lower lr or a longer warmup_epochs may help"
-    )
+    def not_finite(self, what: str) -> TrainingError:
+        """The error to raise of ``what`` in the current step."""
+        return TrainingError(
+            f"{what}, in epoch {self.epoch + 1}, step {self.step_in_epoch + 1}. No checkpoint was written"
+            " since; a lower lr or a longer warmup_epochs may help"
+        )
 
 
 def _backward(
