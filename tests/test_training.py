@@ -1,5 +1,6 @@
 """The objective against a transcription, runs that resume to the bit, data that name their faults."""
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -44,6 +45,15 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def quick_trainer(**changes):
+    config = replace(QUICK, **changes)
+    return Trainer(config, load_data(config))
+
+
+def is_finite(state):
+    return all(value.isfinite().all() for value in state.values())
 
 
 class TestModels:
@@ -116,7 +126,7 @@ def differences(directory, reference):
     """What differs between two runs, to the bit, but for the timings and what may change."""
     states = []
     for path in (directory, reference):
-        state = load_checkpoint(path / CHECKPOINT)
+        state = load_checkpoint(path)
         lines = (path / "metrics.jsonl").read_text().splitlines()
         assert [json.loads(line) for line in lines] == state["history"]
         assert [line["epoch"] for line in state["history"]] == list(range(1, len(lines) + 1))
@@ -159,18 +169,19 @@ def uninterrupted(tmp_path_factory):
     return directory
 
 
-def interrupt_at(monkeypatch, call, owner=Trainer, method="step"):
-    """Sends SIGINT to this process in the call-th call (from 1) of the owner's method."""
-    original, calls = getattr(owner, method), 0
+def train_and_interrupt(config, directory, call, owner=Trainer, method="step"):
+    """Trains until SIGINT arrives in the call-th call (from 1) of the owner's method."""
+    original, calls = getattr(owner, method), itertools.count(1)
 
     def interrupting(*args, **kwargs):
-        nonlocal calls
-        calls += 1
-        if calls == call:
+        if next(calls) == call:
             signal.raise_signal(signal.SIGINT)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(owner, method, interrupting)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, method, interrupting)
+        with pytest.raises(Interrupted, match=str(directory / CHECKPOINT)):
+            train(config, directory)
 
 
 class TestRun:
@@ -187,7 +198,7 @@ class TestRun:
         assert json.loads((uninterrupted / "config.json").read_text()) == asdict(QUICK)
 
     def test_averaged_weights_are_evaluated_and_loaded(self, uninterrupted):
-        state = load_checkpoint(uninterrupted / CHECKPOINT)
+        state = load_checkpoint(uninterrupted)
         key = "model.head.weight"
         assert not torch.equal(state["ema"][key], state["model"][key])
         model = load_model(uninterrupted)
@@ -205,21 +216,15 @@ class TestRun:
 
     # Of four steps an epoch: the first one of all, one in the middle, an epoch's last, and the run's last.
     @pytest.mark.parametrize("step", [1, 6, 8, 12])
-    def test_resumes_after_an_interrupt(self, step, uninterrupted, tmp_path, monkeypatch):
-        with monkeypatch.context() as patch:
-            interrupt_at(patch, step)
-            with pytest.raises(Interrupted, match=str(tmp_path / CHECKPOINT)):
-                train(QUICK, tmp_path)
-        assert load_checkpoint(tmp_path / CHECKPOINT)["step_in_epoch"] == (step - 1) % 4 + 1
+    def test_resumes_after_an_interrupt(self, step, uninterrupted, tmp_path):
+        train_and_interrupt(QUICK, tmp_path, step)
+        assert load_checkpoint(tmp_path)["step_in_epoch"] == (step - 1) % 4 + 1
         train(resumed_config(tmp_path, {}), tmp_path, resume=True)
         assert not differences(tmp_path, uninterrupted)
 
-    def test_resumes_after_an_interrupt_while_evaluating(self, uninterrupted, tmp_path, monkeypatch):
-        with monkeypatch.context() as patch:
-            interrupt_at(patch, 2, Data, "evaluation_batches")
-            with pytest.raises(Interrupted):
-                train(QUICK, tmp_path)
-        saved = load_checkpoint(tmp_path / CHECKPOINT)
+    def test_resumes_after_an_interrupt_while_evaluating(self, uninterrupted, tmp_path):
+        train_and_interrupt(QUICK, tmp_path, 2, Data, "evaluation_batches")
+        saved = load_checkpoint(tmp_path)
         assert (saved["epoch"], saved["step_in_epoch"]) == (1, 4)
         train(QUICK, tmp_path, resume=True)
         assert not differences(tmp_path, uninterrupted)
@@ -251,15 +256,10 @@ class TestRun:
             return model
 
         monkeypatch.setattr(models, "create_model", with_dropout)
-        config = TrainConfig(
-            data=str(image_folder), image_size=16, batch_size=4, **RECIPE, workers=1, mode="train",
-            epochs=2, lr=4e-3, warmup_epochs=0.5, ramp_epochs=1.0,
-        )  # fmt: skip
+        options = {"workers": 1, "mode": "train", "epochs": 2, "lr": 4e-3, "warmup_epochs": 0.5, **RECIPE}
+        config = on_folder(image_folder, **options, ramp_epochs=1.0)
         train(config, tmp_path / "reference")
-        with monkeypatch.context() as patch:
-            interrupt_at(patch, 6)
-            with pytest.raises(Interrupted):
-                train(config, tmp_path / "resumed")
+        train_and_interrupt(config, tmp_path / "resumed", 6)
         torch.manual_seed(12345)
         np.random.seed(12345)
         train(replace(config, workers=0), tmp_path / "resumed", resume=True)
@@ -305,15 +305,13 @@ class TestRun:
 
         def explode(self, images, targets):
             loss, norm = original(self, images, targets)
-            if self.epoch == 1:
-                loss = loss._replace(total=loss.total * float("nan"))
-            return loss, norm
+            return (loss._replace(total=loss.total * float("nan")) if self.epoch == 1 else loss), norm
 
         monkeypatch.setattr(Trainer, "step", explode)
         with pytest.raises(TrainingError, match=r"loss nan .* not finite, in epoch 2, step 1.*lower lr"):
             train(QUICK, tmp_path)
-        kept = load_checkpoint(tmp_path / CHECKPOINT)
-        assert kept["epoch"] == 1 and all(torch.isfinite(v).all() for v in kept["model"].values())
+        kept = load_checkpoint(tmp_path)
+        assert kept["epoch"] == 1 and is_finite(kept["model"])
 
     def test_not_finite_gradient_stops(self, tmp_path, monkeypatch):
         monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda *args: torch.tensor(float("inf")))
@@ -334,13 +332,12 @@ class TestRun:
         monkeypatch.setattr(Trainer, "step", explode)
         with pytest.raises(TrainingError, match=r"weights not finite before the update, in epoch 3, step 1"):
             train(QUICK, tmp_path)
-        kept = load_checkpoint(tmp_path / CHECKPOINT)
-        assert kept["epoch"] == 1 and all(v.isfinite().all() for v in kept["model"].values())
+        kept = load_checkpoint(tmp_path)
+        assert kept["epoch"] == 1 and is_finite(kept["model"])
 
     def test_not_finite_logits_of_the_edge_objective(self, tmp_path, monkeypatch):
         """Whose class is drawn from them."""
-        config = replace(QUICK, objective="edge", mode="train")
-        trainer = Trainer(config, load_data(config))
+        trainer = quick_trainer(objective="edge", mode="train")
         for parameter in trainer.model.parameters():
             parameter.data.fill_(float("nan"))
         with pytest.raises(TrainingError, match="loss nan"):
@@ -372,21 +369,19 @@ class TestRun:
 
     @pytest.mark.parametrize("fused", ["auto", "on", "off"])
     def test_fused_flag(self, fused):
-        trainer = Trainer(replace(QUICK, fused=fused), load_data(QUICK))
-        kinds = [type(module) for module in trainer.model.modules()]
-        assert kinds.count(FusedGeLU) == (0 if fused == "off" else 6)
-        kinds = [type(module) for module in trainer.ema.module.modules()]
-        assert kinds.count(FusedGeLU) == (0 if fused == "off" else 6)
+        trainer = quick_trainer(fused=fused)
+        for model in (trainer.model, trainer.ema.module):
+            kinds = [type(module) for module in model.modules()]
+            assert kinds.count(FusedGeLU) == (0 if fused == "off" else 6)
 
     def test_nothing_to_fuse_is_reported(self, monkeypatch):
-        config = replace(QUICK, fused="on")
         monkeypatch.setattr(models, "fuse", lambda model: model)
         with pytest.raises(TrainingError, match="fused: there is nothing to fuse"):
-            Trainer(config, load_data(config))
+            quick_trainer(fused="on")
 
     @pytest.mark.parametrize("mode", ["train", "eval"])
     def test_mode(self, mode):
-        trainer = Trainer(replace(QUICK, mode=mode), load_data(QUICK))
+        trainer = quick_trainer(mode=mode)
         assert trainer.model.training == (mode == "train") and not trainer.ema.module.training
 
     @pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGKILL])
@@ -418,7 +413,7 @@ sys.exit(main({arguments!r}))
                     process.send_signal(kill)
                     break
             _, message = process.communicate(timeout=60)
-        saved = load_checkpoint(tmp_path / CHECKPOINT)
+        saved = load_checkpoint(tmp_path)
         if kill == signal.SIGINT:
             assert process.returncode == 130
             assert "stopped in epoch 2 after step 2" in message
@@ -434,7 +429,7 @@ sys.exit(main({arguments!r}))
         """Whatever moment the process dies at, the checkpoint there is whole."""
         config = replace(QUICK, epochs=1)
         train(config, tmp_path)
-        before = load_checkpoint(tmp_path / CHECKPOINT)
+        before = load_checkpoint(tmp_path)
         script = f"""
 import os, pathlib, torch
 from gradnorm_kernels.training.files import write_file
@@ -447,69 +442,52 @@ write_file(path, write)
 """
         done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path)
         assert done.returncode == -signal.SIGKILL
-        assert not different_leaves(load_checkpoint(tmp_path / CHECKPOINT), before)
+        assert not different_leaves(load_checkpoint(tmp_path), before)
 
 
 class TestOptions:
     def test_accumulated_parts_give_the_whole_batchs_gradient(self):
         gradients = []
         for parts in (1, 7):
-            config = replace(QUICK, batch_size=350, accumulate=parts, ramp_epochs=0.0, clip_norm=None)
-            data = load_data(config)
-            trainer = Trainer(config, data)
+            trainer = quick_trainer(batch_size=350, accumulate=parts, ramp_epochs=0.0, clip_norm=None)
             # The head starts at 0, where the norm has no gradient.
             nn.init.normal_(trainer.model.model.head.weight)
-            batch = data.first_batch()
-            loss, norm = trainer.step(*batch)
-            gradients.append(
-                [loss.total, norm, loss.parts["gradient_norm"], *(p.grad for p in trainer.model.parameters())]
-            )
-        for whole, accumulated in zip(*gradients, strict=True):
-            torch.testing.assert_close(accumulated, whole, rtol=1e-4, atol=1e-6)
+            loss, norm = trainer.step(*trainer.data.first_batch())
+            found = loss.total, norm, loss.parts["gradient_norm"]
+            gradients.append([*found, *(p.grad for p in trainer.model.parameters())])
+        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
     def test_bfloat16_keeps_the_penalty_finite_and_close(self):
-        losses = {}
+        losses = []
         for precision in ("float32", "bfloat16"):
-            config = replace(QUICK, precision=precision, ramp_epochs=0.0)
-            data = load_data(config)
-            trainer = Trainer(config, data)
+            trainer = quick_trainer(precision=precision, ramp_epochs=0.0)
             nn.init.normal_(trainer.model.model.head.weight)
-            loss = trainer.loss(*data.first_batch())
-            assert all(
-                p.dtype == torch.float32 and p.grad.isfinite().all() for p in trainer.model.parameters()
-            )
-            losses[precision] = loss
-        assert losses["bfloat16"].parts["gradient_norm"].dtype == torch.float32
-        for name, part in losses["float32"].parts.items():
-            torch.testing.assert_close(losses["bfloat16"].parts[name], part, rtol=0.05, atol=0)
-            assert not torch.equal(losses["bfloat16"].parts[name], part)
+            losses.append(trainer.loss(*trainer.data.first_batch()))
+            parameters = list(trainer.model.parameters())
+            assert all(p.dtype == torch.float32 and p.grad.isfinite().all() for p in parameters)
+        whole, half = losses
+        assert half.parts["gradient_norm"].dtype == torch.float32
+        for name, part in whole.parts.items():
+            torch.testing.assert_close(half.parts[name], part, rtol=0.05, atol=0)
+            assert not torch.equal(half.parts[name], part)
 
     @pytest.mark.parametrize("precision", ["tf32", "float32"])
-    def test_tf32_lasts_for_a_step(self, precision, monkeypatch):
-        config = replace(QUICK, precision=precision)
-        trainer = Trainer(config, load_data(config))
-        before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-        seen = []
-        original = trainer.model.forward
+    def test_tf32_lasts_for_a_step(self, precision):
+        def switches():
+            return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
 
-        def forward(images):
-            seen.append((torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32))
-            return original(images)
-
-        monkeypatch.setattr(trainer.model, "forward", forward)
-        trainer.step(*next(trainer.data.training_batches(epoch=0, start=0)))
-        assert set(seen) == {(True, True) if precision == "tf32" else before}
-        assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == before
+        trainer, before, seen = quick_trainer(precision=precision), switches(), set()
+        trainer.model.register_forward_pre_hook(lambda *_: seen.add(switches()))
+        trainer.step(*trainer.data.first_batch())
+        assert seen == {(True, True) if precision == "tf32" else before} and switches() == before
 
     def test_channels_last(self):
-        config = replace(QUICK, channels_last=True, model="preact_resnet10", batch_size=16, epochs=1)
-        trainer = Trainer(config, load_data(config))
+        trainer = quick_trainer(channels_last=True, model="preact_resnet10", batch_size=16, epochs=1)
         layouts = []
-        hook = trainer.model.model.blocks[0].conv1.register_forward_pre_hook(
+        trainer.model.model.blocks[0].conv1.register_forward_pre_hook(
             lambda module, inputs: layouts.append(inputs[0].is_contiguous(memory_format=torch.channels_last))
         )
         trainer.loss(torch.rand(16, 1, 8, 8), torch.randint(10, (16,)))
-        hook.remove()
         assert layouts == [True]
 
     @pytest.mark.skipif(
@@ -522,23 +500,18 @@ class TestOptions:
         monkeypatch.setattr(torch, "compile", lambda f, **options: compile(f, backend="aot_eager", **options))
         steps = []
         for compiled in (False, True):
-            config = replace(QUICK, compile=compiled)
-            data = load_data(config)
-            trainer = Trainer(config, data)
-            batch = data.first_batch()
+            trainer = quick_trainer(compile=compiled)
+            batch = trainer.data.first_batch()
             for trainer.epoch in range(5):
                 loss, _ = trainer.step(*batch)
             steps.append([loss.total, *trainer.model.state_dict().values()])
-        for eager, whole in zip(*steps, strict=True):
-            torch.testing.assert_close(whole, eager, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(*steps, rtol=1e-4, atol=1e-6)
 
     def test_a_step_that_does_not_compile_is_reported(self):
-        config = replace(QUICK, compile=True)
-        data = load_data(config)
-        trainer = Trainer(config, data)
+        trainer = quick_trainer(compile=True)
         trainer.model.register_forward_pre_hook(lambda *args: torch._dynamo.graph_break())
         with pytest.raises(TrainingError, match="compile: "):
-            trainer.loss(*data.first_batch())
+            trainer.loss(*trainer.data.first_batch())
 
     def test_watched_robustness(self, tmp_path):
         lines = train(replace(QUICK, epochs=2, robust_every=2, robust_images=20), tmp_path)
@@ -548,28 +521,26 @@ class TestOptions:
     def test_init(self, uninterrupted, tmp_path):
         """From a run's averaged weights, from a state_dict, and with another number of classes."""
         averaged = load_model(uninterrupted).model.state_dict()
-        spec = input_spec("gelu_mixer", 1, 8)
-        for path in (uninterrupted / CHECKPOINT, tmp_path / "weights.pth"):
-            torch.save(averaged, tmp_path / "weights.pth")
-            own = create_model("gelu_mixer", spec, 10, init=str(path)).model.state_dict()
-            assert all(torch.equal(own[key], value) for key, value in averaged.items())
-            other = create_model("gelu_mixer", spec, 3, init=str(path)).model.state_dict()
+        spec, saved = input_spec("gelu_mixer", 1, 8), tmp_path / "weights.pth"
+
+        def started(path, classes=10):
+            return create_model("gelu_mixer", spec, classes, init=str(path)).model.state_dict()
+
+        wrapped = {f"module._orig_mod.{key}": value for key, value in averaged.items()}
+        assert not different_leaves(started(uninterrupted / CHECKPOINT), averaged)
+        for weights in (averaged, wrapped, {"epoch": 3, "state_dict": averaged}):
+            torch.save(weights, saved)
+            assert not different_leaves(started(saved), averaged)
+        for path in (uninterrupted / CHECKPOINT, saved):
+            other = started(path, classes=3)
             assert other["head.weight"].shape[0] == 3
-            assert torch.equal(
-                other["blocks.0.mlp_channels.fc1.weight"], own["blocks.0.mlp_channels.fc1.weight"]
-            )
-            for wrapped in (
-                {f"module._orig_mod.{key}": value for key, value in averaged.items()},
-                {"epoch": 3, "state_dict": averaged},
-            ):
-                torch.save(wrapped, tmp_path / "wrapped.pth")
-                same = create_model("gelu_mixer", spec, 10, init=str(tmp_path / "wrapped.pth")).model
-                assert all(torch.equal(same.state_dict()[key], value) for key, value in averaged.items())
+            key = "blocks.0.mlp_channels.fc1.weight"
+            assert torch.equal(other[key], averaged[key])
         with pytest.raises(TrainingError, match="does not fit the model"):
-            create_model("preact_resnet10", spec, 10, init=str(path))
-        (tmp_path / "weights.pth").write_bytes(b"no weights")
+            create_model("preact_resnet10", spec, 10, init=str(saved))
+        saved.write_bytes(b"no weights")
         with pytest.raises(TrainingError, match="init: cannot read"):
-            create_model("gelu_mixer", spec, 10, init=str(path))
+            started(saved)
 
     def test_weights_are_loaded_without_running_code(self, tmp_path):
         class Payload:
@@ -627,6 +598,10 @@ class TestOptions:
             train(replace(QUICK, tensorboard=True), tmp_path)
 
 
+def on_folder(folder, **options):
+    return TrainConfig(**{"data": str(folder), "image_size": 16, "batch_size": 4, "workers": 0, **options})
+
+
 @pytest.fixture
 def image_folder(tmp_path):
     """Two classes, dark and bright, of 24x20 JPEG files."""
@@ -650,7 +625,7 @@ class TestData:
 
     @pytest.mark.parametrize("augmentation", [RECIPE, {"crop_min": 0.5, "hflip": 0.5}, {}])
     def test_batches_depend_on_seed_epoch_and_index_alone(self, augmentation, image_folder):
-        config = TrainConfig(data=str(image_folder), batch_size=4, image_size=16, workers=0, **augmentation)
+        config = on_folder(image_folder, **augmentation)
         reference = [image for image, _ in load_data(config).training_batches(epoch=1, start=0)]
         assert len(reference) == 4
         for workers in (0, 2):
@@ -666,8 +641,8 @@ class TestData:
 
     def test_workers_survive_an_interrupt(self, image_folder):
         """Ctrl-C reaches them too, while the training process waits for the batch of its last step."""
-        config = TrainConfig(data=str(image_folder), batch_size=2, image_size=16, workers=1)
-        batches = load_data(config).training_batches(epoch=0, start=0)
+        data = load_data(on_folder(image_folder, batch_size=2, workers=1))
+        batches = data.training_batches(epoch=0, start=0)
         next(batches)
         for worker in multiprocessing.active_children():
             os.kill(worker.pid, signal.SIGINT)
@@ -678,14 +653,14 @@ class TestData:
         """Not normalised, and at their own size untouched."""
         (image_folder / "val" / "dark" / "0.jpg").unlink()
         Image.new("RGB", (16, 16), (51, 102, 255)).save(image_folder / "val" / "dark" / "0.png")
-        data = load_data(TrainConfig(data=str(image_folder), batch_size=4, image_size=16, workers=0))
+        data = load_data(on_folder(image_folder))
         image, target = data.evaluation[0]
         assert target == 0
         torch.testing.assert_close(image[:, 3, 5], torch.tensor([0.2, 0.4, 1.0]))
 
     def test_soft_targets(self, image_folder):
         images, labels = torch.rand(4, 3, 16, 16), torch.tensor([0, 1, 1, 1])
-        config = TrainConfig(data=str(image_folder), batch_size=4, image_size=16)
+        config = on_folder(image_folder)
         same, targets = load_data(config).soften(images.clone(), labels)
         assert torch.equal(same, images)
         torch.testing.assert_close(targets[0], torch.tensor([0.95, 0.05]))
@@ -696,9 +671,9 @@ class TestData:
         assert 0.05 < targets[0, 0] < 0.95
 
     def test_trains_on_an_image_folder(self, image_folder, tmp_path):
-        config = TrainConfig(
-            data=str(image_folder), model="resnet10t", act="gelu", image_size=32, hflip=0.5,
-            batch_size=8, epochs=2, workers=1, mode="train", warmup_epochs=0.0, ramp_epochs=0.0,
+        config = on_folder(
+            image_folder, model="resnet10t", act="gelu", image_size=32, hflip=0.5, batch_size=8, epochs=2,
+            workers=1, mode="train", warmup_epochs=0.0, ramp_epochs=0.0,
         )  # fmt: skip
         lines = train(config, tmp_path / "run")
         assert len(lines) == 2 and lines[1]["gradient_norm"] > 0
@@ -706,17 +681,14 @@ class TestData:
 
     @pytest.mark.parametrize(
         "damage",
-        [
-            lambda data: data[: len(data) // 2],  # a truncated file
-            lambda data: b"no image",
-            lambda data: b"",
-        ],
+        # The first truncates the file.
+        [lambda data: data[: len(data) // 2], lambda data: b"no image", lambda data: b""],
     )
     @pytest.mark.parametrize("workers", [0, 1])
     def test_corrupt_image_is_named(self, damage, workers, image_folder, tmp_path):
         path = image_folder / "train" / "dark" / "3.jpg"
         path.write_bytes(damage(path.read_bytes()))
-        config = TrainConfig(data=str(image_folder), batch_size=8, image_size=16, workers=workers)
+        config = on_folder(image_folder, batch_size=8, workers=workers)
         with pytest.raises(TrainingError, match=f"cannot read the image {path}"):
             train(config, tmp_path / "run")
 
@@ -741,33 +713,30 @@ class TestData:
     def test_unusable_folder_is_named(self, change, message, image_folder):
         change(image_folder)
         with pytest.raises(TrainingError, match="data: .*" + message.format(root=image_folder)):
-            load_data(TrainConfig(data=str(image_folder), image_size=16, batch_size=4))
+            load_data(on_folder(image_folder))
 
     def test_classes_of_the_held_out_folder_are_those_of_training(self, image_folder):
         """A held-out folder without the first class must not shift the others' indices."""
         for path in (image_folder / "val" / "dark").iterdir():
             path.unlink()
-        data = load_data(TrainConfig(data=str(image_folder), image_size=16, batch_size=4, workers=0))
+        data = load_data(on_folder(image_folder))
         assert {target for _, target in data.evaluation} == {1}
 
     def test_evaluation_sample_is_of_every_class(self, image_folder):
         """A folder is sorted by class, and its first images would be of the first class."""
-        data = load_data(TrainConfig(data=str(image_folder), image_size=16, batch_size=4, workers=0))
+        data = load_data(on_folder(image_folder))
         images, labels = data.evaluation_sample(3)
         again, _ = data.evaluation_sample(3)
         assert len(images) == 3 and set(labels.tolist()) == {0, 1} and torch.equal(images, again)
         assert data.evaluation_sample(99)[1].tolist() == [0, 0, 0, 1, 1, 1]
 
     def test_unusable_augmentation_is_named(self, image_folder):
-        config = TrainConfig(data=str(image_folder), image_size=16, batch_size=4, auto_augment="rand-x9")
         with pytest.raises(TrainingError, match=r"^auto_augment: timm cannot use rand-x9"):
-            load_data(config)
+            load_data(on_folder(image_folder, auto_augment="rand-x9"))
 
     def test_recipe_needs_an_even_batch(self, image_folder):
-        with pytest.raises(
-            TrainingError, match="batch_size: mixup and cutmix need an even one a process, got 5"
-        ):
-            load_data(TrainConfig(data=str(image_folder), batch_size=5, image_size=16, **RECIPE))
+        with pytest.raises(TrainingError, match=r"batch_size: mixup and cutmix need an even one .*, got 5"):
+            load_data(on_folder(image_folder, batch_size=5, **RECIPE))
 
 
 def test_demo(tmp_path):
