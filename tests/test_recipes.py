@@ -180,8 +180,8 @@ OLD_CONFIG = """data: null, model: gelu_mixer, act: null, pretrained: false, ini
     edge_rate: 0.5, edge_max: 9.0, edge_temperature: 0.25, edge_variant: magnitude, attack_steps: 5,
     attack_step_size: 0.01, attack_random_start: false, mode: eval, fused: auto, precision: float32,
     channels_last: false, compile: false, epochs: 30, batch_size: 128, accumulate: 1, lr: 1.0e-3,
-    lr_batch: null, warmup_epochs: 5.0, warmup_lr: 1.0e-6, min_lr: 1.0e-5, opt: adamw, weight_decay: 0.05, clip_norm: 1.0,
-    ema_decay: 0.9998, robust_every: 0, robust_images: 256, seed: 0, device: null, workers: 4,
+    lr_batch: null, warmup_epochs: 5.0, warmup_lr: 1.0e-6, min_lr: 1.0e-5, opt: adamw, weight_decay: 0.05,
+    clip_norm: 1.0, ema_decay: 0.9998, robust_every: 0, robust_images: 256, seed: 0, device: null, workers: 4,
     tensorboard: false"""
 
 
