@@ -170,7 +170,7 @@ def evaluate(
     _check_data(model, images, labels)
     target = _Target(model, images, labels, _device(model, images, device), batch_size)
     with _under_attack(model, target.device):
-        file = _StateFile(state_path, settings, model, images, labels)
+        file = _StateFile(state_path, settings, target)
         warner = _Warner()
         state = file.read()
         if state is None:
@@ -279,22 +279,15 @@ _MASKS = ("clean_correct", "robust", "pending")
 class _StateFile:
     """A state on disk with what it is the state of; without a path, nothing."""
 
-    def __init__(
-        self,
-        path: str | os.PathLike[str] | None,
-        settings: _Settings,
-        model: nn.Module,
-        images: Tensor,
-        labels: Tensor,
-    ) -> None:
+    def __init__(self, path: str | os.PathLike[str] | None, settings: _Settings, target: _Target) -> None:
         self.path = None if path is None else Path(path)
         if self.path is not None:
-            state = model.state_dict()
+            weights = {k: v for k, v in target.model.state_dict().items() if isinstance(v, Tensor)}
             self.identity = {
                 **asdict(settings),
-                "images": len(images),
-                "data_sha256": _digest({"images": images, "labels": labels}),
-                "model_sha256": _digest({k: v for k, v in state.items() if isinstance(v, Tensor)}),
+                "images": len(target.images),
+                "data_sha256": _digest({"images": target.images, "labels": target.labels}),
+                "model_sha256": _digest(weights),
             }
 
     def read(self) -> _State | None:
@@ -314,12 +307,9 @@ class _StateFile:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"state_path: {self.path} is not the state of an evaluation") from error
         if identity != self.identity:
-            differences = [
-                f"{name} is {identity.get(name)} there and {value} here"
-                for name, value in self.identity.items()
-                if identity.get(name) != value
-            ]
-            raise ValueError(f"state_path: {self.path} holds another evaluation: {'; '.join(differences)}")
+            differ = [name for name, value in self.identity.items() if identity.get(name) != value]
+            how = "; ".join(f"{k} is {identity.get(k)} there and {self.identity[k]} here" for k in differ)
+            raise ValueError(f"state_path: {self.path} holds another evaluation: {how}")
         return state
 
     def write(self, state: _State) -> None:
@@ -346,10 +336,8 @@ def _clean_pass(target: _Target, settings: _Settings) -> _State:
         if y.max() >= classes:
             raise ValueError(f"labels: expected class indices from 0 to {classes - 1}, got {int(y.max())}")
         if settings.attack == "autoattack" and settings.eps and classes < 4:
-            raise ValueError(
-                f"attack: autoattack needs at least 4 classes, got {classes}: its targeted DLR loss is"
-                " undefined for fewer; apgd-ce or pgd will do"
-            )
+            why = "its targeted DLR loss is undefined for fewer; apgd-ce or pgd will do"
+            raise ValueError(f"attack: autoattack needs at least 4 classes, got {classes}: {why}")
         correct[indices] = (predicted == y).cpu()
     seconds = time.perf_counter() - start
     return _State(classes, correct, correct.clone(), correct.clone(), seconds=seconds)
@@ -402,18 +390,11 @@ def _attacks(target: _Target, settings: _Settings, classes: int, warner: "_Warne
         return {"apgd-ce": apgd.perturb}
 
     def descend(x: Tensor, y: Tensor) -> Tensor:
-        steps = settings.steps or 1
-        return perturb(
-            target.logits,
-            x,
-            y,
-            eps=eps,
-            norm=norm,
-            steps=steps,
-            step_size=eps if settings.attack == "fgsm" else 2.5 * eps / steps,
-            random_start=settings.attack == "pgd",
-            generator=torch.Generator().manual_seed(seed),
-        )
+        start: dict[str, Any] = {"random_start": False, "steps": 1, "step_size": eps}
+        if settings.steps:
+            start = {"random_start": True, "steps": settings.steps, "step_size": 2.5 * eps / settings.steps}
+        generator = torch.Generator().manual_seed(seed)
+        return perturb(target.logits, x, y, eps=eps, norm=norm, generator=generator, **start)
 
     return {settings.attack: descend}
 

@@ -28,9 +28,8 @@ def text_table(rows: Rows) -> str:
 
 def page(title: str, rows: Rows, notes: str, sections: Iterable[tuple[str, str, Figure]]) -> str:
     """A page of HTML that needs no other file: table, notes, and sections of heading, text and plot."""
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
-    )
+    lines = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows)
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
     plots = "".join(
         f"<h2>{html.escape(heading)}</h2><p>{html.escape(text)}</p>{_image(figure)}"
         for heading, text, figure in sections

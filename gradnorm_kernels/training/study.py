@@ -6,7 +6,7 @@ Each asks a question that Rodríguez-Muñoz et al. (https://arxiv.org/abs/2409.2
 import hashlib
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -42,10 +42,12 @@ class Study:
 # With a gradient norm the mode is the recipe's: eval as published, train where a run begins with random
 # weights.
 _ADVERSARIAL = {"objective": "adversarial", "mode": "train"}
-_FGSM = {**_ADVERSARIAL, "attack_steps": 1, "attack_random_start": False}
-_FGSM_RANDOM = {**_ADVERSARIAL, "attack_steps": 1, "attack_random_start": True}
 _NORM = {"objective": "gradient_norm"}
-_HYBRID = {"objective": "hybrid", "attack_steps": 1, "attack_random_start": True}
+_FGSM = {
+    "FGSM": {**_ADVERSARIAL, "attack_steps": 1, "attack_random_start": False},
+    "FGSM, random start": {**_ADVERSARIAL, "attack_steps": 1, "attack_random_start": True},
+}
+_HYBRID = {"FGSM + gradient norm": {"objective": "hybrid", "attack_steps": 1, "attack_random_start": True}}
 
 STUDIES = {
     "activations": Study(
@@ -53,16 +55,8 @@ STUDIES = {
         {
             act.replace(":", " "): {**_NORM, "act": act}
             for act in (
-                "relu",
-                "leaky_relu:0.01",
-                "leaky_relu:0.1",
-                "leaky_relu:0.3",
-                "elu",
-                "softplus:1",
-                "softplus:10",
-                "silu",
-                "mish",
-                "gelu",
+                *("relu", "leaky_relu:0.01", "leaky_relu:0.1", "leaky_relu:0.3", "elu"),
+                *("softplus:1", "softplus:10", "silu", "mish", "gelu"),
             )
         },
         reference="gelu",
@@ -74,21 +68,15 @@ STUDIES = {
             "gradient norm": _NORM,
             "edge": {"objective": "edge", "mode": "train"},
             "edge + gradient norm": {"objective": "edge_gradient_norm"},
-            "FGSM": _FGSM,
-            "FGSM, random start": _FGSM_RANDOM,
+            **_FGSM,
             "PGD-3": {**_ADVERSARIAL, "attack_steps": 3},
-            "FGSM + gradient norm": _HYBRID,
+            **_HYBRID,
         },
         reference="PGD-3",
     ),
     "stability": Study(
         "Long runs",
-        {
-            "gradient norm": _NORM,
-            "FGSM": _FGSM,
-            "FGSM, random start": _FGSM_RANDOM,
-            "FGSM + gradient norm": _HYBRID,
-        },
+        {"gradient norm": _NORM, **_FGSM, **_HYBRID},
         reference="gradient norm",
         per_epoch=True,
     ),
@@ -124,21 +112,19 @@ class Outcome:
 
     def cells(self) -> list[list[str]]:
         """The table, heading first: means over the seeds, and where there are several, the range."""
-        reference = self.rows.get(self.study.reference)
-        heading = ["training", "clean", f"{self.attack}, eps {self.config.epsilon:.4g}", "step, ms"]
-        if reference:
-            heading.append(f"step / {self.study.reference}")
+        attack = f"{self.attack}, eps {self.config.epsilon:.4g}"
+        columns: dict[str, Callable[[Row], str]] = {
+            "clean": lambda row: _spread(row.clean),
+            attack: lambda row: _spread(row.robust),
+            "step, ms": lambda row: f"{row.step_seconds * 1e3:.1f}",
+        }
+        if reference := self.rows.get(self.study.reference):
+            per_step = reference.step_seconds
+            columns[f"step / {self.study.reference}"] = lambda row: f"{row.step_seconds / per_step:.2f}"
         if self.study.per_epoch:
-            heading.append("collapsed in epoch")
-        table = [heading]
-        for name, row in self.rows.items():
-            cells = [name, _spread(row.clean), _spread(row.robust), f"{row.step_seconds * 1e3:.1f}"]
-            if reference:
-                cells.append(f"{row.step_seconds / reference.step_seconds:.2f}")
-            if self.study.per_epoch:
-                cells.append(", ".join("no" if epoch is None else str(epoch) for epoch in row.collapsed))
-            table.append(cells)
-        return table
+            columns["collapsed in epoch"] = lambda row: ", ".join(str(at or "no") for at in row.collapsed)
+        cells = [[name, *(cell(row) for cell in columns.values())] for name, row in self.rows.items()]
+        return [["training", *columns], *cells]
 
     def table(self) -> str:
         """The table as text."""
@@ -146,16 +132,16 @@ class Outcome:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything measured, for JSON."""
+        rows = {
+            name: {**asdict(row), "options": dict(self.study.rows[name])} for name, row in self.rows.items()
+        }
         return {
             "study": self.study.title,
             "reference": self.study.reference,
             "attack": self.attack,
             "attacked": self.attacked,
             "config": asdict(self.config),
-            "rows": {
-                name: {**asdict(row), "options": dict(self.study.rows[name])}
-                for name, row in self.rows.items()
-            },
+            "rows": rows,
             "conditions": conditions(),
         }
 
@@ -228,16 +214,12 @@ def study(
     rows = {}
     for row, paths in runs.items():
         results = [evaluate_run(path, attack=attack, n=n).results[0] for path in paths]
+        clean = [result.clean_accuracy for result in results]
+        robust = [result.robust_accuracy for result in results]
         histories = [load_checkpoint(path)["history"] for path in paths]
-        rows[row] = Row(
-            [result.clean_accuracy for result in results],
-            [result.robust_accuracy for result in results],
-            seconds[row],
-            histories,
-            [_collapse(history, held_out.num_classes) for history in histories],
-        )
-    attacked = min(n, len(held_out.evaluation))
-    outcome = Outcome(chosen, shared, attack, attacked, rows)
+        collapsed = [_collapse(history, held_out.num_classes) for history in histories]
+        rows[row] = Row(clean, robust, seconds[row], histories, collapsed)
+    outcome = Outcome(chosen, shared, attack, min(n, len(held_out.evaluation)), rows)
     write_text(output / "study.json", json.dumps(outcome.to_dict(), indent=1))
     write_text(output / "report.html", _report(outcome, held_out, first))
     return outcome
@@ -255,9 +237,8 @@ def _trained(config: TrainConfig, runs: Path) -> Path:
 
 def _collapse(history: list[dict[str, Any]], num_classes: int) -> int | None:
     """The epoch from which accuracy under attack stays below half its best, that having been above chance."""
-    watched = [
-        (line["epoch"], line["eval_apgd_accuracy"]) for line in history if "eval_apgd_accuracy" in line
-    ]
+    key = "eval_apgd_accuracy"
+    watched = [(line["epoch"], line[key]) for line in history if key in line]
     best = max((accuracy for _, accuracy in watched), default=0.0)
     if best <= 2 / num_classes:
         return None
