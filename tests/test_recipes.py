@@ -51,53 +51,29 @@ def test_two_steps(name):
 @pytest.mark.parametrize(
     ("name", "published"),
     [
-        (
-            "swin_b",
-            {
-                "model": "swin_base_patch4_window7_224", "pretrained": True, "objective": "gradient_norm",
-                "ce_weight": 0.8, "gn_weight": 1.2, "epsilon": 4 / 255, "ramp_epochs": 5, "mode": "eval",
-                "epochs": 100, "warmup_epochs": 5, "batch_size": 532, "lr": 0.625e-3, "lr_batch": 512,
-                "warmup_lr": 1e-5, "min_lr": 1e-5,
-            },
-        ),
-        (
-            "resnet50",
-            {
-                "model": "resnet50", "act": "gelu", "pretrained": False, "epochs": 83, "warmup_epochs": 5,
-                "batch_size": 256, "lr": 1.25e-3, "lr_batch": 512, "warmup_lr": 1e-6, "min_lr": 1e-5,
-                "mode": "eval",
-            },
-        ),
-        ("resnet50_start", {"epochs": 4, "objective": "natural", "pretrained": True, "act": "gelu"}),
-        ("resnet50_silu", {"act": "silu", "epochs": 83}),
-        ("resnet50_relu", {"act": "relu", "epochs": 83, "pretrained": True}),
-        (
-            "swin_b_edge",
-            {
-                "objective": "edge", "mode": "train", "edge_start": 1, "edge_rate": 0.09, "edge_max": 19,
-                "edge_temperature": 0.5,
-            },
-        ),
-        ("swin_b_pgd3", {"objective": "adversarial", "attack_steps": 3, "mode": "train"}),
-        ("swin_b_natural", {"objective": "natural"}),
-        (
-            "cifar10",
-            {
-                "model": "preact_resnet18", "act": "gelu", "batch_size": 128, "epochs": 300,
-                "image_size": 32,
-            },
-        ),
+        ("swin_b", """model=swin_base_patch4_window7_224 pretrained=true objective=gradient_norm ce_weight=0.8
+            gn_weight=1.2 epsilon=4/255 ramp_epochs=5 mode=eval epochs=100 warmup_epochs=5 batch_size=532
+            lr=0.625e-3 lr_batch=512 warmup_lr=1e-5 min_lr=1e-5"""),
+        ("resnet50", """model=resnet50 act=gelu pretrained=false epochs=83 warmup_epochs=5 batch_size=256
+            lr=1.25e-3 lr_batch=512 warmup_lr=1e-6 min_lr=1e-5 mode=eval"""),
+        ("resnet50_start", "epochs=4 objective=natural pretrained=true act=gelu"),
+        ("resnet50_silu", "act=silu epochs=83"),
+        ("resnet50_relu", "act=relu epochs=83 pretrained=true"),
+        ("swin_b_edge", """objective=edge mode=train edge_start=1 edge_rate=0.09 edge_max=19
+            edge_temperature=0.5"""),
+        ("swin_b_pgd3", "objective=adversarial attack_steps=3 mode=train"),
+        ("swin_b_natural", "objective=natural"),
+        ("cifar10", "model=preact_resnet18 act=gelu batch_size=128 epochs=300 image_size=32"),
     ],
 )  # fmt: skip
 def test_published_numbers(name, published):
     """The table of the published recipe, and what all its runs have in common."""
-    common = {
-        "opt": "adamw", "weight_decay": 0.05, "clip_norm": 1.0, "ema_decay": 0.9998, "label_smoothing": 0.1,
-        "auto_augment": "rand-m9-mstd0.5-inc1", "color_jitter": 0.4, "reprob": 0.25, "remode": "pixel",
-        "interpolation": "bicubic", "mixup": 0.8, "cutmix": 1.0, "precision": "float32",
-    }  # fmt: skip
+    common = """opt=adamw weight_decay=0.05 clip_norm=1.0 ema_decay=0.9998 label_smoothing=0.1
+        auto_augment=rand-m9-mstd0.5-inc1 color_jitter=0.4 reprob=0.25 remode=pixel interpolation=bicubic
+        mixup=0.8 cutmix=1.0 precision=float32"""
+    expected = parse_settings(f"{common} {published}".split())
     config = asdict(TrainConfig(data="images", **load_recipe(name)))
-    assert {key: config[key] for key in common | published} == common | published
+    assert {key: config[key] for key in expected} == expected
 
 
 def test_peak_learning_rate():
@@ -173,27 +149,31 @@ def test_settings():
 
 
 # A run's options before objectives declared their own, in the order of config.json.
-OLD_CONFIG = """data: null, model: gelu_mixer, act: null, pretrained: false, init: null, image_size: null,
-    crop_min: 1.0, hflip: 0.0, interpolation: null, color_jitter: 0.0, auto_augment: null, reprob: 0.0,
-    remode: pixel, mixup: 0.0, cutmix: 0.0, label_smoothing: 0.1, objective: edge_gradient_norm, epsilon: 0.1,
-    ce_weight: 0.7, gn_weight: 1.3, ramp_epochs: 2.0, norm: l2, engine: double_backprop, edge_start: 2.0,
-    edge_rate: 0.5, edge_max: 9.0, edge_temperature: 0.25, edge_variant: magnitude, attack_steps: 5,
-    attack_step_size: 0.01, attack_random_start: false, mode: eval, fused: auto, precision: float32,
-    channels_last: false, compile: false, epochs: 30, batch_size: 128, accumulate: 1, lr: 1.0e-3,
-    lr_batch: null, warmup_epochs: 5.0, warmup_lr: 1.0e-6, min_lr: 1.0e-5, opt: adamw, weight_decay: 0.05,
-    clip_norm: 1.0, ema_decay: 0.9998, robust_every: 0, robust_images: 256, seed: 0, device: null, workers: 4,
-    tensorboard: false"""
+OLD_CONFIG = dict(
+    data=None, model="gelu_mixer", act=None, pretrained=False, init=None, image_size=None, crop_min=1.0,
+    hflip=0.0, interpolation=None, color_jitter=0.0, auto_augment=None, reprob=0.0, remode="pixel", mixup=0.0,
+    cutmix=0.0, label_smoothing=0.1, objective="edge_gradient_norm", epsilon=0.1, ce_weight=0.7,
+    gn_weight=1.3, ramp_epochs=2.0, norm="l2", engine="double_backprop", edge_start=2.0, edge_rate=0.5,
+    edge_max=9.0, edge_temperature=0.25, edge_variant="magnitude", attack_steps=5, attack_step_size=0.01,
+    attack_random_start=False, mode="eval", fused="auto", precision="float32", channels_last=False,
+    compile=False, epochs=30, batch_size=128, accumulate=1, lr=1e-3, lr_batch=None, warmup_epochs=5.0,
+    warmup_lr=1e-6, min_lr=1e-5, opt="adamw", weight_decay=0.05, clip_norm=1.0, ema_decay=0.9998,
+    robust_every=0, robust_images=256, seed=0, device=None, workers=4, tensorboard=False,
+)  # fmt: skip
 
 
 class TestObjectives:
     def test_an_old_config_reads_as_it_did(self, tmp_path):
         """In its order too, by which a study finds its runs; an option that it lacks has the default."""
-        saved = yaml.safe_load(f"{{{OLD_CONFIG}}}")
+        saved = dict(OLD_CONFIG)
         torch.save({"config": saved, "classes": [], "model": {}, "ema": {}}, tmp_path / "checkpoint.pt")
         config = resumed_config(tmp_path, {})
         assert list(asdict(config).items()) == list(saved.items())
-        (tmp_path / "old.yaml").write_text(OLD_CONFIG.replace(",", "\n").replace(" ", "").replace(":", ": "))
+        (tmp_path / "old.yaml").write_text(yaml.safe_dump(saved))
         assert TrainConfig(**load_recipe(str(tmp_path / "old.yaml"))) == config
+        assert (
+            TrainConfig(**parse_settings(f"{key}={value}".lower() for key, value in saved.items())) == config
+        )
         norm = GradientNormLoss(0.7, 1.3, 0.1, 2.0, "l2")
         assert make_objective(config) == EdgeLoss(2.0, 0.5, 9.0, 0.25, "magnitude", norm)
         hybrid = AdversarialLoss(0.1, 5, 0.01, False, norm)
