@@ -93,14 +93,9 @@ def input_spec(name: str, channels: int, size: int | None = None) -> InputSpec:
 
 
 def build_model(
-    config: TrainConfig,
-    spec: InputSpec,
-    num_classes: int,
-    device: torch.device | str,
-    *,
-    initial: bool = True,
+    config: TrainConfig, spec: InputSpec, num_classes: int, device: str | torch.device, *, initial: bool
 ) -> nn.Module:
-    """The model of a run, on ``device``; without ``initial``, whatever weights it starts from.
+    """The model of a run, on ``device``, with its initial weights or, without ``initial``, any.
 
     Raises:
         TrainingError: if it cannot be built.
@@ -191,13 +186,8 @@ def _gelu_mixer(size: int, channels: int, num_classes: int) -> nn.Module:
     if size % 4:
         raise TrainingError(f"image_size: {SMALL_MODEL} needs a multiple of 4, got {size}")
     blocks: dict[str, Any] = {"num_blocks": 3, "embed_dim": 32, "mlp_ratio": (2.0, 4.0)}
-    ends: dict[str, Any] = {
-        "img_size": size,
-        "patch_size": size // 4,
-        "in_chans": channels,
-        "num_classes": num_classes,
-    }
-    return MlpMixer(**ends, **blocks, norm_layer=nn.Identity)
+    blocks |= {"patch_size": size // 4, "in_chans": channels, "norm_layer": nn.Identity}
+    return MlpMixer(num_classes, size, **blocks)
 
 
 # By name: the module, and the argument that a number after the name sets.
