@@ -13,6 +13,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from .._json import by_line
 from .config import MAY_CHANGE, TrainConfig, TrainingError, load_recipe
 from .data import Data, load_data
 from .objectives.edge import edges
@@ -232,7 +233,7 @@ def study(
         )
     attacked = min(n, len(held_out.evaluation))
     outcome = Outcome(chosen, shared, attack, attacked, rows)
-    text = json.dumps(outcome.to_dict(), indent=1).encode()
+    text = by_line(outcome.to_dict()).encode()
     write_file(output / "study.json", lambda file: file.write(text))
     report = _report(outcome, held_out, {row: paths[0] for row, paths in runs.items()}).encode()
     write_file(output / "report.html", lambda file: file.write(report))
