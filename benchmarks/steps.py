@@ -48,19 +48,15 @@ from torch import Tensor, nn
 import gradnorm_kernels as gk
 from gradnorm_kernels.training.config import TrainingError
 from gradnorm_kernels.training.models import create_model, input_spec
-from gradnorm_kernels.training.objectives import (
-    AdversarialLoss,
-    GradientNormLoss,
-    NaturalLoss,
-    Objective,
-)
+from gradnorm_kernels.training.objectives import AdversarialLoss, GradientNormLoss, NaturalLoss, Objective
+from gradnorm_kernels.training.objectives.gradient_norm import NORMS
 from gradnorm_kernels.training.trainer import allow_tf32
 
 from .limits import DTYPES, Limits
 from .limits import measure as measure_limits
-from .measure import alternate, describe_machine, option_parser, parse, summary, wall_time, write_json
+from .measure import alternate, heading, line, option_parser, parse, start, summary, wall_time, write_json
 from .report import comparison
-from .traffic import Traffic
+from .traffic import PENALTY, Traffic
 
 MODELS = ["swin_tiny_patch4_window7_224", "resnet50", "convnext_atto", "vit_tiny_patch16_224"]
 # Relative difference from stock's gradients that rounding may cause. What bfloat16 hides, float32 shows. The
@@ -88,18 +84,18 @@ def functional_step(objective: GradientNormLoss, autocast: bool) -> Step:
     # A transform may write only into its own arguments: a BatchNorm's statistics are among them, as copies.
     def cross_entropy(
         pixels: Tensor, model: nn.Module, parameters: Tensors, buffers: Tensors, targets: Tensor
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         with torch.autocast(pixels.device.type, torch.bfloat16, enabled=autocast):
             logits = torch.func.functional_call(model, (parameters, buffers), (pixels,))
-        return F.cross_entropy(logits.float(), targets, reduction="sum")
+        losses = F.cross_entropy(logits.float(), targets, reduction="none")
+        return losses.sum(), losses
 
     def total(
         parameters: Tensors, buffers: Tensors, model: nn.Module, images: Tensor, targets: Tensor
     ) -> Tensor:
-        slope = torch.func.grad_and_value(cross_entropy)
-        gradient, value = slope(images, model, parameters, buffers, targets)
-        norm = objective.epsilon * gradient.abs().sum()
-        return (objective.ce_weight * value + objective.gn_weight * norm) / len(images)
+        slope = torch.func.grad(cross_entropy, has_aux=True)
+        gradient, losses = slope(images, model, parameters, buffers, targets)
+        return objective.total(losses, NORMS[objective.norm](gradient), epoch=0)
 
     def gradients(model: nn.Module, images: Tensor, targets: Tensor) -> Tensors:
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -139,7 +135,6 @@ class Variant:
     prepare: Callable[[nn.Module], nn.Module] = lambda model: model
 
 
-PENALTY = GradientNormLoss(ramp_epochs=0)
 FORWARD = GradientNormLoss(ramp_epochs=0, engine="forward_over_reverse")
 DIFFERENCE = GradientNormLoss(ramp_epochs=0, engine="finite_difference")
 VARIANTS = {
@@ -361,63 +356,36 @@ def zeroed(step: Step, model: nn.Module, images: Tensor, targets: Tensor) -> Non
     step(model, images, targets)
 
 
-HEADER = (
-    f"{'model':28} {'dtype':8} {'variant':26} {'ms':>9} {'min':>9} {'max':>9} {'/ stock':>8} "
-    f"{'difference':>10} {'of floor':>8} {'TFLOP/s':>8} {'GiB':>6}"
-)
-
-
-def line(row: dict[str, Any]) -> str:
-    start = f"{row['model']:28} {row['dtype']:8} {row['variant']:26} "
-    if "error" in row:
-        return start + row["error"]
-    ratio, difference, memory = (
-        row.get(key) for key in ("time_over_stock", "gradient_difference", "peak_memory_bytes")
-    )
-    return (
-        start
-        + f"{row['milliseconds']:9.1f} {row['milliseconds_min']:9.1f} {row['milliseconds_max']:9.1f} "
-        + (f"{ratio:8.3f} " if ratio else f"{'-':>8} ")
-        + (f"{difference:10.1e} " if difference is not None else f"{'-':>10} ")
-        + f"{row['fraction_of_floor']:8.2f} {row['teraflops_per_second']:8.3f} "
-        + (f"{memory / 2**30:6.2f}" if memory else f"{'-':>6}")
-    )
+COLUMNS = {
+    "model": ("model", "28"),
+    "dtype": ("dtype", "8"),
+    "variant": ("variant", "26"),
+    "ms": ("milliseconds", "9.1f"),
+    "min": ("milliseconds_min", "9.1f"),
+    "max": ("milliseconds_max", "9.1f"),
+    "/ stock": ("time_over_stock", "8.3f"),
+    "difference": ("gradient_difference", "10.1e"),
+    "of floor": ("fraction_of_floor", "8.2f"),
+    "TFLOP/s": ("teraflops_per_second", "8.3f"),
+    "GiB": ("peak_memory_bytes", "6.2f", 2**-30),
+}
 
 
 def options() -> argparse.ArgumentParser:
     parser = option_parser(__doc__, rounds=5)
-    parser.add_argument(
-        "--model", nargs="+", default=MODELS, metavar="NAME", help="timm's; default: " + " ".join(MODELS)
-    )
-    parser.add_argument("--batch", type=int, default=8, help="images a step; default: 8")
-    parser.add_argument("--img-size", type=int, help="height and width in pixels; default: the model's own")
-    parser.add_argument("--act", default="gelu", help="timm's name of what replaces ReLU; default: gelu")
-    parser.add_argument("--bn", choices=["train", "eval"], default="train", help="default: train")
-    parser.add_argument("--dtype", choices=TOLERANCE, nargs="+", default=["float32"], help="default: float32")
-    parser.add_argument(
-        "--time-limit",
-        type=float,
-        default=math.inf,
-        metavar="SECONDS",
-        help="begin no other model or dtype afterwards; default: none",
-    )
-    parser.add_argument(
-        "--first-step-limit",
-        type=float,
-        default=math.inf,
-        metavar="SECONDS",
-        help="leave a variant whose first step, in which compilers work, takes longer; default: none",
-    )
-    parser.add_argument(
-        "--profile", action="store_true", help="also list the ops that take most of a step's time"
-    )
-    parser.add_argument(
-        "--variants",
-        choices=VARIANTS,
-        nargs="+",
-        default=DEFAULT_VARIANTS,
-        help="default: " + " ".join(DEFAULT_VARIANTS) + "; stock always",
-    )
+    option = parser.add_argument
+    option("--model", nargs="+", default=MODELS, metavar="NAME", help="timm's; default: " + " ".join(MODELS))
+    option("--batch", type=int, default=8, help="images a step; default: 8")
+    option("--img-size", type=int, help="height and width in pixels; default: the model's own")
+    option("--act", default="gelu", help="timm's name of what replaces ReLU; default: gelu")
+    option("--bn", choices=["train", "eval"], default="train", help="default: train")
+    option("--dtype", choices=TOLERANCE, nargs="+", default=["float32"], help="default: float32")
+    seconds = functools.partial(option, type=float, default=math.inf, metavar="SECONDS")
+    seconds("--time-limit", help="begin no other model or dtype afterwards; default: none")
+    seconds("--first-step-limit", help="leave a variant whose first step, of compilers, takes longer")
+    option("--profile", action="store_true", help="also list the ops that take most of a step's time")
+    default = " ".join(DEFAULT_VARIANTS)
+    option("--variants", choices=VARIANTS, nargs="+", default=DEFAULT_VARIANTS, help=f"default: {default}")
     return parser
 
 
@@ -437,11 +405,10 @@ def main(arguments: list[str] | None = None) -> None:
     # First, because the others are compared with it.
     args.variants = list(dict.fromkeys(["stock", *args.variants]))
 
-    machine = describe_machine(args.device)
-    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    machine = start(args)
     started = time.monotonic()
     limits = measure_limits(args.device, args.dtype)
-    print(f"batch {args.batch}, {args.rounds} rounds, {limits}\n\n{HEADER}")
+    print(f"batch {args.batch}, {args.rounds} rounds, {limits}\n\n{heading(COLUMNS)}")
     rows: list[dict[str, Any]] = []
     for dtype, name in itertools.product(args.dtype, args.model):
         if time.monotonic() - started > args.time_limit:
@@ -453,12 +420,12 @@ def main(arguments: list[str] | None = None) -> None:
                 rows += (measured := measure(name, dtype, limits, args))
         except TrainingError as error:
             raise SystemExit(str(error)) from None
-        print("\n".join(map(line, measured)), flush=True)
+        print("\n".join(line(COLUMNS, row) for row in measured), flush=True)
         for row in measured:
             for op in row.get("profile", ()):
                 print(f"    {row['variant']:26} {op['milliseconds']:9.1f} ms {op['calls']:6,} x {op['op']}")
         if args.json:
-            write_json(args.json, machine, args.rounds, rows, limits=asdict(limits))
+            write_json(args.json, machine=machine, rounds=args.rounds, limits=asdict(limits), rows=rows)
     print("\n" + comparison(rows))
 
 

@@ -14,7 +14,6 @@ The graph has no phases. It takes minutes for a large model.
 
 import argparse
 import functools
-import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +22,6 @@ from unittest import mock
 
 import timm
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._inductor.graph import GraphLowering
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -31,17 +29,20 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 import gradnorm_kernels as gk
+from gradnorm_kernels.training.objectives import GradientNormLoss
 
-from .measure import describe_machine
+from .measure import describe_machine, write_json
 
 VARIANTS = ("stock", "fuse", "switch", "compiled")
 PHASES = ("forward", "input gradient", "backward")
 # Of a graph in which the phases are one.
 WHOLE = "whole step"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+# The objective of whole steps here and in `benchmarks.steps`, its norm at full weight from the start.
+PENALTY = GradientNormLoss(ramp_epochs=0)
 
-# Ops that only reserve memory, and a view that is not declared as one.
+# Ops that only reserve memory, a view that is not declared as one, and a question about dtypes.
 _FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"}
+_FREE |= {"promote_types"}
 
 _TWICE = {"grad_grad_input": 2, "grad_output": 2, "input": 2}
 
@@ -173,12 +174,11 @@ def gradient_norm_step(
     """Adds the objective's gradient to the parameters' ``grad``; ``begin`` hears of each phase."""
     forward, input_gradient, backward = PHASES
     begin(forward)
-    loss = F.cross_entropy(model(images), targets)
+    batch = PENALTY.run(model, images, targets, epoch=0)
     begin(input_gradient)
-    (gradient,) = torch.autograd.grad(loss, images, create_graph=True)
+    norms = PENALTY.norms(batch)
     begin(backward)
-    scale = 1.2 * 4 / 255
-    (0.8 * loss + scale * gradient.abs().sum()).backward()
+    PENALTY.total(batch.cross_entropy, norms, epoch=0).backward()
 
 
 def make_model(name: str, bn: str, act: str | None, dtype: torch.dtype, device: str = "meta") -> nn.Module:
@@ -216,7 +216,7 @@ def count(
     if variant == "fuse":
         gk.fuse(model)
     size = model.pretrained_cfg["input_size"]
-    images = torch.empty(batch, *size, device=device, dtype=dtype, requires_grad=True)
+    images = torch.empty(batch, *size, device=device, dtype=dtype)
     targets = torch.empty(batch, device=device, dtype=torch.long)
     if variant == "compiled":
         return compiled_traffic(gradient_norm_step, model, images, targets)
@@ -261,19 +261,15 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64, help="images a step; default: 64")
     parser.add_argument("--bn", choices=["train", "eval"], default="train", help="mode of BatchNorm")
     parser.add_argument("--act", help="timm's name of an activation to build the model with, such as gelu")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float64"], default="float32")
     parser.add_argument("--variants", choices=VARIANTS, nargs="+", default=["stock", "fuse"])
     parser.add_argument("--top", type=int, default=25, help="ops listed; default: 25")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the counts there")
     args = parser.parse_args()
     if args.batch < 1:
         parser.error(f"--batch: expected at least 1, got {args.batch}")
-    counts = {
-        variant: count(
-            args.model, args.batch, variant=variant, bn=args.bn, act=args.act, dtype=DTYPES[args.dtype]
-        )
-        for variant in args.variants
-    }
+    options = {"bn": args.bn, "act": args.act, "dtype": getattr(torch, args.dtype)}
+    counts = {v: count(args.model, args.batch, variant=v, **options) for v in args.variants}
     print(f"{args.model}, batch {args.batch}, {args.dtype}, BatchNorm in {args.bn} mode\n")
     print(table(counts, args.top))
     if "stock" in counts:
@@ -293,11 +289,7 @@ def main() -> None:
             for (phase, op), n in traffic.bytes.items()
         ]
         setting = {key: getattr(args, key) for key in ("model", "batch", "bn", "act", "dtype")}
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(
-            json.dumps({"machine": describe_machine("cpu"), **setting, "rows": rows}, indent=1) + "\n"
-        )
-        print(f"\nwrote {args.json}")
+        write_json(args.json, machine=describe_machine("cpu"), **setting, rows=rows)
 
 
 if __name__ == "__main__":
