@@ -79,7 +79,7 @@ Columns = dict[str, tuple[str, str] | tuple[str, str, float]]
 
 def heading(columns: Columns) -> str:
     return " ".join(
-        f"{name:{form}}" if form.isdigit() else f"{name:>{form.partition('.')[0]}}"
+        f"{name:{form}}" if form.isdigit() else f"{name:>{_width(form)}}"
         for name, (_, form, *_) in columns.items()
     )
 
@@ -90,10 +90,14 @@ def line(columns: Columns, row: dict[str, Any]) -> str:
     for key, form, *scale in columns.values():
         value = row.get(key)
         if value is None:
-            cells.append(f"{'-':>{form.partition('.')[0]}}")
+            cells.append(f"{'-':>{_width(form)}}")
         else:
             cells.append(format(value * scale[0] if scale else value, form))
     return " ".join([*cells, row.get("error", "")]).rstrip()
+
+
+def _width(form: str) -> str:
+    return form.partition(".")[0].rstrip(",")
 
 
 def write_json(path: Path, **contents: Any) -> None:

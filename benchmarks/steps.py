@@ -56,7 +56,7 @@ from .limits import DTYPES, Limits
 from .limits import measure as measure_limits
 from .measure import alternate, heading, line, option_parser, parse, start, summary, wall_time, write_json
 from .report import comparison
-from .traffic import PENALTY, Traffic
+from .traffic import PENALTY, Traffic, prepare
 
 MODELS = ["swin_tiny_patch4_window7_224", "resnet50", "convnext_atto", "vit_tiny_patch16_224"]
 # Relative difference from stock's gradients that rounding may cause. What bfloat16 hides, float32 shows. The
@@ -160,18 +160,12 @@ def make_model(name: str, args: argparse.Namespace) -> tuple[nn.Module, dict[str
     """The model that the variants copy, and what a row says of it."""
     spec = input_spec(name, 3, args.img_size)
     model = create_model(name, spec, 1000)
-    relus = attentions = 0
-    for module in list(model.modules()):
-        for child_name, child in module.named_children():
-            if isinstance(child, nn.ReLU):
-                setattr(module, child_name, get_act_layer(args.act)())
-                relus += 1
-        if hasattr(module, "fused_attn"):
-            module.fused_attn = False
-            attentions += 1
-    for module in model.eval().modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.train(args.bn == "train")
+    relus = [
+        path for path, module in model.named_modules(remove_duplicate=False) if isinstance(module, nn.ReLU)
+    ]
+    for path in relus:
+        model.set_submodule(path, get_act_layer(args.act)())
+    attentions = prepare(model.eval(), args.bn)
     # timm begins with 0 or 1e-6 where a branch ends, which would hide that branch from the comparison.
     with torch.no_grad():
         for parameter in model.parameters():
@@ -279,37 +273,32 @@ def measure(name: str, dtype: str, limits: Limits, args: argparse.Namespace) -> 
             with within(args.first_step_limit):
                 row["first_step_seconds"] = wall_time(run)
             if isinstance(variant.objective, GradientNormLoss):
-                if expected is None:
-                    expected = gradients(changed)
-                else:
-                    row["gradient_difference"] = relative_difference(gradients(changed), expected)
+                found = gradients(changed)
+                if expected is not None:
+                    row["gradient_difference"] = relative_difference(found, expected)
+                expected = expected or found
             changed.zero_grad()
             if args.device == "cuda":
                 row["peak_memory_bytes"] = peak_memory(run)
                 changed.zero_grad()
         except torch.OutOfMemoryError:
             row["error"] = "out of memory"
-            continue
         except _TooLong:
             row["error"] = f"first step not done in {args.first_step_limit:g} s"
             # What a compiler did not finish is of no use to the next one.
             torch._dynamo.reset()
-            continue
         except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:
             # A compiler that gives up, or an engine that refuses the precision, is a result too.
             if name_of_variant in OURS:
                 raise
             row["error"] = f"refused: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
-            continue
-        difference = row.get("gradient_difference", 0.0)
-        if difference > TOLERANCE[dtype]:
-            wrong = f"gradients are {difference:.1e} off stock's"
+        if "error" not in row and row.get("gradient_difference", 0.0) > TOLERANCE[dtype]:
+            row["error"] = f"gradients are {row['gradient_difference']:.1e} off stock's"
             # The one variant that is not exact is reported; another would be a defect.
             if variant.objective is not DIFFERENCE:
-                raise SystemExit(f"{name} {name_of_variant}: {wrong}")
-            row["error"] = wrong
-            continue
-        runs[name_of_variant] = run
+                raise SystemExit(f"{name} {name_of_variant}: {row['error']}")
+        if "error" not in row:
+            runs[name_of_variant] = run
     seconds = _timed(runs, rows, args.rounds)
     bounds: dict[Objective, tuple[int, float]] = {}
     for variant, taken in seconds.items():
@@ -318,10 +307,9 @@ def measure(name: str, dtype: str, limits: Limits, args: argparse.Namespace) -> 
             stock = work(model, objective, facts["shape"], DTYPES[dtype])
             fused = work(gk.fuse(copy.deepcopy(model)), objective, facts["shape"], DTYPES[dtype])
             bounds[objective] = sum(flops for _, flops in stock.ops), limits.floor(fused.ops, dtype)
-        rows[variant] |= summary(taken, seconds.get("stock"))
         median = statistics.median(taken)
         flops, floor = bounds[objective]
-        rows[variant] |= {
+        rows[variant] |= summary(taken, seconds.get("stock")) | {
             "images_per_second": args.batch / median,
             "teraflops_per_second": flops / median / 1e12,
             "floor_milliseconds": floor * 1e3,
