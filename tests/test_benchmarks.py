@@ -97,28 +97,27 @@ def test_default_shapes(case):
         assert case.call(kernels.STOCK, leaves).numel()
 
 
-# Of input, vectors (weight), and masks or filters, the elements that each pass reads and writes.
-BYTES = {
-    "gelu none": ((2, 0), (3, 0), (5, 0)),
-    "relu": ((2, 0), (3, 0), (3, 0)),
-    "softmax": ((2, 0), (3, 0), (5, 0)),
-    "layer_norm": ((2, 2), (3, 1), (5, 2)),
-    "batch_norm train": ((3, 2), (5, 1), (8, 2)),
-    "batch_norm eval": ((2, 4), (2, 2), (3, 3)),
-    "scaled_dot_product_attention vit": ((4, 0), (7, 0), (11, 0)),
-}
-
-
-@pytest.mark.parametrize("name", BYTES)
-def test_bytes_to_move(name):
+@pytest.mark.parametrize(
+    ("name", "forward", "backward", "double_backward"),
+    [
+        ("gelu none", (2, 0), (3, 0), (5, 0)),
+        ("relu", (2, 0), (3, 0), (3, 0)),
+        ("softmax", (2, 0), (3, 0), (5, 0)),
+        ("layer_norm", (2, 2), (3, 1), (5, 2)),
+        ("batch_norm train", (3, 2), (5, 1), (8, 2)),
+        ("batch_norm eval", (2, 4), (2, 2), (3, 3)),
+        ("scaled_dot_product_attention vit", (4, 0), (7, 0), (11, 0)),
+    ],
+)
+def test_bytes_to_move(name, forward, backward, double_backward):
+    """Those of so many inputs and vectors of the channels."""
     case = next(c for c in kernels.CASES if label(c) == name)
     leaves = case.make_leaves(case.cpu[0], torch.float32, "meta")
     first = leaves[case.inputs[0]]
-    vector = leaves["weight"].nbytes if "weight" in leaves else 0
-    for which, (tensors, vectors) in zip(
-        ("forward", "backward", "double_backward"), BYTES[name], strict=True
-    ):
-        assert case.bytes(which, leaves, first) == tensors * first.nbytes + vectors * vector
+    vector = leaves.get("weight", torch.empty(0))
+    passes = {"forward": forward, "backward": backward, "double_backward": double_backward}
+    for which, (inputs, vectors) in passes.items():
+        assert case.bytes(which, leaves, first) == inputs * first.nbytes + vectors * vector.nbytes
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc's heap")
@@ -174,17 +173,13 @@ def test_kernels_json(run, capsys):
     assert "gelu tanh (4, 9, 32)" in out and "wrote " in out
 
 
-def times_1_001(input, approximate="none"):
-    return F.gelu(input, approximate=approximate) * 1.001
-
-
-def not_a_number(input, approximate="none"):
-    return F.gelu(input, approximate=approximate) * float("nan")
-
-
 @pytest.mark.parametrize(
     ("wrong", "where"),
-    [(times_1_001, "forward"), (not_a_number, "forward"), (forgetful_gelu, "double_backward")],
+    [
+        (lambda input, approximate: F.gelu(input, approximate=approximate) * 1.001, "forward"),
+        (lambda input, approximate: F.gelu(input, approximate=approximate) * float("nan"), "forward"),
+        (forgetful_gelu, "double_backward"),
+    ],
 )
 def test_wrong_fused_op_stops_the_run(monkeypatch, run, wrong, where):
     monkeypatch.setattr(gk.functional, "gelu", wrong)
@@ -201,37 +196,32 @@ def test_compiled_variant(run):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("program", "arguments", "message"),
     [
-        (["--op", "no_such_op"], "--op"),
-        (["--variants", "fused"], "--variants: stock is what"),
-        (["--rounds", "0"], "--rounds: expected at least 1, got 0"),
+        (kernels, ["--op", "no_such_op"], "--op"),
+        (kernels, ["--op", "mish"], "--op: gradnorm_kernels.functional has no mish"),
+        (kernels, ["--variants", "fused"], "--variants: stock is what"),
+        (kernels, ["--rounds", "0"], "--rounds: expected at least 1, got 0"),
+        (steps, ["--device", "cuda"], "--device cuda: torch.cuda.is_available() is False"),
+        (steps, ["--batch", "0"], "--batch: expected at least 1, got 0"),
+        (steps, ["--first-step-limit", "0"], "--first-step-limit: expected more than 0, got 0"),
+        (steps, ["--dtype", "tf32"], "--dtype tf32: needs a GPU"),
+        (steps, ["--act", "nothing"], "--act: timm knows none called nothing"),
+        (steps, ["--variants", "other"], "--variants"),
     ],
 )
-def test_unsuitable_kernel_arguments(arguments, message, capsys):
+def test_unsuitable_arguments(monkeypatch, program, arguments, message, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delattr(gk.functional, "mish")
     with pytest.raises(SystemExit) as exit:
-        kernels.main(arguments)
+        program.main([*QUICK, *arguments])
     assert exit.value.code == 2
     assert message in capsys.readouterr().err
-
-
-def test_op_that_the_package_lacks(monkeypatch, capsys):
-    monkeypatch.delattr(gk.functional, "gelu")
-    with pytest.raises(SystemExit):
-        kernels.main([*SMALL_KERNEL, "--op", "gelu"])
-    assert "--op: gradnorm_kernels.functional has no gelu" in capsys.readouterr().err
 
 
 def test_shape_that_does_not_suit():
     with pytest.raises(SystemExit, match=r"conv2d depthwise 7x7 float32: --shape \(4,\)"):
         kernels.main([*QUICK, "--op", "conv2d", "--variants", "stock", "--shape", "4"])
-
-
-def test_gpu_that_is_not_there(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit):
-        steps.main(["--device", "cuda"])
-    assert "--device cuda: torch.cuda.is_available() is False" in capsys.readouterr().err
 
 
 def test_variants_take_turns():
@@ -389,23 +379,6 @@ def test_relative_difference():
     assert steps.relative_difference([stock[0], -stock[1]], stock) == pytest.approx(1e-6)
     assert steps.relative_difference([stock[0], stock[1] * float("nan")], stock) == float("inf")
     assert steps.relative_difference(stock[:1], stock) == float("inf")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--batch", "0"], "--batch: expected at least 1, got 0"),
-        (["--first-step-limit", "0"], "--first-step-limit: expected more than 0, got 0"),
-        (["--dtype", "tf32"], "--dtype tf32: needs a GPU"),
-        (["--act", "nothing"], "--act: timm knows none called nothing"),
-        (["--variants", "other"], "--variants"),
-    ],
-)
-def test_unsuitable_step_arguments(arguments, message, capsys):
-    with pytest.raises(SystemExit) as exit:
-        steps.main([*QUICK, *arguments])
-    assert exit.value.code == 2
-    assert message in capsys.readouterr().err
 
 
 def test_unknown_model():
