@@ -66,14 +66,9 @@ def _hardsigmoid(input: Tensor) -> Tensor:
 
 
 # torch.nn.functional, with what it lacks, or cannot differentiate twice.
-STOCK = SimpleNamespace(
-    **vars(F)
-    | {
-        "hardsigmoid": _hardsigmoid,
-        "layer_norm_2d": _layer_norm_2d,
-        "scaled_dot_product_attention": _attention,
-    }
-)
+STOCK = SimpleNamespace(**vars(F))
+STOCK.hardsigmoid, STOCK.layer_norm_2d = _hardsigmoid, _layer_norm_2d
+STOCK.scaled_dot_product_attention = _attention
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ and ``<!-- /result -->``. ``--check`` writes nothing and fails where either on d
 """
 
 import argparse
-import functools
 import json
 import math
 import sys
@@ -98,13 +97,6 @@ def _steps(device: str, measured: Row) -> Iterable[str]:
     others = [row for row in rows if row["variant"] != "stock"]
     yield _bars("step time, stock = 1", others, "time_over_stock", 1)
     yield _bars("peak memory, GiB", rows, "peak_memory_bytes", 2**-30)
-    for rival, name in (("pgd3", "PGD-3 adversarial training"), ("natural", "natural training")):
-        costs = [
-            {"model": model, "dtype": dtype, "variant": variant, "cost": _ratio(variant, rival, case)}
-            for (model, dtype), case in _cases(rows)
-            for variant in ("stock", "fuse")
-        ]
-        yield _bars(f"gradient norm's step time, that of {name} = 1", costs, "cost", 1)
     if profiled := [row for row in rows if "profile" in row and row["variant"] in ("stock", "fuse")]:
         yield "Where the time of one step goes, as PyTorch's profiler has it:"
         yield _table(
@@ -218,9 +210,9 @@ def traffic(results: Path) -> Iterable[str]:
     columns: dict[str, Callable[[Any], str]] = {"model": _model, "batch": _field("batch")}
     for what, unit, scale, form in (("bytes", "GB", 1e-9, ".0f"), ("launches", "launches", 1, ",.0f")):
         for variant, name in _TRAFFIC.items():
-            columns[f"{name}, {unit}"] = functools.partial(_total, variant, what, form, scale)
+            columns[f"{name}, {unit}"] = _total(variant, what, form, scale)
         for variant, name in list(_TRAFFIC.items())[1:]:
-            columns[f"{what}, {name} / stock"] = functools.partial(_share, variant, what)
+            columns[f"{what}, {name} / stock"] = _share(variant, what)
     yield _table(columns, counts)
     bars = [
         {"model": _model(count), "variant": name, "moved": _moved(count, variant, "bytes")}
@@ -256,12 +248,12 @@ def _moved(count: Row, variant: str, what: str) -> float:
     return sum(row[what] for row in count["rows"] if row["variant"] == variant) or math.nan
 
 
-def _total(variant: str, what: str, form: str, scale: float, count: Row) -> str:
-    return _number(_moved(count, variant, what) * scale, form, NOT_COUNTED)
+def _total(variant: str, what: str, form: str, scale: float) -> Callable[[Row], str]:
+    return lambda count: _number(_moved(count, variant, what) * scale, form, NOT_COUNTED)
 
 
-def _share(variant: str, what: str, count: Row) -> str:
-    return _number(_moved(count, variant, what) / _moved(count, "stock", what), ".3f", NOT_COUNTED)
+def _share(variant: str, what: str) -> Callable[[Row], str]:
+    return lambda c: _number(_moved(c, variant, what) / _moved(c, "stock", what), ".3f", NOT_COUNTED)
 
 
 def penalties(results: Path) -> Iterable[str]:
@@ -319,7 +311,7 @@ def result(results: Path = RESULTS) -> Iterable[str]:
         stock = item[1]["stock"]
         for count in counts:
             if _family(count["model"]) == _family(item[0][0]) and count["bn"] == stock["batch_norm"]:
-                return f"{_share('fuse', 'bytes', count)} ({_model(count)}, batch {count['batch']})"
+                return f"{_share('fuse', 'bytes')(count)} ({_model(count)}, batch {count['batch']})"
         return NOT_COUNTED
 
     columns = {
