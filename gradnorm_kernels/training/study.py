@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from .._json import by_line
 from .attacks import input_gradient
 from .config import MAY_CHANGE, TrainConfig, load_recipe
 from .data import Data, load_data
@@ -220,7 +221,7 @@ def study(
         collapsed = [_collapse(history, held_out.num_classes) for history in histories]
         rows[row] = Row(clean, robust, seconds[row], histories, collapsed)
     outcome = Outcome(chosen, shared, attack, min(n, len(held_out.evaluation)), rows)
-    write_text(output / "study.json", json.dumps(outcome.to_dict(), indent=1))
+    write_text(output / "study.json", by_line(outcome.to_dict()))
     write_text(output / "report.html", _report(outcome, held_out, first))
     return outcome
 

@@ -61,8 +61,10 @@ class Batch:
     before: "_Before | None"
 
     def input_gradient(self, output: Tensor, *, create_graph: bool) -> Tensor:
-        """Gradient of the scalar ``output`` with respect to the pixels; the graph is kept for later."""
-        (gradient,) = torch.autograd.grad(output, self.pixels, create_graph=create_graph, retain_graph=True)
+        """Gradient of the sum of ``output`` with respect to the pixels; the graph is kept for later."""
+        (gradient,) = torch.autograd.grad(
+            output, self.pixels, torch.ones_like(output), create_graph=create_graph, retain_graph=True
+        )
         return gradient
 
     def logits_at(self, pixels: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ NORMS: dict[str, Norm] = {"l1": _l1, "l2": _l2, "squared_l2": _squared_l2}
 
 
 def _double_backprop(batch: Batch, norm: Norm, step: float) -> Tensor:
-    return norm(batch.input_gradient(batch.cross_entropy.sum(), create_graph=True))
+    return norm(batch.input_gradient(batch.cross_entropy, create_graph=True))
 
 
 def _finite_difference(batch: Batch, norm: Norm, step: float) -> Tensor:
@@ -78,7 +78,7 @@ ENGINES: dict[str, Engine] = {
 
 def _norm_and_direction(batch: Batch, norm: Norm) -> tuple[Tensor, Tensor]:
     """The norms (B,) of the input gradients and their derivative by the gradients (B, ...), both constant."""
-    gradient = batch.input_gradient(batch.cross_entropy.sum(), create_graph=False).requires_grad_()
+    gradient = batch.input_gradient(batch.cross_entropy, create_graph=False).requires_grad_()
     values = norm(gradient)
     (direction,) = torch.autograd.grad(values.sum(), gradient)
     return values.detach(), direction

@@ -119,13 +119,22 @@ class GradientNormLoss:
 
     def terms(self, batch: Batch, epoch: float) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch that :meth:`run` ran, and its parts."""
-        mean = batch.cross_entropy.mean()
-        parts: dict[str, Tensor] = {"cross_entropy": mean.detach()}
-        weight = self._weight(epoch)
-        if not weight:
-            return self.ce_weight * mean, parts
-        norm = self.epsilon * ENGINES[self.engine](batch, NORMS[self.norm], self.difference_step).mean()
-        return self.ce_weight * mean + weight * norm, parts | {"gradient_norm": norm.detach()}
+        parts = {"cross_entropy": batch.cross_entropy.detach().mean()}
+        if not self._weight(epoch):
+            return self.ce_weight * batch.cross_entropy.mean(), parts
+        norms = self.norms(batch)
+        parts["gradient_norm"] = self.epsilon * norms.detach().mean()
+        return self.total(batch.cross_entropy, norms, epoch), parts
+
+    def norms(self, batch: Batch) -> Tensor:
+        """The norms (B,) of the input gradients, differentiable by the engine."""
+        return ENGINES[self.engine](batch, NORMS[self.norm], self.difference_step)
+
+    def total(self, cross_entropy: Tensor, norms: Tensor, epoch: float) -> Tensor:
+        """The loss of samples of these cross-entropies (B,) and norms (B,)."""
+        share = 1 / len(norms)  # before the sum, because a mean is a launch more, forward and backward
+        weight = share * self._weight(epoch) * self.epsilon
+        return torch.add(share * self.ce_weight * cross_entropy, norms, alpha=weight).sum()
 
     def _weight(self, epoch: float) -> float:
         return self.gn_weight * self.alpha(epoch)
