@@ -62,9 +62,10 @@ format: $(BIN)/.lint
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(FORMATTED_CXX)
 
-# One wheel of several, which differ in their library only. The last line shows which it holds.
+# A wheel for each torch, which differ in their library only, merged into one.
 wheel: $(TORCH:%=.venv-wheel-%/bin/.installed)
 	rm -rf build/wheel build/lib* dist/*.whl
+	mkdir -p dist
 	set -e; for minor in $(TORCH); do \
 		bin=.venv-wheel-$$minor/bin; \
 		$$bin/pip wheel --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir build/wheel/$$minor .; \
