@@ -5,6 +5,7 @@ Natural Input Gradients", ECCV 2024, https://arxiv.org/abs/2409.20139.
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..checks import check_non_negative
