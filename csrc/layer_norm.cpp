@@ -68,9 +68,8 @@ void check_channels(
   check_shapes(op, input, parameters, input.sym_sizes().slice(1, 1));
 }
 
-// The last one is defined.
 void check_statistics(const char* op, const Tensor& input, std::initializer_list<NamedTensor> all) {
-  const Tensor& last = std::prev(all.end())->tensor;
+  const NamedTensor& first = all.begin()->tensor.defined() ? *all.begin() : *std::prev(all.end());
   for (const auto& [name, tensor] : all) {
     if (!tensor.defined()) {
       continue;
@@ -81,7 +80,7 @@ void check_statistics(const char* op, const Tensor& input, std::initializer_list
       matches = tensor.sym_size(d) == 1 || tensor.sym_size(d) == input.sym_size(d);
     }
     TORCH_CHECK_VALUE(
-        matches && tensor.sym_sizes() == last.sym_sizes() &&
+        matches && tensor.sym_sizes() == first.tensor.sym_sizes() &&
             RowLayout(input, tensor).adjacent,
         op, ": expected ", name, " to have the shape of input (", input.sym_sizes(),
         ") with adjacent dimensions reduced to 1, got ", tensor.sym_sizes());
