@@ -1,7 +1,14 @@
 """Triton kernels of layer normalisation.
 
 PyTorch's own kernels are the forward and the backward over the last dimensions. Here is the double backward,
-and all three passes over the channels of NCHW. `reference.py` has the mathematics, and the names.
+and all three passes over the channels of NCHW.
+
+With v, u and t the gradients of those of input, weight and bias, g the output's, h the normalised input, r
+its factor, <.> the mean over columns and P a = a - <a> - h <a h>, the double backward gives
+
+    grad_output  w r P v + u h + t
+    input        r P(u g) - r^2 (h <v P(w g)> + <w g h> P v + <v h> P(w g))
+    weight       the sum over rows of g r P v
 
 A kernel sees its tensors as groups of rows of columns, `row_stride` and `column_stride` apart: all rows are
 one group where the columns are the last dimensions; an image is a group of height * width rows where they are
