@@ -45,7 +45,7 @@ def attention_fwd_kernel(
     for start in tl.range(0, key_block if is_window else keys, key_block):
         k = load(key, item, start, keys, columns, key_block, block)
         scores = make_scores(q, k, mask, item, first, start, scale, rows, keys, False, precision)
-        weights, _, highest, total, factor = next_weights(scores, highest, total)
+        weights, added, highest, total, factor = next_weights(scores, highest, total)
         v = load(value, item, start, keys, value_columns, key_block, value_block)
         o = o * factor[:, None] + dot(weights, v, precision)
     store(output, item, first, o * inverse_of(total)[:, None], rows, value_columns)
