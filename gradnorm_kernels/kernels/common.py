@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ def load_parameter(ptr, offsets, mask, absent: tl.constexpr):
 
 @triton.jit
 def project(a, mean, mean_h, h):
-    """P a = a - <a> - h <a h>. Of a normalisation that is not centred (RMS norm), <a> is 0 wherever it is used."""
+    """P a = a - <a> - h <a h>. Of one that is not centred (RMS norm), <a> is 0 wherever it stands."""
     return a - mean - h * mean_h
 
 
@@ -148,8 +149,8 @@ def on_meta(op: str, tensors: tuple[Tensor, ...], *settings: Any, **options: Any
 def check_operands(
     op: str,
     input: Tensor,
-    others: dict[str, Tensor | None],
-    parameters: dict[str, Tensor | None],
+    others: Mapping[str, Tensor | None],
+    parameters: Mapping[str, Tensor | None],
     columns: int,
 ) -> None:
     """The others are like the input, and the parameters have an element for each of the columns."""
@@ -169,7 +170,7 @@ def check_operands(
     for name, parameter in parameters.items():
         if parameter is not None and parameter.numel() != columns:
             raise ValueError(f"{op}: expected {name} to have {columns} elements, got {list(parameter.shape)}")
-    for name, any_tensor in (others | parameters).items():
+    for name, any_tensor in {**others, **parameters}.items():
         if any_tensor is not None and any_tensor.device != input.device:
             devices = f"({input.device}), got {any_tensor.device}"
             raise RuntimeError(f"{op}: expected {name} to be on the device of input {devices}")

@@ -5,8 +5,8 @@ backward, all three passes over the channels of NCHW, and all three of RMS norm.
 
 A kernel sees its tensors as groups of rows of columns, `row_stride` and `column_stride` apart: all rows are
 one group where the columns are the last dimensions; an image is a group of height * width rows where they are
-the channels. A program takes tiles of neighbouring rows and, if a row is whole in block_columns, keeps them in
-registers. RMS norm's kernels are the same, without a mean.
+the channels. A program takes tiles of neighbouring rows and keeps them in registers, if a row is whole: in
+one block of columns. RMS norm's kernels are the same, without a mean.
 """
 
 # mypy: allow-untyped-defs
@@ -122,7 +122,7 @@ def layer_norm_fwd_kernel(
 ):
     """output = weight * h + bias, and the statistics.
 
-    Moves 2N elements: reads 1, writes 1. Rows that are not whole, which RMS norm's may be, are read twice: 3N.
+    Moves 2N elements: reads 1, writes 1. Rows that are not whole, as RMS norm's may be, are read twice: 3N.
     """
     tile = _rows_of_tile(tl.program_id(0), rows, columns, row_stride, block_rows)
     row, row_mask = tile[0], tile[1]
@@ -492,15 +492,15 @@ def _double_backward(
     check_operands(op, input, others, parameters if rows else {}, rows.columns if rows else 0)
     grad_grad_output = empty_like(input, output_mask[0])
     grad_input = empty_like(input, output_mask[1])
-    with_weight = weight is not None and output_mask[2]
+    like_weight = weight if output_mask[2] else None
     if rows is None:
-        return grad_grad_output, grad_input, torch.zeros_like(weight) if with_weight else None
+        return grad_grad_output, grad_input, None if like_weight is None else torch.zeros_like(like_weight)
     if grad_grad_input is None:
         grad_grad_input = torch.zeros_like(input)
     has_u = grad_grad_weight is not None
     constants, options = _constants(layer_norm_bwd_bwd_kernel, rows, input.dtype, has_u)
     programs = _programs(rows, constants["block_rows"], options["num_warps"], input.device)
-    partial = rstd.new_empty((1, programs, rows.columns)) if with_weight else None
+    partial = None if like_weight is None else rstd.new_empty((1, programs, rows.columns))
     tensors = (
         *contiguous(
             grad_grad_input, grad_grad_weight, grad_grad_bias, grad_output, input, mean, rstd, weight
@@ -511,9 +511,9 @@ def _double_backward(
     )
     with torch.cuda.device_of(input):
         layer_norm_bwd_bwd_kernel[(programs,)](*tensors, *rows, **constants, **options)
-        if weight is None or partial is None:
+        if like_weight is None or partial is None:
             return grad_grad_output, grad_input, None
-        return grad_grad_output, grad_input, _sum_parts(partial, weight.dtype).view_as(weight)
+        return grad_grad_output, grad_input, _sum_parts(partial, like_weight.dtype).view_as(like_weight)
 
 
 def layer_norm_2d(

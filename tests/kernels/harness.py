@@ -229,6 +229,14 @@ def assert_masks(call: Callable[[list[bool]], Any], full: Sequence[Tensor | None
             assert result is None if not asked else torch.equal(result, wanted), mask
 
 
+def assert_rejected(*calls: tuple[Any, ...]) -> None:
+    """Of an error, a pattern of its message, a launcher and its arguments: what the launcher says, without
+    the Autograd key in front of it."""
+    for error, match, launcher, *args in calls:
+        with pytest.raises(error, match=match):
+            launcher(*args)
+
+
 def strided(t: Tensor) -> Tensor:
     return t.transpose(0, -1).contiguous().transpose(0, -1)
 
@@ -237,3 +245,13 @@ def skip_without_memory(needed: int) -> None:
     free, _ = torch.cuda.mem_get_info()
     if free < needed:
         pytest.skip(f"needs {needed >> 30} GiB of free GPU memory, {free >> 30} GiB are free")
+
+
+def assert_same_in_parts(call: Any, starts: Sequence[int], length: int, *tensors: Tensor) -> None:
+    """Of tensors of more than 2^31 elements, and rows of them that are computed alone: an address that
+    wrapped around would leave one of these places unwritten or wrong."""
+    whole = call(*tensors)
+    for start in starts:
+        part = slice(start, start + length)
+        for result, expected in zip(whole, call(*(t[part].clone() for t in tensors)), strict=True):
+            assert result is None or torch.equal(result[part], expected), f"from {start}"

@@ -128,20 +128,9 @@ def run_kernels(o: Operands, with_dd_mask: bool = True, parts: int = 1) -> list[
     attention._attention_bwd(o.grad_output, o.query, o.key, o.value, o.mask, SCALE, *first, sums)
     second = [o.empty(t) for t in (o.grad_output, o.query, o.key, o.value)]
     second_sums = o.sums(parts)
-    attention._attention_bwd_bwd(
-        o.dd_query,
-        o.dd_key,
-        o.dd_value,
-        o.dd_mask if with_dd_mask else None,
-        o.grad_output,
-        o.query,
-        o.key,
-        o.value,
-        o.mask,
-        SCALE,
-        *second,
-        second_sums,
-    )
+    incoming = (o.dd_query, o.dd_key, o.dd_value, o.dd_mask if with_dd_mask else None, o.grad_output)
+    operands = (o.query, o.key, o.value, o.mask, SCALE)
+    attention._attention_bwd_bwd(*incoming, *operands, *second, second_sums)
     return [output, *first, o.total(sums), *second, o.total(second_sums)]
 
 
@@ -304,25 +293,22 @@ test_compiles_without_spills = harness.compilation_test(calls)
 def test_ops_on_cuda(tokens: int, with_mask: bool) -> None:
     """Through the dispatcher and autograd: by windows, by tiles, and, with a mask's gradient, by parts."""
     torch.manual_seed(0)
-    operands = [torch.randn(2, 3, tokens, 32) for _ in range(3)]
+    operands: list[Any] = [torch.randn(2, 3, tokens, 32) for _ in range(3)]
     operands += [torch.randn(3, tokens, tokens)] * with_mask
     grad_output, grad_grads = torch.randn(2, 3, tokens, 32), [torch.randn_like(t) for t in operands]
 
     def all_orders(function: Any, device: str, dtype: torch.dtype) -> list[Tensor]:
-        tensors = [t.to(device, dtype).requires_grad_() for t in operands]
-        grad = grad_output.to(device, dtype).requires_grad_()
-        output = function(*tensors)
-        first = torch.autograd.grad(output, tensors, grad, create_graph=True)
-        second = torch.autograd.grad(first, [grad, *tensors], [t.to(device, dtype) for t in grad_grads])
-        return [output, *first, *second]
+        inputs, incoming = ([t.to(device, dtype) for t in tensors] for tensors in (operands, grad_grads))
+        output, first, second = reference.all_orders(
+            function, inputs, grad_output.to(device, dtype), incoming
+        )
+        return [*output, *first, *second]
 
     fused = gk.functional.scaled_dot_product_attention
     exact = all_orders(reference.scaled_dot_product_attention, "cpu", torch.float64)
     for dtype in (torch.float32, torch.bfloat16):
         stock = all_orders(reference.scaled_dot_product_attention, "cuda", dtype)
         runs = [all_orders(fused, "cuda", dtype) for _ in range(2)]
-        for ours, again, theirs, wanted in zip(*runs, stock, exact, strict=True):
-            assert torch.equal(ours, again)
-            error = (ours.cpu().double() - wanted).abs().max()
-            stock_error = (theirs.cpu().double() - wanted).abs().max()
-            assert error <= 2 * stock_error + torch.finfo(dtype).eps * wanted.abs().max()
+        assert all(map(torch.equal, *runs))
+        ours, stock = ([t.cpu() for t in tensors] for tensors in (runs[0], stock))
+        harness.assert_accurate(ours, exact, harness.units(dtype, 1), stock)

@@ -59,10 +59,7 @@ CASES = [
 in_every_case = pytest.mark.parametrize(
     ("shape", "channels_last", "dtype"),
     CASES,
-    ids=[
-        "x".join(map(str, shape)) + "-channels_last" * last + f"-{str(dtype)[6:]}"
-        for shape, last, dtype in CASES
-    ],
+    ids=[f"{'x'.join(map(str, s))}{'-channels_last' * last}-{str(dtype)[6:]}" for s, last, dtype in CASES],
 )
 
 
@@ -162,16 +159,9 @@ def test_empty(training: bool, device: str) -> None:
 
 @triton.jit
 def tile_ends_kernel(
-    ends_ptr,
-    tile,
-    outer,
-    channels,
-    units,
-    unit: tl.constexpr,
-    interleaved: tl.constexpr,
-    rows: tl.constexpr,
-    columns: tl.constexpr,
-):
+    ends_ptr, tile, outer, channels, units,
+    unit: tl.constexpr, interleaved: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
+):  # fmt: skip
     offsets, mask = batch_norm._tile(tile, outer, channels, units, unit, interleaved, rows, columns)
     tl.store(ends_ptr, tl.min(offsets))
     tl.store(ends_ptr + 1, tl.max(tl.where(mask, offsets, -1)))

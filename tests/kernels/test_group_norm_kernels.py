@@ -182,15 +182,9 @@ def test_nan_and_inf_stay_in_their_group(device: str) -> None:
 
 @triton.jit
 def tile_end_kernel(
-    end_ptr,
-    index,
-    rows,
-    column_units,
-    row_stride,
-    unit: tl.constexpr,
-    block_rows: tl.constexpr,
-    block_columns: tl.constexpr,
-):
+    end_ptr, index, rows, column_units, row_stride,
+    unit: tl.constexpr, block_rows: tl.constexpr, block_columns: tl.constexpr,
+):  # fmt: skip
     matrix = group_norm._matrix(rows, column_units, unit, block_columns)
     offsets, mask = group_norm._where(index, matrix, row_stride, block_rows, block_columns)
     tl.store(end_ptr, tl.max(tl.max(tl.where(mask, offsets, -1), axis=1), axis=0))
@@ -221,39 +215,23 @@ def test_more_than_2_31_elements() -> None:
     harness.skip_without_memory(6 * elements * torch.bfloat16.itemsize)
     x = torch.empty(batch, 8, 256, dtype=torch.bfloat16, device="cuda").normal_()
     mean, rstd = torch.zeros(batch, num_groups, device="cuda"), torch.ones(batch, num_groups, device="cuda")
-    whole = run_kernel([x, None, None, x, x, mean, rstd, None], num_groups, (True, True, False))
-    for start in (0, 2**19 - 1, batch - 2):
-        part = slice(start, start + 2)
-        some = [x[part], None, None, x[part], x[part], mean[part], rstd[part], None]
-        for a, e in zip(whole, run_kernel(some, num_groups, (True, True, False)), strict=True):
-            assert a is None or torch.equal(a[part], e), f"from {start}"
+
+    def call(x: Tensor, mean: Tensor, rstd: Tensor) -> Any:
+        return run_kernel([x, None, None, x, x, mean, rstd, None], num_groups, (True, True, False))
+
+    harness.assert_same_in_parts(call, (0, 2**19 - 1, batch - 2), 2, x, mean, rstd)
 
 
 @on_every_device
 def test_bad_input(device: str) -> None:
-    """What the launcher says, without the Autograd key in front of it."""
     shape, num_groups = CASES["rows"]
     good = draw(shape, num_groups, torch.float32, device, "wpq")
-    names = (
-        "grad_grad_input",
-        "grad_grad_weight",
-        "grad_grad_bias",
-        "grad_output",
-        "",
-        "mean",
-        "rstd",
-        "weight",
-    )
-    op = group_norm.group_norm_double_backward
-    for position, name in enumerate(names):
-        if not name:
-            continue
-        for change, error, match in (
-            (lambda t: t[..., :1], ValueError, f"expected {name}"),
-            (lambda t: t.to("meta"), RuntimeError, f"expected {name} .* got meta"),
-        ):
-            bad = [change(t) if i == position else t for i, t in enumerate(good)]
-            with pytest.raises(error, match=match):
-                op(*bad, num_groups, EPS, [True] * 3)
-    with pytest.raises(TypeError, match="expected input"):
-        op(*(t.long() for t in good), num_groups, EPS, [True] * 3)
+    op, settings = group_norm.group_norm_double_backward, (num_groups, EPS, list(ALL))
+    harness.assert_rejected((TypeError, "expected input", op, *(t.long() for t in good), *settings))
+    gradients = ("grad_grad_input", "grad_grad_weight", "grad_grad_bias", "grad_output")
+    names = (*gradients, "", "mean", "rstd", "weight")
+    for k, name in enumerate(names):
+        changed = ((ValueError, "", good[k][..., :1]), (RuntimeError, " .* got meta", good[k].to("meta")))
+        for error, end, tensor in changed if name else ():
+            operands = [*good[:k], tensor, *good[k + 1 :]]
+            harness.assert_rejected((error, f"expected {name}{end}", op, *operands, *settings))

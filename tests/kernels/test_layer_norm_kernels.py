@@ -230,45 +230,43 @@ def test_empty(shape: tuple[int, ...], device: str) -> None:
 
 @on_every_device
 def test_bad_input(device: str) -> None:
-    """What the launcher says, without the Autograd key in front of it."""
     x = torch.ones(2, 3, 4, 4, device=device)
-    mean, rstd = statistics(x, 1)
+    s, c, two = x[:, :1], x[0, :, 0, 0], [True, True, False]
+    wide, many, far = x.double(), x[:, :1].expand(2, 8193, 4, 4), x.to("meta")
     ops = layer_norm
-    with pytest.raises(TypeError, match="input"):
-        ops.layer_norm_2d(x.int())
-    with pytest.raises(ValueError, match=r"\(N, C, H, W\)"):
-        ops.layer_norm_2d(x[0])
-    with pytest.raises(ValueError, match="weight"):
-        ops.layer_norm_2d(x, x[0, 0, 0])
-    with pytest.raises(ValueError, match="at most 8192 channels"):
-        ops.layer_norm_2d(x.expand(2, 3, 4, 4)[:, :1].expand(2, 8193, 4, 4))
-    with pytest.raises(ValueError, match="grad_output"):
-        ops.layer_norm_2d_backward(x[:1], x, mean, rstd, None, ALL)
-    with pytest.raises(TypeError, match="grad_grad_input"):
-        ops.layer_norm_double_backward(x.double(), None, None, x, x, mean, rstd, None, [True, True, False])
-    with pytest.raises(RuntimeError, match=r"grad_output .* got meta"):
-        ops.layer_norm_2d_backward(x.to("meta"), x, mean, rstd, None, ALL)
-    with pytest.raises(ValueError, match="normalized_shape"):
-        ops.rms_norm(x, [3], None, EPS)
-    with pytest.raises(ValueError, match="weight"):
-        ops.rms_norm(x, [4], x[0, :, 0, 0], EPS)
-    with pytest.raises(TypeError, match="grad_output"):
-        ops.rms_norm_backward(x.double(), x, x[..., :1], None, ALL[:2])
-    with pytest.raises(ValueError, match="grad_grad_weight"):
-        ops.rms_norm_double_backward(x, x[0, :, 0, 0], x, x, x[..., :1], None, ALL)
+    harness.assert_rejected(
+        (TypeError, "input", ops.layer_norm_2d, x.int()),
+        (ValueError, r"\(N, C, H, W\)", ops.layer_norm_2d, x[0]),
+        (ValueError, "weight", ops.layer_norm_2d, x, x[0, 0, 0]),
+        (ValueError, "at most 8192 channels", ops.layer_norm_2d, many),
+        (ValueError, "grad_output", ops.layer_norm_2d_backward, x[:1], x, s, s, None, ALL),
+        (RuntimeError, "grad_output .* got meta", ops.layer_norm_2d_backward, far, x, s, s, None, ALL),
+        (
+            TypeError,
+            "grad_grad_input",
+            ops.layer_norm_double_backward,
+            wide,
+            None,
+            None,
+            x,
+            x,
+            s,
+            s,
+            None,
+            two,
+        ),
+        (ValueError, "normalized_shape", ops.rms_norm, x, [3], None, EPS),
+        (ValueError, "weight", ops.rms_norm, x, [4], c, EPS),
+        (TypeError, "grad_output", ops.rms_norm_backward, wide, x, x[..., :1], None, ALL[:2]),
+        (ValueError, "grad_grad_weight", ops.rms_norm_double_backward, x, c, x, x, x[..., :1], None, two),
+    )
 
 
 @triton.jit
 def column_starts_kernel(
-    starts_ptr,
-    rows,
-    columns,
-    row_stride,
-    column_stride,
-    wide: tl.constexpr,
-    block_rows: tl.constexpr,
-    block_columns: tl.constexpr,
-):
+    starts_ptr, rows, columns, row_stride, column_stride,
+    wide: tl.constexpr, block_rows: tl.constexpr, block_columns: tl.constexpr,
+):  # fmt: skip
     tile = layer_norm._rows_of_tile(0, rows, columns, row_stride, block_rows)
     place, column = layer_norm._place(tile, 0, columns, column_stride, wide, block_columns)
     start, offsets, mask = place
@@ -319,12 +317,11 @@ def test_more_than_2_31_elements(shape: tuple[int, ...], dim: int) -> None:
     for row in (0, -1):
         x[row].normal_()
     mean = torch.zeros_like(x.select(dim, 0).unsqueeze(dim), dtype=torch.float32)
-    args = (None, None, x, x, mean, mean + 1, None, [True, True, False])
-    results = run("layer_norm_double_backward", x, *args)
-    for part in (slice(0, 1), slice(-1, None)):
-        some, some_mean = x[part].clone(), mean[part].clone()
-        few = (None, None, some, some, some_mean, some_mean + 1, None, args[-1])
-        wanted = run("layer_norm_double_backward", some, *few)
-        for result, expected in zip(results[:2], wanted[:2], strict=True):
-            # An address that wrapped around would leave one of these rows wrong.
-            assert torch.equal(result[part], expected)
+    op, mask = "layer_norm_double_backward", [True, True, False]
+    harness.assert_same_in_parts(
+        lambda x, mean: run(op, x, None, None, x, x, mean, mean + 1, None, mask),
+        (0, shape[0] - 1),
+        1,
+        x,
+        mean,
+    )

@@ -230,41 +230,23 @@ def test_more_than_2_31_elements() -> None:
     harness.skip_without_memory(6 * rows * n * torch.bfloat16.itemsize)
     x = torch.empty(rows, n, dtype=torch.bfloat16, device="cuda").normal_()
     bias = torch.randn(n, dtype=torch.bfloat16, device="cuda")
-    calls = (
-        lambda x: (torch.ops.gradnorm_kernels.softmax_with_bias(x, bias),),
-        lambda x: torch.ops.gradnorm_kernels.softmax_double_backward(x, x, x, -1, True),
-    )
-    for call in calls:
-        whole = call(x)
-        # An address that wrapped around would leave one of these places unwritten or wrong.
-        for start in (0, rows // 2 - 3, rows - 6):
-            for result, part in zip(whole, call(x[start : start + 6].clone()), strict=True):
-                assert torch.equal(result[start : start + 6], part)
-        del whole
+    for call in (lambda x: (with_bias(x, bias),), lambda x: double_backward(x, x, x, -1, True)):
+        harness.assert_same_in_parts(call, (0, rows // 2 - 3, rows - 6), 6, x)
 
 
 @on_every_device
 def test_bad_input(device: str) -> None:
-    """What the launcher or the Meta kernel says, without the Autograd key in front of them."""
     x = torch.ones(4, 3, device=device)
-    for bias, error, match in (
-        (x[:, :2], ValueError, "expected bias to broadcast"),
-        (x[None], ValueError, "expected bias to broadcast"),
-        (x.bool(), TypeError, "expected bias"),
-    ):
-        with pytest.raises(error, match=match):
-            softmax.softmax_with_bias(x, bias)
-    for bad, error, match in (
-        (x.int(), TypeError, "expected input"),
-        (x.to("meta"), RuntimeError, "input .* got meta"),
-    ):
-        with pytest.raises(error, match=match):
-            softmax.softmax_with_bias(bad, x)
-    for args, error, match in (
-        ((x, x[:3], x, -1), ValueError, "grad_output"),
-        ((x.int(), x, x, -1), TypeError, "grad_grad_input"),
-        ((x, x.to("meta"), x, -1), RuntimeError, "grad_output .* got meta"),
-        ((x, x, x, 2), IndexError, "Dimension out of range"),
-    ):
-        with pytest.raises(error, match=match):
-            softmax.softmax_double_backward(*args, True)
+    far = x.to("meta")
+    forward, double_backward = softmax.softmax_with_bias, softmax.softmax_double_backward
+    harness.assert_rejected(
+        (ValueError, "expected bias to broadcast", forward, x, x[:, :2]),
+        (ValueError, "expected bias to broadcast", forward, x, x[None]),
+        (TypeError, "expected bias", forward, x, x.bool()),
+        (TypeError, "expected input", forward, x.int(), x),
+        (RuntimeError, "input .* got meta", forward, far, x),
+        (ValueError, "grad_output", double_backward, x, x[:3], x, -1, True),
+        (TypeError, "grad_grad_input", double_backward, x.int(), x, x, -1, True),
+        (RuntimeError, "grad_output .* got meta", double_backward, x, far, x, -1, True),
+        (IndexError, "Dimension out of range", double_backward, x, x, x, 2, True),
+    )

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common import FP_FUSION, widen
+from ..common import FP_FUSION, contiguous, widen
 from .primitives import split, start_of
 
 
@@ -150,7 +150,8 @@ def _attention_softmax_double_backward(
     mask: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    a, c, dp, scores = (t if t is None else t.contiguous() for t in (a, c, dp, scores))
+    a, c = contiguous(a, c)
+    dp, scores = dp.contiguous(), scores.contiguous()
     p, ds, b, e = (torch.empty_like(scores) for _ in range(4))
     masks = [_broadcast(t, scores) for t in (grad_grad_mask, mask)]
     tensors = (a, masks[0], c, dp, scores, masks[1], p, ds, b, e)

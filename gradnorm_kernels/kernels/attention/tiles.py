@@ -2,9 +2,9 @@
 
 A backward pass is two launches of one kernel. A program of the first takes a block of queries, and goes
 through the keys twice: for the statistics of its rows, which it writes for the second launch, and for its
-results. A program of the second takes a block of keys, and goes through the queries once. What they read again
-is in the cache, as a head is small. Where its loads are not pipelined, a loop hoists nothing, since that takes
-registers.
+results. A program of the second takes a block of keys, and goes through the queries once. What they read
+again is in the cache, as a head is small. Where its loads are not pipelined, a loop hoists nothing, since
+that takes registers.
 """
 
 # mypy: allow-untyped-defs
@@ -45,7 +45,7 @@ def attention_fwd_kernel(
     for start in tl.range(0, key_block if is_window else keys, key_block):
         k = load(key, item, start, keys, columns, key_block, block)
         scores = make_scores(q, k, mask, item, first, start, scale, rows, keys, False, precision)
-        weights, added, highest, total, factor = next_weights(scores, highest, total)
+        weights, _added, highest, total, factor = next_weights(scores, highest, total)
         v = load(value, item, start, keys, value_columns, key_block, value_block)
         o = o * factor[:, None] + dot(weights, v, precision)
     store(output, item, first, o * inverse_of(total)[:, None], rows, value_columns)

@@ -1,7 +1,7 @@
 """The backward passes over windows.
 
-A program takes row_block rows of queries at a time. Where that is all of them, the loop is none; otherwise its
-end is not a constant, since the compiler would unroll it, and hoist more than the registers hold.
+A program takes row_block rows of queries at a time. Where that is all of them, the loop is none; otherwise
+its end is not a constant, since the compiler would unroll it, and hoist more than the registers hold.
 """
 
 # mypy: allow-untyped-defs
