@@ -49,11 +49,7 @@ struct Rows {
   }
 };
 template <class T>
-Left<T> plain(Rows<T> m) {
-  return {m.data, m.row, 1};
-}
-template <class T>
-Left<T> plain(Rows<const T> m) {
+Left<std::remove_const_t<T>> plain(Rows<T> m) {
   return {m.data, m.row, 1};
 }
 template <class T>
@@ -346,8 +342,7 @@ class Source {
     constexpr int64_t block = 16;
     for (int64_t i = 0; i < batch_.rows; i += block) {
       for (int64_t j = 0; j < batch_.columns; j += block) {
-        const int64_t height = std::min(block, batch_.rows - i),
-                      width = std::min(block, batch_.columns - j);
+        const int64_t height = std::min(block, batch_.rows - i), width = std::min(block, batch_.columns - j);
         const A* const from = matrix_.at(i) + j;
         A* const to = transpose_.get() + j * height_ + i;
         if (height == block && width == block) {

@@ -140,10 +140,10 @@ void double_backward(
     void* grad_input, double* grad_weight) {
   dispatch(dtype, [&](auto type) {
     using T = decltype(type);
-    (training ? train_impl<T> : eval_impl<T>)(
-        layout, parameters, static_cast<const T*>(grad_grad_input), static_cast<const T*>(grad_output),
-        static_cast<const T*>(input), static_cast<T*>(grad_grad_output), static_cast<T*>(grad_input),
-        grad_weight);
+    (training ? train_impl<T> : eval_impl<T>)(layout, parameters, static_cast<const T*>(grad_grad_input),
+                                              static_cast<const T*>(grad_output),
+                                              static_cast<const T*>(input), static_cast<T*>(grad_grad_output),
+                                              static_cast<T*>(grad_input), grad_weight);
   });
 }
 

@@ -21,15 +21,15 @@ void elementwise(at::TensorIteratorBase& iter, const Fn& fn) {
       // Copies, which live in registers: for all the compiler knows, a store may change the originals.
       const Fn local_fn = fn;
       std::array<T*, operands> data;
-      std::transform(base, base + operands, data.begin(), [](char* first) { return reinterpret_cast<T*>(first); });
+      std::transform(
+          base, base + operands, data.begin(), [](char* first) { return reinterpret_cast<T*>(first); });
       const bool contiguous =
           std::all_of(strides, strides + operands, [](int64_t stride) { return stride == sizeof(T); });
       std::array<P, Inputs> in;
       std::array<P, Outputs> out;
       const auto apply = [&]() C10_ALWAYS_INLINE_ATTRIBUTE {
-        P::for_each_part([&](size_t k) C10_ALWAYS_INLINE_ATTRIBUTE {
-          set_part(out, k, local_fn(part_of(in, k)));
-        });
+        P::for_each_part([&](size_t k)
+                             C10_ALWAYS_INLINE_ATTRIBUTE { set_part(out, k, local_fn(part_of(in, k))); });
       };
       int64_t start = 0;
       for (; contiguous && start + P::size <= n; start += P::size) {

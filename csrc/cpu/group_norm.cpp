@@ -292,9 +292,7 @@ class DoubleBackward {
 };
 
 void double_backward(const GroupNormDoubleBackward& args) {
-  dispatch(args.input.scalar_type(), [&](auto type) {
-    DoubleBackward<decltype(type)>(args).run();
-  });
+  dispatch(args.input.scalar_type(), [&](auto type) { DoubleBackward<decltype(type)>(args).run(); });
 }
 
 }  // namespace

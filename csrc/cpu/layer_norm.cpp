@@ -11,7 +11,7 @@ namespace {
 constexpr int64_t kBlock = 64;
 
 template <class P, size_t N>
-void add(std::array<P, N>& sums, const std::array<P, N>& terms) {
+C10_ALWAYS_INLINE void add(std::array<P, N>& sums, const std::array<P, N>& terms) {
   for (size_t k = 0; k < N; ++k) {
     sums[k] = sums[k] + terms[k];
   }
@@ -195,7 +195,7 @@ class Across {
 // A layer norm is centred; an RMS norm has no mean and no bias.
 
 template <bool centred, class P>
-P normalized(const P& x, const P& mean, const P& rstd) {
+C10_ALWAYS_INLINE P normalized(const P& x, const P& mean, const P& rstd) {
   return centred ? (x - mean) * rstd : x * rstd;
 }
 // Of which the sums are taken: only what is centred has use for that of a.
@@ -282,7 +282,8 @@ void backward(const LayerNormKernels::Backward& t, const NormalizedRows& rows) {
     const auto load = [&](const auto& at) {
       const P x = P::load(input + at.element, at.count);
       return std::pair{
-          normalized<centred>(x, means[at.pack], rstds[at.pack]), P::load(grad_output + at.element, at.count)};
+          normalized<centred>(x, means[at.pack], rstds[at.pack]),
+          P::load(grad_output + at.element, at.count)};
     };
     std::array<std::array<P, 1 + centred>, Walk<P>::packs> sums;
     if (grad_input) {
@@ -335,7 +336,8 @@ struct DoubleBackwardRow {
     }
   }
 
-  static std::array<P, kSums> terms(const P& x_hat, const P& v, const P& g, const P& weight, const P& u) {
+  static C10_ALWAYS_INLINE std::array<P, kSums> terms(
+      const P& x_hat, const P& v, const P& g, const P& weight, const P& u) {
     const P gw = g * weight;
     std::array<P, kSums> result;
     result[0] = v * x_hat;
@@ -355,7 +357,7 @@ struct DoubleBackwardRow {
   }
 
   // grad_grad_output, grad_input and the contribution to grad_weight.
-  std::array<P, 3> results(
+  C10_ALWAYS_INLINE std::array<P, 3> results(
       const P& x, const P& v, const P& g, const P& weight, const P& u, const P& grad_grad_bias) const {
     const auto minus = [](const P& a, const P& a_mean) { return centred ? a - a_mean : a; };
     const P x_hat = normalized<centred>(x, mean, rstd);

@@ -47,7 +47,8 @@ struct LayerNormKernels {
   };
   void (*backward)(const Backward&, const NormalizedRows&);
 
-  // grad_grad_weight and grad_grad_bias are both defined, or neither is; grad_grad_bias is not if not centred.
+  // grad_grad_weight and grad_grad_bias are both defined, or neither is; grad_grad_bias is not if not
+  // centred.
   struct DoubleBackward {
     Tensor grad_grad_output, grad_input, grad_weight;
     Tensor grad_grad_input, grad_grad_weight, grad_grad_bias, grad_output, input, mean, rstd, weight;

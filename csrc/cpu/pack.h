@@ -161,7 +161,8 @@ T* mutable_data(const at::Tensor& tensor) {
 // fn(T()) for the dtype T.
 template <class Fn>
 void dispatch(c10::ScalarType dtype, const Fn& fn) {
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "gradnorm_kernels", [&] { fn(scalar_t()); });
+  AT_DISPATCH_FLOATING_TYPES_AND2(
+      at::kHalf, at::kBFloat16, dtype, "gradnorm_kernels", [&] { fn(scalar_t()); });
 }
 
 }  // namespace gradnorm_kernels::CPU_CAPABILITY

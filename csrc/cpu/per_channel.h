@@ -26,7 +26,8 @@ struct ChannelLoop {
   void along(
       int64_t offset, int64_t n, int64_t run, const std::array<P, Coefficients>& coefficients, double* totals,
       int64_t stride, const Fn& fn) const {
-    const ChannelLoop loop = *this;  // lives in registers: for all the compiler knows, a store may change *this
+    const ChannelLoop loop =
+        *this;  // lives in registers: for all the compiler knows, a store may change *this
     for (int64_t start = 0; start < n; start += run) {
       std::array<P, Sums> sums;
       for_each_pack<P>(std::min(run, n - start), [&](int64_t i, auto count) {
@@ -41,8 +42,8 @@ struct ChannelLoop {
   // Of rows of all channels. Coefficients and sums are arrays along the channels, `stride` apart.
   template <class Fn>
   void across(
-      int64_t offset, int64_t rows, int64_t channels, const Scalar* coefficients, Scalar* sums, int64_t stride,
-      const Fn& fn) const {
+      int64_t offset, int64_t rows, int64_t channels, const Scalar* coefficients, Scalar* sums,
+      int64_t stride, const Fn& fn) const {
     const ChannelLoop loop = *this;
     // So many rows have coefficients and sums in registers.
     constexpr int64_t together = 4;
@@ -155,8 +156,8 @@ class ChannelPass {
         const int64_t end = layout_.outer * (chunk + 1) / chunks;
         for (int64_t row = layout_.outer * chunk / chunks; row < end; row += in_opmath) {
           loop.across(
-              row * channels_, std::min(in_opmath, end - row), channels_, coefficients_.data(), running.data(),
-              channels_, fn);
+              row * channels_, std::min(in_opmath, end - row), channels_, coefficients_.data(),
+              running.data(), channels_, fn);
           for (size_t i = 0; i < running.size(); ++i) {
             partial[chunk * running.size() + i] += running[i];
             running[i] = 0;

@@ -127,9 +127,8 @@ void forward_rows(const Tensor& output, const Tensor& input, const Tensor& bias)
       exponential.store(scratch + i, P::size);
     });
     const P scale = P(1) / row.total(sum);
-    row.each([&](int64_t i, auto count) {
-      (P::load(scratch + i, P::size) * scale).store(data[0] + i, count);
-    });
+    row.each(
+        [&](int64_t i, auto count) { (P::load(scratch + i, P::size) * scale).store(data[0] + i, count); });
   });
 }
 
@@ -183,8 +182,9 @@ void double_backward(
     const Tensor& grad_output, const Tensor& output, int64_t dim, bool to_input) {
   dispatch(output.scalar_type(), [&](auto type) {
     using T = decltype(type);
-    (to_input ? double_backward_rows<T, true> : double_backward_rows<T, false>)(
-        grad_grad_output, grad, grad_grad_input, grad_output, output, dim);
+    (to_input ? double_backward_rows<T, true> : double_backward_rows<T, false>)(grad_grad_output, grad,
+                                                                                grad_grad_input, grad_output,
+                                                                                output, dim);
   });
 }
 
