@@ -20,44 +20,42 @@ void elementwise(at::TensorIteratorBase& iter, const Fn& fn) {
     iter.for_each([&](char** base, const int64_t* strides, int64_t n) {
       // Copies, which live in registers: for all the compiler knows, a store may change the originals.
       const Fn local_fn = fn;
-      std::array<T*, operands> data;
-      std::transform(
-          base, base + operands, data.begin(), [](char* first) { return reinterpret_cast<T*>(first); });
+      std::array<char*, operands> data;
+      std::copy_n(base, operands, data.begin());
       const bool contiguous =
           std::all_of(strides, strides + operands, [](int64_t stride) { return stride == sizeof(T); });
+      const auto element = [&](size_t k, int64_t i) {
+        return reinterpret_cast<T*>(data[k] + i * strides[k]);
+      };
       std::array<P, Inputs> in;
       std::array<P, Outputs> out;
-      const auto apply = [&]() C10_ALWAYS_INLINE_ATTRIBUTE {
-        P::for_each_part([&](size_t k)
-                             C10_ALWAYS_INLINE_ATTRIBUTE { set_part(out, k, local_fn(part_of(in, k))); });
+      const auto apply = [&](size_t part) C10_ALWAYS_INLINE_ATTRIBUTE {
+        set_part(out, part, local_fn(part_of(in, part)));
       };
       int64_t start = 0;
       for (; contiguous && start + P::size <= n; start += P::size) {
         for (size_t k = 0; k < Inputs; ++k) {
-          in[k] = P::load(data[Outputs + k] + start, P::size);
+          in[k] = P::load(reinterpret_cast<const T*>(data[Outputs + k]) + start, P::size);
         }
-        apply();
+        P::for_each_part(apply);
         for (size_t k = 0; k < Outputs; ++k) {
-          out[k].store(data[k] + start, P::size);
+          out[k].store(reinterpret_cast<T*>(data[k]) + start, P::size);
         }
       }
       for (; start < n; start += P::size) {
         const int64_t count = std::min(P::size, n - start);
-        const auto element = [&](size_t k, int64_t i) -> T& {
-          return *reinterpret_cast<T*>(base[k] + (start + i) * strides[k]);
-        };
         T buffer[P::size] = {};
         for (size_t k = 0; k < Inputs; ++k) {
           for (int64_t i = 0; i < count; ++i) {
-            buffer[i] = element(Outputs + k, i);
+            buffer[i] = *element(Outputs + k, start + i);
           }
           in[k] = P::load(buffer, P::size);
         }
-        apply();
+        P::for_each_part(apply);
         for (size_t k = 0; k < Outputs; ++k) {
           out[k].store(buffer, P::size);
           for (int64_t i = 0; i < count; ++i) {
-            element(k, i) = buffer[i];
+            *element(k, start + i) = buffer[i];
           }
         }
       }

@@ -20,8 +20,7 @@ enum Coefficient { kMean, kOutV, kOutXInG, kOut1, kInV, kInX, kIn1, kCoefficient
 
 template <class T>
 class DoubleBackward {
-  using P = Pack<T>;
-  using Scalar = typename P::Scalar;
+  using Scalar = at::opmath_type<T>;
 
  public:
   explicit DoubleBackward(const GroupNormDoubleBackward& args)
@@ -154,12 +153,8 @@ class DoubleBackward {
       return;
     }
     const int64_t n_channel = unit * pieces_ + piece, channel = n_channel % args_.channels;
-    std::array<P, Coefficients> own;
-    for (size_t k = 0; k < Coefficients; ++k) {
-      own[k] = P(from[k * stride_ + channel]);
-    }
     std::array<double, Sums> totals{};
-    loop.along(n_channel * args_.inner, args_.inner, kBlock, own, totals.data(), 1, fn);
+    loop.along(n_channel * args_.inner, args_.inner, kBlock, from + channel, stride_, totals.data(), 1, fn);
     for (size_t k = 0; k < Sums; ++k) {
       sums(scratch, 0)[k * stride_ + channel] = static_cast<Scalar>(totals[k]);
     }

@@ -25,6 +25,8 @@ void for_each_unit(const NormalizedRows& rows, const std::array<Scalar*, N>& gra
   const int64_t chunk_elements = in_chunk * rows.columns * std::min(rows.inner, NormalizedRows::kTile);
   const int64_t grain = std::max<int64_t>(1, at::internal::GRAIN_SIZE / chunk_elements);
   gradnorm_kernels::parallel_for(0, rows.chunks(), grain, [&](int64_t first, int64_t last) {
+    // A copy, which lives in registers: for all the compiler knows, a store may change the original.
+    const Unit own_unit = unit;
     for (int64_t chunk = first; chunk < last; ++chunk) {
       std::array<Scalar*, N> own = gradients;
       for (Scalar*& gradient : own) {
@@ -34,7 +36,7 @@ void for_each_unit(const NormalizedRows& rows, const std::array<Scalar*, N>& gra
         }
       }
       for (int64_t i = chunk * in_chunk; i < std::min((chunk + 1) * in_chunk, rows.units()); ++i) {
-        unit(i, own);
+        own_unit(i, own);
       }
     }
   });
@@ -208,107 +210,7 @@ std::array<P, 1 + centred> terms(const P& product, const P& a) {
   }
 }
 
-template <class T, template <class> class Walk, bool centred>
-void forward(const LayerNormKernels::Forward& t, double eps, const NormalizedRows& rows) {
-  using P = Pack<T>;
-  using Scalar = typename P::Scalar;
-  using Vector = typename P::Vector;
-  const T* const input = const_data<T>(t.input);
-  const Scalar* const weight = const_data<Scalar>(t.weight);
-  const Scalar* const bias = const_data<Scalar>(t.bias);
-  T* const output = mutable_data<T>(t.output);
-  Scalar* const mean = mutable_data<Scalar>(t.mean);
-  Scalar* const rstd = mutable_data<Scalar>(t.rstd);
-  const P per_column(Scalar(1) / rows.columns);
-
-  for_each_unit(rows, std::array<Scalar*, 0>(), [&](int64_t unit, const auto& no_gradients) {
-    const Walk<P> walk(rows, unit);
-    const auto x_at = [&](const auto& at) { return P::load(input + at.element, at.count); };
-    std::array<std::array<P, 1>, Walk<P>::packs> sums;
-    if constexpr (centred) {
-      sums = walk.template sum<1>([&](const auto& at) { return std::array{x_at(at)}; });
-    }
-    const auto moments = walk.template sum<1 + centred>([&](const auto& at) {
-      const P x = centred ? x_at(at) - sums[at.pack][0] * per_column : x_at(at);
-      return terms<centred>(x * x, x);
-    });
-    walk.for_each_statistic([&](size_t pack, int64_t row, auto count) {
-      P variance;
-      if constexpr (centred) {
-        // What rounding left of the first mean.
-        const P shift = moments[pack][1] * per_column;
-        variance = moments[pack][0] * per_column - shift * shift;
-        (sums[pack][0] * per_column + shift).store(mean + row, count);
-      } else {
-        variance = moments[pack][0] * per_column;
-      }
-      P::map(
-          [&](const Vector& v) {
-            // Rounding may have left less than nothing.
-            return (at::vec::maximum(v, Vector(0)) + Vector(eps)).rsqrt();
-          },
-          variance)
-          .store(rstd + row, count);
-    });
-    const auto means = walk.statistics(mean), rstds = walk.statistics(rstd);
-    walk.sweep(no_gradients, [&](const auto& at) {
-      P y = normalized<centred>(x_at(at), means[at.pack], rstds[at.pack]) * walk.parameter(weight, at);
-      if constexpr (centred) {
-        y = y + walk.parameter(bias, at);
-      }
-      y.store(output + at.element, at.count);
-      return std::array<P, 0>();
-    });
-  });
-}
-
-template <class T, template <class> class Walk, bool centred>
-void backward(const LayerNormKernels::Backward& t, const NormalizedRows& rows) {
-  using P = Pack<T>;
-  using Scalar = typename P::Scalar;
-  const T* const grad_output = const_data<T>(t.grad_output);
-  const T* const input = const_data<T>(t.input);
-  const Scalar* const mean = const_data<Scalar>(t.mean);
-  const Scalar* const rstd = const_data<Scalar>(t.rstd);
-  const Scalar* const weight = const_data<Scalar>(t.weight);
-  T* const grad_input = mutable_data<T>(t.grad_input);
-  const P per_column(Scalar(1) / rows.columns);
-
-  const std::array gradients{mutable_data<Scalar>(t.grad_weight), mutable_data<Scalar>(t.grad_bias)};
-  for_each_unit(rows, gradients, [&](int64_t unit, const auto& of_chunk) {
-    const Walk<P> walk(rows, unit);
-    const auto means = walk.statistics(mean), rstds = walk.statistics(rstd);
-    // x_hat and g.
-    const auto load = [&](const auto& at) {
-      const P x = P::load(input + at.element, at.count);
-      return std::pair{
-          normalized<centred>(x, means[at.pack], rstds[at.pack]),
-          P::load(grad_output + at.element, at.count)};
-    };
-    std::array<std::array<P, 1 + centred>, Walk<P>::packs> sums;
-    if (grad_input) {
-      sums = walk.template sum<1 + centred>([&](const auto& at) {
-        const auto [x_hat, g] = load(at);
-        const P gw = g * walk.parameter(weight, at);
-        return terms<centred>(gw * x_hat, gw);
-      });
-    }
-    walk.sweep(of_chunk, [&](const auto& at) {
-      const auto [x_hat, g] = load(at);
-      if (grad_input) {
-        P lost = x_hat * sums[at.pack][0];
-        if constexpr (centred) {
-          lost = sums[at.pack][1] + lost;
-        }
-        (rstds[at.pack] * (g * walk.parameter(weight, at) - per_column * lost))
-            .store(grad_input + at.element, at.count);
-      }
-      return std::array{g * x_hat, g};
-    });
-  });
-}
-
-// The double backward of one row, in the notation of gradnorm_kernels/reference.py.
+// The double backward of one row: of v = grad_grad_input, u = grad_grad_weight and g = grad_output.
 template <class P, bool centred, bool kParameters>
 struct DoubleBackwardRow {
   static constexpr size_t kProducts = 3 + kParameters;
@@ -377,97 +279,190 @@ struct DoubleBackwardRow {
   }
 };
 
-template <class T, template <class> class Walk, bool centred, bool kParameters>
-void double_backward(const LayerNormKernels::DoubleBackward& t, const NormalizedRows& rows) {
+template <class T, template <class> class WalkOf, bool centred>
+struct Kernels {
   using P = Pack<T>;
   using Scalar = typename P::Scalar;
-  using Row = DoubleBackwardRow<P, centred, kParameters>;
-  const T* const grad_grad_input = const_data<T>(t.grad_grad_input);
-  const T* const grad_output = const_data<T>(t.grad_output);
-  const T* const input = const_data<T>(t.input);
-  const Scalar* const mean = const_data<Scalar>(t.mean);
-  const Scalar* const rstd = const_data<Scalar>(t.rstd);
-  const Scalar* const weight = const_data<Scalar>(t.weight);
-  const Scalar* const grad_grad_weight = const_data<Scalar>(t.grad_grad_weight);
-  const Scalar* const grad_grad_bias = const_data<Scalar>(t.grad_grad_bias);
-  T* const grad_grad_output = mutable_data<T>(t.grad_grad_output);
-  T* const grad_input = mutable_data<T>(t.grad_input);
-  const Scalar per_column = Scalar(1) / rows.columns;
+  using Walk = WalkOf<P>;
+  static constexpr size_t packs = Walk::packs;
 
-  const std::array gradients{mutable_data<Scalar>(t.grad_weight)};
-  for_each_unit(rows, gradients, [&](int64_t unit, const auto& of_chunk) {
-    const Walk<P> walk(rows, unit);
-    const auto means = walk.statistics(mean), rstds = walk.statistics(rstd);
-    const auto load = [&](const T* from, const auto& at) { return P::load(from + at.element, at.count); };
-    const auto parameter = [&](const Scalar* from, const auto& at) {
-      return kParameters ? walk.parameter(from, at) : P();
-    };
-    const auto row_means = walk.template sum<Row::kSums>(
-        [&](const auto& at) {
-          return Row::terms(
-              normalized<centred>(load(input, at), means[at.pack], rstds[at.pack]), load(grad_grad_input, at),
-              load(grad_output, at), walk.parameter(weight, at), parameter(grad_grad_weight, at));
-        },
-        per_column);
-    std::array<Row, Walk<P>::packs> row;
-    for (size_t pack = 0; pack < row.size(); ++pack) {
-      row[pack] = Row(means[pack], rstds[pack], row_means[pack]);
-    }
-    walk.sweep(of_chunk, [&](const auto& at) {
-      const auto [grad_g, grad_x, for_weight] = row[at.pack].results(
-          load(input, at), load(grad_grad_input, at), load(grad_output, at), walk.parameter(weight, at),
-          parameter(grad_grad_weight, at), centred ? parameter(grad_grad_bias, at) : P());
-      if (grad_grad_output) {
-        grad_g.store(grad_grad_output + at.element, at.count);
+  template <class Count>
+  static C10_ALWAYS_INLINE P load(const T* from, const Place<Count>& at) {
+    return P::load(from + at.element, at.count);
+  }
+
+  static void forward(const LayerNormKernels::Forward& t, double eps, const NormalizedRows& rows) {
+    using Vector = typename P::Vector;
+    const T* const input = const_data<T>(t.input);
+    const Scalar* const weight = const_data<Scalar>(t.weight);
+    const Scalar* const bias = const_data<Scalar>(t.bias);
+    T* const output = mutable_data<T>(t.output);
+    Scalar* const mean = mutable_data<Scalar>(t.mean);
+    Scalar* const rstd = mutable_data<Scalar>(t.rstd);
+    const P per_column(Scalar(1) / rows.columns);
+
+    for_each_unit(rows, std::array<Scalar*, 0>(), [=](int64_t unit, const auto& no_gradients) {
+      const Walk walk(rows, unit);
+      const auto x_at = [&](const auto& at) { return load(input, at); };
+      std::array<std::array<P, 1>, packs> sums;
+      if constexpr (centred) {
+        sums = walk.template sum<1>([&](const auto& at) { return std::array{x_at(at)}; });
       }
-      if (grad_input) {
-        grad_x.store(grad_input + at.element, at.count);
-      }
-      return std::array{for_weight};
+      const auto moments = walk.template sum<1 + centred>([&](const auto& at) {
+        const P x = centred ? x_at(at) - sums[at.pack][0] * per_column : x_at(at);
+        return terms<centred>(x * x, x);
+      });
+      walk.for_each_statistic([&](size_t pack, int64_t row, auto count) {
+        P variance;
+        if constexpr (centred) {
+          // What rounding left of the first mean.
+          const P shift = moments[pack][1] * per_column;
+          variance = moments[pack][0] * per_column - shift * shift;
+          (sums[pack][0] * per_column + shift).store(mean + row, count);
+        } else {
+          variance = moments[pack][0] * per_column;
+        }
+        P::map(
+            [&](const Vector& v) {
+              // Rounding may have left less than nothing.
+              return (at::vec::maximum(v, Vector(0)) + Vector(eps)).rsqrt();
+            },
+            variance)
+            .store(rstd + row, count);
+      });
+      const auto means = walk.statistics(mean), rstds = walk.statistics(rstd);
+      walk.sweep(no_gradients, [&](const auto& at) {
+        P y = normalized<centred>(x_at(at), means[at.pack], rstds[at.pack]) * walk.parameter(weight, at);
+        if constexpr (centred) {
+          y = y + walk.parameter(bias, at);
+        }
+        y.store(output + at.element, at.count);
+        return std::array<P, 0>();
+      });
     });
-  });
-}
+  }
 
-template <class T, template <class> class Walk, bool centred>
-auto double_backward_of(const LayerNormKernels::DoubleBackward& t) {
-  return t.grad_grad_weight.defined() ? double_backward<T, Walk, centred, true>
-                                      : double_backward<T, Walk, centred, false>;
+  static void backward(const LayerNormKernels::Backward& t, const NormalizedRows& rows) {
+    const T* const grad_output = const_data<T>(t.grad_output);
+    const T* const input = const_data<T>(t.input);
+    const Scalar* const mean = const_data<Scalar>(t.mean);
+    const Scalar* const rstd = const_data<Scalar>(t.rstd);
+    const Scalar* const weight = const_data<Scalar>(t.weight);
+    T* const grad_input = mutable_data<T>(t.grad_input);
+    const P per_column(Scalar(1) / rows.columns);
+
+    const std::array gradients{mutable_data<Scalar>(t.grad_weight), mutable_data<Scalar>(t.grad_bias)};
+    for_each_unit(rows, gradients, [=](int64_t unit, const auto& of_chunk) {
+      const Walk walk(rows, unit);
+      const auto means = walk.statistics(mean), rstds = walk.statistics(rstd);
+      const auto x_hat_and_g = [&](const auto& at) {
+        const P x = load(input, at);
+        return std::pair{normalized<centred>(x, means[at.pack], rstds[at.pack]), load(grad_output, at)};
+      };
+      std::array<std::array<P, 1 + centred>, packs> sums;
+      if (grad_input) {
+        sums = walk.template sum<1 + centred>([&](const auto& at) {
+          const auto [x_hat, g] = x_hat_and_g(at);
+          const P gw = g * walk.parameter(weight, at);
+          return terms<centred>(gw * x_hat, gw);
+        });
+      }
+      walk.sweep(of_chunk, [&](const auto& at) {
+        const auto [x_hat, g] = x_hat_and_g(at);
+        if (grad_input) {
+          P lost = x_hat * sums[at.pack][0];
+          if constexpr (centred) {
+            lost = sums[at.pack][1] + lost;
+          }
+          (rstds[at.pack] * (g * walk.parameter(weight, at) - per_column * lost))
+              .store(grad_input + at.element, at.count);
+        }
+        return std::array{g * x_hat, g};
+      });
+    });
+  }
+
+  template <bool kParameters>
+  static void double_backward(const LayerNormKernels::DoubleBackward& t, const NormalizedRows& rows) {
+    using Row = DoubleBackwardRow<P, centred, kParameters>;
+    const T* const grad_grad_input = const_data<T>(t.grad_grad_input);
+    const T* const grad_output = const_data<T>(t.grad_output);
+    const T* const input = const_data<T>(t.input);
+    const Scalar* const mean = const_data<Scalar>(t.mean);
+    const Scalar* const rstd = const_data<Scalar>(t.rstd);
+    const Scalar* const weight = const_data<Scalar>(t.weight);
+    const Scalar* const grad_grad_weight = const_data<Scalar>(t.grad_grad_weight);
+    const Scalar* const grad_grad_bias = const_data<Scalar>(t.grad_grad_bias);
+    T* const grad_grad_output = mutable_data<T>(t.grad_grad_output);
+    T* const grad_input = mutable_data<T>(t.grad_input);
+    const Scalar per_column = Scalar(1) / rows.columns;
+
+    const std::array gradients{mutable_data<Scalar>(t.grad_weight)};
+    for_each_unit(rows, gradients, [=](int64_t unit, const auto& of_chunk) {
+      const Walk walk(rows, unit);
+      const auto means = walk.statistics(mean), rstds = walk.statistics(rstd);
+      const auto parameter = [&](const Scalar* from, const auto& at) {
+        return kParameters ? walk.parameter(from, at) : P();
+      };
+      const auto row_means = walk.template sum<Row::kSums>(
+          [&](const auto& at) {
+            return Row::terms(
+                normalized<centred>(load(input, at), means[at.pack], rstds[at.pack]),
+                load(grad_grad_input, at), load(grad_output, at), walk.parameter(weight, at),
+                parameter(grad_grad_weight, at));
+          },
+          per_column);
+      std::array<Row, packs> row;
+      for (size_t pack = 0; pack < row.size(); ++pack) {
+        row[pack] = Row(means[pack], rstds[pack], row_means[pack]);
+      }
+      walk.sweep(of_chunk, [&](const auto& at) {
+        const auto [grad_g, grad_x, for_weight] = row[at.pack].results(
+            load(input, at), load(grad_grad_input, at), load(grad_output, at), walk.parameter(weight, at),
+            parameter(grad_grad_weight, at), centred ? parameter(grad_grad_bias, at) : P());
+        if (grad_grad_output) {
+          grad_g.store(grad_grad_output + at.element, at.count);
+        }
+        if (grad_input) {
+          grad_x.store(grad_input + at.element, at.count);
+        }
+        return std::array{for_weight};
+      });
+    });
+  }
+};
+
+// fn(Kernels()) for the dtype and the rows. Forward and backward of a layer norm over rows are ATen's.
+template <bool layer_norm_along, class Fn>
+void select(const Tensor& input, const NormalizedRows& rows, const Fn& fn) {
+  dispatch(input.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    if (rows.centred) {
+      if constexpr (layer_norm_along) {
+        if (rows.inner == 1) {
+          return fn(Kernels<T, Along, true>());
+        }
+      }
+      return fn(Kernels<T, Across, true>());
+    }
+    rows.inner == 1 ? fn(Kernels<T, Along, false>()) : fn(Kernels<T, Across, false>());
+  });
 }
 
 }  // namespace
 }  // namespace layer_norm
 
 const LayerNormKernels layer_norm_kernels{
-    [](const LayerNormKernels::Forward& t, double eps, const NormalizedRows& rows) {
-      dispatch(t.input.scalar_type(), [&](auto type) {
-        using namespace layer_norm;
-        using T = decltype(type);
-        const auto kernel = rows.centred      ? forward<T, Across, true>
-                            : rows.inner == 1 ? forward<T, Along, false>
-                                              : forward<T, Across, false>;
-        kernel(t, eps, rows);
-      });
+    [](const auto& t, double eps, const auto& rows) {
+      layer_norm::select<false>(t.input, rows, [&](auto kernels) { kernels.forward(t, eps, rows); });
     },
-    [](const LayerNormKernels::Backward& t, const NormalizedRows& rows) {
-      dispatch(t.input.scalar_type(), [&](auto type) {
-        using namespace layer_norm;
-        using T = decltype(type);
-        const auto kernel = rows.centred      ? backward<T, Across, true>
-                            : rows.inner == 1 ? backward<T, Along, false>
-                                              : backward<T, Across, false>;
-        kernel(t, rows);
-      });
+    [](const auto& t, const auto& rows) {
+      layer_norm::select<false>(t.input, rows, [&](auto kernels) { kernels.backward(t, rows); });
     },
-    [](const LayerNormKernels::DoubleBackward& t, const NormalizedRows& rows) {
-      dispatch(t.input.scalar_type(), [&](auto type) {
-        using namespace layer_norm;
-        using T = decltype(type);
-        const bool along = rows.inner == 1;
-        const auto kernel = rows.centred ? along ? double_backward_of<T, Along, true>(t)
-                                                 : double_backward_of<T, Across, true>(t)
-                            : along      ? double_backward_of<T, Along, false>(t)
-                                         : double_backward_of<T, Across, false>(t);
-        kernel(t, rows);
+    [](const auto& t, const auto& rows) {
+      layer_norm::select<true>(t.input, rows, [&](auto kernels) {
+        t.grad_grad_weight.defined() ? kernels.template double_backward<true>(t, rows)
+                                     : kernels.template double_backward<false>(t, rows);
       });
     }};
 

@@ -20,21 +20,25 @@ struct ChannelLoop {
   std::array<const T*, Inputs> inputs;
   std::array<T*, Outputs> outputs;
 
-  // Of n neighbouring elements of one channel. Sums are taken in opmath_t over `run` elements, and added to
-  // totals that are `stride` apart.
+  // Of n neighbouring elements of one channel, whose coefficients and totals are `stride` and `total_stride`
+  // apart. Sums are taken in opmath_t over `run` elements, and added to the totals.
   template <class Fn>
   void along(
-      int64_t offset, int64_t n, int64_t run, const std::array<P, Coefficients>& coefficients, double* totals,
-      int64_t stride, const Fn& fn) const {
-    const ChannelLoop loop =
-        *this;  // lives in registers: for all the compiler knows, a store may change *this
+      int64_t offset, int64_t n, int64_t run, const Scalar* coefficients, int64_t stride, double* totals,
+      int64_t total_stride, const Fn& fn) const {
+    // A copy, which lives in registers: for all the compiler knows, a store may change the original.
+    const ChannelLoop loop = *this;
+    std::array<P, Coefficients> own;
+    for (size_t k = 0; k < Coefficients; ++k) {
+      own[k] = P(coefficients[k * stride]);
+    }
     for (int64_t start = 0; start < n; start += run) {
       std::array<P, Sums> sums;
       for_each_pack<P>(std::min(run, n - start), [&](int64_t i, auto count) {
-        loop.template apply<true>(offset + start + i, count, coefficients, sums, fn);
+        loop.template apply<true>(offset + start + i, count, own, sums, fn);
       });
       for (size_t k = 0; k < Sums; ++k) {
-        totals[k * stride] += sums[k].sum();
+        totals[k * total_stride] += sums[k].sum();
       }
     }
   }
@@ -131,14 +135,11 @@ class ChannelPass {
   template <class Fn>
   void run_along_inner(const Loop& loop, const Fn& fn) {
     constexpr int64_t in_opmath = 32 * P::Vector::size();
-    std::array<P, Coefficients> coefficients;
     for (int64_t n = 0; n < layout_.outer; ++n) {
       for (int64_t c = 0; c < channels_; ++c) {
-        for (size_t k = 0; k < Coefficients; ++k) {
-          coefficients[k] = P(coefficients_[k * channels_ + c]);
-        }
-        const int64_t offset = (n * layout_.channels + begin_ + c) * layout_.inner;
-        loop.along(offset, layout_.inner, in_opmath, coefficients, sums_.data() + c, channels_, fn);
+        loop.along(
+            (n * layout_.channels + begin_ + c) * layout_.inner, layout_.inner, in_opmath,
+            coefficients_.data() + c, channels_, sums_.data() + c, channels_, fn);
       }
     }
   }
