@@ -212,6 +212,13 @@ CASES = [
         **_vectors(-1, "weight", "bias"),
         options=lambda leaves: {"normalized_shape": leaves["weight"].shape, "eps": 1e-6},
     ),
+    Case(
+        "rms_norm",
+        "",
+        **_TOKENS | {"cpu": ((4096, 768),)},
+        **_vectors(-1, "weight"),
+        options=lambda leaves: {"normalized_shape": leaves["weight"].shape, "eps": 1e-6},
+    ),
     Case("layer_norm_2d", "", **_WIDE, **_vectors(1, "weight", "bias"), options={"eps": 1e-6}),
     Case("group_norm", "32 groups", **_MAPS, **_vectors(1, "weight", "bias"), options={"num_groups": 32}),
     *_both_layouts("batch_norm", "train", **_MAPS, **_vectors(1, "weight", "bias"), options=_BATCH, passes=2),
