@@ -32,7 +32,6 @@ class Activation(Case):
         kinks: where it is not smooth.
         curved: whether it has a second derivative, and so a double backward of its own.
         saves_output: whether its derivatives are computed from its output.
-        switched: whether the switch gives PyTorch's own a fused double backward.
     """
 
     name: str
@@ -42,7 +41,6 @@ class Activation(Case):
     kinks: tuple[float, ...] = ()
     curved: bool = True
     saves_output: bool = False
-    switched: bool = True
     shape: tuple[int, ...] = (2, 3, 2, 3)
 
     def __str__(self) -> str:
@@ -91,7 +89,7 @@ class Activation(Case):
             yield Call(self.name + suffix, (*tensors[-count:], *self.params.values()))
 
     def passes(self, switch: bool) -> list[tuple[list[str], float]] | None:
-        if not self.shape or 0 in self.shape or (switch and not self.switched):
+        if not self.shape or 0 in self.shape:
             return None
         first, double = f"{self.name}_backward", f"{self.name}_double_backward"
         # From the output to the input is one more first backward.
@@ -144,8 +142,8 @@ ACTIVATIONS = [
     ),
     Activation("tanh", torch.tanh, limits=((0.0, -1.0), (0.0, 1.0)), saves_output=True),
     Activation("sigmoid", torch.sigmoid, limits=(FLAT, (0.0, 1.0)), saves_output=True),
-    Activation("relu", F.relu, kinks=(0.0,), curved=False, switched=False),
-    Activation("relu6", F.relu6, limits=(FLAT, (0.0, 6.0)), kinks=(0.0, 6.0), curved=False, switched=False),
+    Activation("relu", F.relu, kinks=(0.0,), curved=False),
+    Activation("relu6", F.relu6, limits=(FLAT, (0.0, 6.0)), kinks=(0.0, 6.0), curved=False),
     Activation(
         "leaky_relu",
         F.leaky_relu,
@@ -153,7 +151,6 @@ ACTIVATIONS = [
         ((0.125, 0.0), IDENTITY),
         kinks=(0.0,),
         curved=False,
-        switched=False,
     ),
     Activation("hardsigmoid", _hardsigmoid, limits=(FLAT, (0.0, 1.0)), kinks=(-3.0, 3.0), curved=False),
     Activation("hardswish", F.hardswish, kinks=(-3.0, 3.0)),

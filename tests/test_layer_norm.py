@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from contract import LAYOUTS, OPS, Call, Calls, Case, OpContract, channels_last, each_dtype, flat, yardstick
 from hypothesis import strategies as st
-from reference import layer_norm
+from reference import layer_norm, rms_norm
 
 import gradnorm_kernels as gk
 
@@ -173,6 +173,73 @@ class TestLayerNorm(OpContract):
         for t in (t for t in flat(results) if t.shape == x.shape):
             kept = case.ndim is None and x.is_contiguous(memory_format=torch.channels_last)
             assert t.is_contiguous(memory_format=torch.channels_last) if kept else t.is_contiguous()
+
+
+@dataclass(frozen=True)
+class RmsNorm(LayerNorm):
+    """Layer normalisation's rows, without a mean and a bias."""
+
+    bias: bool = False
+    names = ("input", "weight")
+    wrong_transforms = ""
+    roundings = 0
+    parameters = 1
+
+    def shapes(self):
+        return super().shapes()[:2]
+
+    def fused(self, x, weight):
+        return gk.functional.rms_norm(x, self.normalized_shape, weight, EPS)
+
+    def stock(self, x, weight):
+        return F.rms_norm(x, self.normalized_shape, weight, EPS)
+
+    def reference(self, x, weight):
+        return rms_norm(x, self.normalized_shape, weight, EPS)
+
+    def calls(self, operands):
+        x, w = operands.inputs
+        g, (v, u) = operands.grad_output, operands.grad_grads
+        wide = x.detach() if x.dtype == torch.float64 else x.detach().float()
+        rstd = (wide.square().mean(tuple(range(-self.ndim, 0)), keepdim=True) + EPS).rsqrt()
+        yield Call("rms_norm", (x, self.normalized_shape, w, EPS))
+        yield Call("rms_norm_backward", (g, x, rstd, w, [True, w is not None]))
+        yield Call("rms_norm_double_backward", (v, u, g, x, rstd, w, [True, True, w is not None]))
+
+    def passes(self, switch):
+        ops = ["rms_norm", "rms_norm_backward", *["rms_norm_double_backward"] * 2]
+        return None if 0 in self.shape else [([op], n) for op, n in zip(ops, (2, 3, 5, 4), strict=True)]
+
+
+class TestRmsNorm(OpContract):
+    cases = [
+        RmsNorm(case.name, case.shape, case.ndim, case.weight)
+        for case in CASES
+        if case.ndim is not None and case.bias
+    ] + [RmsNorm("small, bare", (2, 2, 3), ndim=2, weight=False)]
+    traced = ("chunks", "no weight")
+    kernels = ("chunks", "odd row", "no weight")
+    accepted = (("", "rstd", "dtype"), ("", "weight", "dtype"), ("", "grad_grad_weight", "dtype"))
+    schemas = """
+        rms_norm(Tensor input, SymInt[] normalized_shape, Tensor? weight=None, float? eps=None)
+            -> (Tensor output, Tensor rstd);
+        rms_norm_backward(Tensor grad_output, Tensor input, Tensor rstd, Tensor? weight, bool[2] output_mask)
+            -> (Tensor grad_input, Tensor grad_weight);
+        rms_norm_double_backward(Tensor grad_grad_input, Tensor? grad_grad_weight, Tensor grad_output,
+            Tensor input, Tensor rstd, Tensor? weight, bool[3] output_mask)
+            -> (Tensor grad_grad_output, Tensor grad_input, Tensor grad_weight)
+    """
+
+    def bad(self):
+        ends = r"input to end in normalized_shape \(\[3\]\)"
+        yield lambda: gk.functional.rms_norm(torch.randn(2, 4), (3,)), ValueError, ends
+
+    def test_rstd_can_be_differentiated(self):
+        """Also that of PyTorch's own, which has an output of this kind, under the switch."""
+        x, w = torch.randn(3, 4, dtype=torch.float64, requires_grad=True), torch.randn(4).double()
+        for op in (OPS.rms_norm, torch.ops.aten._fused_rms_norm):
+            with gk.set_fused_double_backward(True):
+                torch.autograd.gradgradcheck(lambda x, op=op: op(x, [4], w, EPS), x)
 
 
 @each_dtype
