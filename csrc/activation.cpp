@@ -472,7 +472,7 @@ struct AtenLeakyReluBackward : Override<AtenLeakyReluBackward> {
   }
 };
 
-const StockOverride override_aten([](torch::Library& m) {
+const StockOverride override_aten([](AtenAutograd& m) {
   using namespace definitions;
   using Scalar = const at::Scalar&;
   AtenForward<Silu>::install(m, "silu");

@@ -541,7 +541,7 @@ struct AtenCudnnBatchNormBackward : Override<AtenCudnnBatchNormBackward> {
   }
 };
 
-const StockOverride override_aten([](torch::Library& m) {
+const StockOverride override_aten([](AtenAutograd& m) {
   AtenBatchNormBackward::install(m, "native_batch_norm_backward");
   AtenCudnnBatchNormBackward::install(m, "cudnn_batch_norm_backward");
 });

@@ -322,7 +322,7 @@ struct AtenBackward : Override<AtenBackward> {
   }
 };
 
-const StockOverride override_aten([](torch::Library& m) {
+const StockOverride override_aten([](AtenAutograd& m) {
   AtenBackward::install(m, "convolution_backward");
 });
 

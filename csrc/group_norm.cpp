@@ -379,7 +379,7 @@ struct AtenGroupNorm : Override<AtenGroupNorm> {
   }
 };
 
-const StockOverride override_aten([](torch::Library& m) { AtenGroupNorm::install(m, "native_group_norm"); });
+const StockOverride override_aten([](AtenAutograd& m) { AtenGroupNorm::install(m, "native_group_norm"); });
 
 }  // namespace
 }  // namespace gradnorm_kernels::group_norm

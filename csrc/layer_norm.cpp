@@ -701,10 +701,10 @@ struct AtenFusedRmsNorm : Override<AtenFusedRmsNorm> {
   }
 };
 
-const StockOverride override_aten([](torch::Library& m) {
+const StockOverride override_aten([](AtenAutograd& m) {
   AtenLayerNormBackward::install(m, "native_layer_norm_backward");
-  AtenRmsNorm::install(m, "rms_norm");
-  AtenFusedRmsNorm::install(m, "_fused_rms_norm");
+  AtenRmsNorm::install_whole(m, "rms_norm");
+  AtenFusedRmsNorm::install_whole(m, "_fused_rms_norm");
 });
 
 }  // namespace

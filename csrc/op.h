@@ -369,14 +369,22 @@ struct Override {
   static Return stock(c10::DispatchKeySet keys, const Args&... args) {
     return kernel->template call<Return>(keys, args...);
   }
-  static void install(torch::Library& aten_autograd, const std::string& op) {
-    if (!kernel) {
-      kernel.emplace(("aten::" + op).c_str());
-    }
-    aten_autograd.impl(op.c_str(), &Self::autograd);
+  static void install(AtenAutograd& aten, const std::string& op) {
+    keep(op);
+    aten.impl(op, &Self::autograd);
+  }
+  static void install_whole(AtenAutograd& aten, const std::string& op) {
+    keep(op);
+    aten.impl_whole(op, &Self::autograd);
   }
 
  private:
+  static void keep(const std::string& op) {
+    if (!kernel) {
+      kernel.emplace(("aten::" + op).c_str());
+    }
+  }
+
   static inline std::optional<StockKernel> kernel;
 };
 

@@ -321,7 +321,7 @@ struct AtenSoftmaxBackward : Override<AtenSoftmaxBackward> {
   }
 };
 
-const StockOverride override_aten([](torch::Library& m) {
+const StockOverride override_aten([](AtenAutograd& m) {
   AtenSoftmaxBackward::install(m, "_softmax_backward_data");
 });
 

@@ -182,7 +182,6 @@ class RmsNorm(LayerNorm):
     bias: bool = False
     names = ("input", "weight")
     wrong_transforms = ""
-    roundings = 0
     parameters = 1
 
     def shapes(self):
@@ -212,6 +211,7 @@ class RmsNorm(LayerNorm):
 
 
 class TestRmsNorm(OpContract):
+    check_strides = TestLayerNorm.check_strides
     cases = [
         RmsNorm(case.name, case.shape, case.ndim, case.weight)
         for case in CASES
