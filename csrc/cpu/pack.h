@@ -37,6 +37,11 @@ struct Pack {
                                       : Vector(0);
       });
     } else {
+      if (count == Vector::size()) {
+        Vector low;
+        at::vec::load_to_float<S>(data, low);
+        return Pack({low, Vector(0)});
+      }
       using Stored = at::vec::Vectorized<S>;
       const auto [low, high] =
           at::vec::convert_to_float<S>(count == size ? Stored::loadu(data) : Stored::loadu(data, count));
@@ -136,12 +141,19 @@ void set_part(std::array<P, N>& packs, size_t k, const std::array<typename P::Ve
   }
 }
 
-// body(start, count) for every pack of n elements; count is a compile-time constant but for the last.
-template <class P, class Body>
+// body(start, count) for every pack of n elements; count is a compile-time constant but for the last. Before
+// that, one of `least` elements may be filled.
+template <class P, int64_t least = P::size, class Body>
 void for_each_pack(int64_t n, const Body& body) {
   int64_t start = 0;
   for (; start + P::size <= n; start += P::size) {
     body(start, std::integral_constant<int64_t, P::size>());
+  }
+  if constexpr (least < P::size) {
+    if (start + least <= n) {
+      body(start, std::integral_constant<int64_t, least>());
+      start += least;
+    }
   }
   if (start < n) {
     body(start, n - start);

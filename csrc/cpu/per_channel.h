@@ -34,7 +34,7 @@ struct ChannelLoop {
     }
     for (int64_t start = 0; start < n; start += run) {
       std::array<P, Sums> sums;
-      for_each_pack<P>(std::min(run, n - start), [&](int64_t i, auto count) {
+      for_each_pack<P, P::Vector::size()>(std::min(run, n - start), [&](int64_t i, auto count) {
         loop.template apply<true>(offset + start + i, count, own, sums, fn);
       });
       for (size_t k = 0; k < Sums; ++k) {
@@ -53,7 +53,7 @@ struct ChannelLoop {
     constexpr int64_t together = 4;
     for (int64_t first = 0; first < rows; first += together) {
       const int64_t end = std::min(first + together, rows);
-      for_each_pack<P>(channels, [&](int64_t c, auto count) {
+      for_each_pack<P, P::Vector::size()>(channels, [&](int64_t c, auto count) {
         std::array<P, Coefficients> own;
         for (size_t k = 0; k < Coefficients; ++k) {
           own[k] = P::load(coefficients + k * stride + c, count);
@@ -82,14 +82,19 @@ struct ChannelLoop {
       in[k] = P::load(inputs[k] + offset, count);
     }
     std::array<P, Outputs> out;
-    P::for_each_part([&](size_t k) C10_ALWAYS_INLINE_ATTRIBUTE {
+    const auto apply_to_part = [&](size_t k) C10_ALWAYS_INLINE_ATTRIBUTE {
       const size_t own = one_channel ? 0 : k;
       auto out_part = part_of(out, k);
       auto sums_part = part_of(sums, own);
       fn(part_of(in, k), part_of(coefficients, own), out_part, sums_part);
       set_part(out, k, out_part);
       set_part(sums, own, sums_part);
-    });
+    };
+    if constexpr (std::is_same_v<Count, std::integral_constant<int64_t, P::size>>) {
+      P::for_each_part(apply_to_part);
+    } else {
+      apply_to_part(0);  // no more than one vector
+    }
     for (size_t k = 0; k < Outputs; ++k) {
       out[k].store(outputs[k] + offset, count);
     }
