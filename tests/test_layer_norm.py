@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 import torch.nn.functional as F
-from contract import LAYOUTS, OPS, Call, Calls, Case, OpContract, channels_last, each_dtype, flat, yardstick
+from contract import LAYOUTS, OPS, Call, Calls, Case, OpContract, by_function, channels_last, each_dtype, flat, yardstick
 from hypothesis import strategies as st
 from reference import layer_norm, rms_norm
 
@@ -217,9 +217,14 @@ class TestRmsNorm(OpContract):
         for case in CASES
         if case.ndim is not None and case.bias
     ] + [RmsNorm("small, bare", (2, 2, 3), ndim=2, weight=False)]
-    traced = ("chunks", "no weight")
+    traced = ("chunks", "two dimensions")
     kernels = ("chunks", "odd row", "no weight")
-    accepted = (("", "rstd", "dtype"), ("", "weight", "dtype"), ("", "grad_grad_weight", "dtype"))
+    accepted = (
+        ("rms_norm", "", "dtype"),
+        *(("", name, "dtype") for name in ("rstd", "weight", "grad_grad_weight")),
+    )
+    # Under the switch they are ours: PyTorch's are chains of ops.
+    test_switch_keeps_the_forward_and_the_first_backward = None
     schemas = """
         rms_norm(Tensor input, SymInt[] normalized_shape, Tensor? weight=None, float? eps=None)
             -> (Tensor output, Tensor rstd);
@@ -233,6 +238,9 @@ class TestRmsNorm(OpContract):
     def bad(self):
         ends = r"input to end in normalized_shape \(\[3\]\)"
         yield lambda: gk.functional.rms_norm(torch.randn(2, 4), (3,)), ValueError, ends
+
+    def test_inference_mode_and_meta_tensors(self, case):
+        super().test_inference_mode_and_meta_tensors(case, by_function)
 
     def test_rstd_can_be_differentiated(self):
         """Also that of PyTorch's own, which has an output of this kind, under the switch."""
