@@ -4,6 +4,8 @@ import os
 # Before torch reads it. The tensors here are small, and threads waiting for one another would take most of
 # the time; tests of several threads ask for them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Those do not spin while they wait: on a busy machine that takes many times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # No test needs the network, and none may wait for one that does not answer.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

@@ -121,10 +121,10 @@ class Case:
         """Every op with its arguments. Statistics of the input are computed from it, and detached."""
         raise NotImplementedError
 
-    def passes(self, switch: bool) -> list[tuple[list[str], float | None]] | None:
+    def passes(self, switch: bool) -> list[tuple[list[str] | None, float | None]] | None:
         """The kernels of `large`'s forward, first backward to the input alone, double backward of that to
-        everything, and to grad_output alone; and how many tensors of its size each reads and writes, where
-        that is worth a number."""
+        everything, and to grad_output alone; and how many tensors of its size each reads and writes; None is
+        what does not matter."""
         return None
 
     @property
@@ -563,7 +563,7 @@ class OpContract:
     def test_threads_change_no_bit(self, case):
         operands = case.large.draw(torch.float32)
         runs = []
-        for count in (1, 2, 3, 7):
+        for count in (1, 2, 7):
             with threads(count):
                 runs.append([call() for call in case.large.calls(operands)])
         for run in runs[1:]:
@@ -725,7 +725,7 @@ class OpContract:
         if passes is None:
             pytest.skip("not one kernel a pass")
         for results, wanted in zip(self.count(case.large, ours), passes, strict=True):
-            assert results[0] == wanted[0]
+            assert wanted[0] is None or results[0] == wanted[0]
             assert wanted[1] is None or wanted[1] <= results[1] <= 1.03 * wanted[1] + 0.02
         with gk.set_fused_double_backward(False):
             try:
