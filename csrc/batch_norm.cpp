@@ -16,8 +16,7 @@ struct BatchStatistics {
   double eps;
 
   // With what is not used left out.
-  static BatchStatistics of(
-      const Tensor& mean, const Tensor& var_or_invstd, bool training, double eps) {
+  static BatchStatistics of(const Tensor& mean, const Tensor& var_or_invstd, bool training, double eps) {
     return training ? BatchStatistics{{}, {}, mean, var_or_invstd, training, eps}
                     : BatchStatistics{mean, var_or_invstd, {}, {}, training, eps};
   }
@@ -140,7 +139,8 @@ TensorTriple aten_backward(
       dense(s.save_invstd), s.training, s.eps, output_mask);
 }
 
-// Where only the gradient of the input is wanted in evaluation mode, input is not read, and need not be given.
+// Where only the gradient of the input is wanted in evaluation mode, input is not read, and need not be
+// given.
 struct Backward {
   static constexpr auto schema =
       "batch_norm_backward(Tensor grad_output, Tensor? input, Tensor? weight, Tensor? running_mean, "
@@ -151,8 +151,7 @@ struct Backward {
   BatchStatistics s;
   Mask<3> output_mask;
   auto tie() const {
-    return std::tuple_cat(
-        std::tie(grad_output, input, weight), s.tie(), std::tie(output_mask));
+    return std::tuple_cat(std::tie(grad_output, input, weight), s.tie(), std::tie(output_mask));
   }
 
   const Tensor& like() const {
@@ -164,8 +163,7 @@ struct Backward {
   void check() const {
     const auto op = name_of<Backward>();
     check_elementwise(op, {{"input", like()}, {"grad_output", grad_output}});
-    check_given(
-        op, "input", input.defined() || (!s.training && !output_mask[1]), "where it is read");
+    check_given(op, "input", input.defined() || (!s.training && !output_mask[1]), "where it is read");
     check_dimensions(op, "grad_output", grad_output);
     check_per_channel(op, grad_output, {{"weight", weight}});
     check_statistics(op, grad_output, s);
@@ -231,8 +229,9 @@ struct Backward {
     }
     check();
     return recorded([&] {
-      return s.training && grad_output.numel() != 0 ? aten_backward(grad_output, input, weight, s, output_mask)
-                                                    : call(*this);
+      return s.training && grad_output.numel() != 0
+                 ? aten_backward(grad_output, input, weight, s, output_mask)
+                 : call(*this);
     });
   }
 };
@@ -281,8 +280,7 @@ struct DoubleBackward {
             .double_backward(
                 opmath(grad_grad_input), grad_grad_weight, grad_grad_bias, to_opmath(grad_output), weight,
                 like_weight(), {true, true, true});
-    return {
-        to_dtype_of(grad_output, grad_grad_output), to_dtype_of(grad_output, grad_input), grad_weight};
+    return {to_dtype_of(grad_output, grad_grad_output), to_dtype_of(grad_output, grad_input), grad_weight};
   }
   TensorTriple cpu() const {
     check();
@@ -350,8 +348,7 @@ struct OfBackward {
     const bool reads_input = training || u.defined();
     if (!u.defined() && !grads[2].defined() && !(needs[1] && training) && !needs[2]) {
       // The first backward is linear in grad_output.
-      const auto gradients =
-          call(Backward{v, training ? input : Tensor(), weight, s, {true, false, false}});
+      const auto gradients = call(Backward{v, training ? input : Tensor(), weight, s, {true, false, false}});
       return {std::get<0>(gradients)};
     }
     return to_list(
@@ -492,9 +489,10 @@ struct Forward {
 
 const Registration<Forward, Backward, DoubleBackward> registration;
 
-// The backwards of PyTorch's own batch normalisation, whose own backward is fused. Whatever ours does not cover
-// stays PyTorch's.
-bool is_covered(const Tensor& grad_output, const Tensor& input, const Tensor& weight, const BatchStatistics& s) {
+// The backwards of PyTorch's own batch normalisation, whose own backward is fused. Whatever ours does not
+// cover stays PyTorch's.
+bool is_covered(
+    const Tensor& grad_output, const Tensor& input, const Tensor& weight, const BatchStatistics& s) {
   const auto is_real = [](const Tensor& tensor) {
     return tensor.defined() && at::isFloatingType(tensor.scalar_type()) && tensor.layout() == at::kStrided;
   };
@@ -527,9 +525,11 @@ struct AtenCudnnBatchNormBackward : Override<AtenCudnnBatchNormBackward> {
       const std::optional<Tensor>& save_mean, const std::optional<Tensor>& save_var, double epsilon,
       const Tensor& reserve) {
     // What cuDNN calls save_var is the inverse standard deviation.
-    const Backward op{
-        grad_output, input,   weight, running_mean,      running_var, save_mean, save_var, /*training=*/true,
-        epsilon,     {true, true, true}};
+    const Backward op{grad_output, input,
+                      weight,      running_mean,
+                      running_var, save_mean,
+                      save_var,    /*training=*/true,
+                      epsilon,     {true, true, true}};
     if (!is_covered(grad_output, input, weight, op.s)) {
       return stock<TensorTriple>(
           keys, input, grad_output, weight, running_mean, running_var, save_mean, save_var, epsilon, reserve);

@@ -322,9 +322,7 @@ struct AtenBackward : Override<AtenBackward> {
   }
 };
 
-const StockOverride override_aten([](AtenAutograd& m) {
-  AtenBackward::install(m, "convolution_backward");
-});
+const StockOverride override_aten([](AtenAutograd& m) { AtenBackward::install(m, "convolution_backward"); });
 
 }  // namespace
 }  // namespace gradnorm_kernels::convolution

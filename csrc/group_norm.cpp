@@ -147,8 +147,8 @@ struct DoubleBackward {
       args.grad_weight = at::zeros({input.size(1)}, input.options().dtype(opmath));
     }
     if (input.numel() > 0) {
-      args.grad_grad_input = grad_grad_input.defined() ? grad_grad_input.contiguous(format)
-                                                       : at::zeros_like(input, {}, format);
+      args.grad_grad_input =
+          grad_grad_input.defined() ? grad_grad_input.contiguous(format) : at::zeros_like(input, {}, format);
       args.grad_output = grad_output.contiguous(format);
       args.input = input.contiguous(format);
       args.mean = in_opmath(mean);
@@ -181,9 +181,19 @@ struct OfBackward {
   static variable_list backward(
       const variable_list& grads, const variable_list& saved, Needs needs, const Settings& settings) {
     const auto [num_groups, eps] = settings;
-    return to_list(call(DoubleBackward{
-        grads[0], grads[1], grads[2], saved[0], saved[1], saved[2], saved[3], saved[4], num_groups, eps,
-        {needs[0], needs[1], needs[2]}}));
+    return to_list(call(
+        DoubleBackward{
+            grads[0],
+            grads[1],
+            grads[2],
+            saved[0],
+            saved[1],
+            saved[2],
+            saved[3],
+            saved[4],
+            num_groups,
+            eps,
+            {needs[0], needs[1], needs[2]}}));
   }
 };
 
@@ -260,8 +270,9 @@ struct OfForward {
     const Tensor &input = saved[0], &weight = saved[3];
     variable_list gradients(1);
     if (grads[0].defined()) {
-      gradients = to_list(call(Backward{
-          grads[0], input, saved[1], saved[2], weight, num_groups, eps, {needs[0], needs[1], needs[2]}}));
+      gradients = to_list(call(
+          Backward{
+              grads[0], input, saved[1], saved[2], weight, num_groups, eps, {needs[0], needs[1], needs[2]}}));
     }
     if (needs[0] && grads.size() > 1 && (grads[1].defined() || grads[2].defined())) {
       const Grouped grouped(input, num_groups, eps);
@@ -343,7 +354,8 @@ struct Forward {
   Tensor autocast_cuda() const {
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::DispatchKey::AutocastCUDA);
     return call(
-        Forward{autocast_to_float(input), num_groups, autocast_to_float(weight), autocast_to_float(bias), eps});
+        Forward{
+            autocast_to_float(input), num_groups, autocast_to_float(weight), autocast_to_float(bias), eps});
   }
 };
 

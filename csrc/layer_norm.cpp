@@ -1,10 +1,10 @@
 // Layer normalisation over the last dimensions (PyTorch's own forward and backward, our double backward) and
 // over the channels of NCHW, and root-mean-square normalisation over the last dimensions (Zhang and Sennrich
-// 2019, arXiv:1910.07467), which is layer normalisation without a mean and a bias: where it is meant, they are
-// undefined.
+// 2019, arXiv:1910.07467), which is layer normalisation without a mean and a bias: where it is meant, they
+// are undefined.
 //
-// Rows are adjacent dimensions of an input, and the statistics of a row have the shape of the input with these
-// dimensions reduced to 1.
+// Rows are adjacent dimensions of an input, and the statistics of a row have the shape of the input with
+// these dimensions reduced to 1.
 #include "cpu/layer_norm.h"
 
 #include <limits>
@@ -60,8 +60,7 @@ void check_rows(
   check_shapes(op, input, parameters, normalized_shape);
 }
 
-void check_channels(
-    const char* op, const Tensor& input, std::initializer_list<NamedTensor> parameters) {
+void check_channels(const char* op, const Tensor& input, std::initializer_list<NamedTensor> parameters) {
   check_floating(op, {{"input", input}});
   TORCH_CHECK_VALUE(
       input.dim() == 4, op, ": expected input to be of shape (N, C, H, W), got ", input.sym_sizes());
@@ -80,14 +79,14 @@ void check_statistics(const char* op, const Tensor& input, std::initializer_list
       matches = tensor.sym_size(d) == 1 || tensor.sym_size(d) == input.sym_size(d);
     }
     TORCH_CHECK_VALUE(
-        matches && tensor.sym_sizes() == first.tensor.sym_sizes() &&
-            RowLayout(input, tensor).adjacent,
-        op, ": expected ", name, " to have the shape of input (", input.sym_sizes(),
+        matches && tensor.sym_sizes() == first.tensor.sym_sizes() && RowLayout(input, tensor).adjacent, op,
+        ": expected ", name, " to have the shape of input (", input.sym_sizes(),
         ") with adjacent dimensions reduced to 1, got ", tensor.sym_sizes());
   }
 }
 
-// Of the parameters, and of the gradients of their gradients, only the number of elements says which they are.
+// Of the parameters, and of the gradients of their gradients, only the number of elements says which they
+// are.
 void check_elements(
     const char* op, const Tensor& input, const Tensor& statistic, std::initializer_list<NamedTensor> all) {
   const auto elements = RowLayout(input, statistic).elements;
@@ -231,7 +230,8 @@ struct Backward {
 
 struct DoubleBackward {
   const char* op;
-  const Tensor &grad_grad_input, &grad_grad_weight, &grad_grad_bias, &grad_output, &input, &mean, &rstd, &weight;
+  const Tensor &grad_grad_input, &grad_grad_weight, &grad_grad_bias, &grad_output, &input, &mean, &rstd,
+      &weight;
   Mask<3> output_mask;
 
   void check() const {
@@ -242,9 +242,7 @@ struct DoubleBackward {
         !output_mask[2] || weight.defined(), op, ": expected weight, whose gradient output_mask asks for");
     check_elements(
         op, input, rstd,
-        {{"weight", weight},
-         {"grad_grad_weight", grad_grad_weight},
-         {"grad_grad_bias", grad_grad_bias}});
+        {{"weight", weight}, {"grad_grad_weight", grad_grad_weight}, {"grad_grad_bias", grad_grad_bias}});
   }
   // grad_grad_input may be undefined.
   TensorTriple composite() const {
@@ -307,8 +305,17 @@ struct LayerNormDoubleBackward {
   }
 
   DoubleBackward pass() const {
-    return {name_of<LayerNormDoubleBackward>(), grad_grad_input, grad_grad_weight, grad_grad_bias, grad_output,
-            input, mean, rstd, weight, output_mask};
+    return {
+        name_of<LayerNormDoubleBackward>(),
+        grad_grad_input,
+        grad_grad_weight,
+        grad_grad_bias,
+        grad_output,
+        input,
+        mean,
+        rstd,
+        weight,
+        output_mask};
   }
   TensorTriple composite() const {
     return pass().composite();
@@ -339,8 +346,17 @@ struct RmsNormDoubleBackward {
   }
 
   DoubleBackward pass() const {
-    return {name_of<RmsNormDoubleBackward>(), grad_grad_input, grad_grad_weight, kUndefined, grad_output, input,
-            kUndefined, rstd, weight, output_mask};
+    return {
+        name_of<RmsNormDoubleBackward>(),
+        grad_grad_input,
+        grad_grad_weight,
+        kUndefined,
+        grad_output,
+        input,
+        kUndefined,
+        rstd,
+        weight,
+        output_mask};
   }
   TensorTriple composite() const {
     return pass().composite();
@@ -425,8 +441,15 @@ struct RmsNormBackward {
   }
 
   Backward pass() const {
-    return {name_of<RmsNormBackward>(), grad_output, input, kUndefined, rstd, weight, kUndefined,
-            {output_mask[0], output_mask[1], false}};
+    return {
+        name_of<RmsNormBackward>(),
+        grad_output,
+        input,
+        kUndefined,
+        rstd,
+        weight,
+        kUndefined,
+        {output_mask[0], output_mask[1], false}};
   }
   TensorPair composite() const {
     return first_two(pass().composite());
@@ -455,18 +478,17 @@ struct OfLayerNorm {
   static variable_list backward(
       const variable_list& grads, const variable_list& saved, Needs needs, const Settings& settings) {
     const Tensor &input = saved[0], &mean = saved[1], &rstd = saved[2], &weight = saved[3], &bias = saved[4];
-    const Backward pass{
-        "layer_norm_backward", grads[0], input, mean, rstd, weight, bias, {needs[0], needs[1], needs[2]}};
+    const Backward pass{"layer_norm_backward",         grads[0], input, mean, rstd, weight, bias,
+                        {needs[0], needs[1], needs[2]}};
     if (needs_composite(grads[0], input, weight)) {
       return to_list(pass.composite());
     }
     const auto ndim = std::get<Ndim>(settings);
     return to_list(pass.recorded([&] {
-      return ndim == kNchw
-                 ? call(LayerNorm2dBackward{grads[0], input, mean, rstd, weight, pass.output_mask})
-                 : at::native_layer_norm_backward_symint(
-                       grads[0], input, input.sym_sizes().slice(input.dim() - ndim), mean, rstd,
-                       optional(weight), optional(bias), pass.output_mask);
+      return ndim == kNchw ? call(LayerNorm2dBackward{grads[0], input, mean, rstd, weight, pass.output_mask})
+                           : at::native_layer_norm_backward_symint(
+                                 grads[0], input, input.sym_sizes().slice(input.dim() - ndim), mean, rstd,
+                                 optional(weight), optional(bias), pass.output_mask);
     }));
   }
 };
@@ -584,8 +606,10 @@ struct LayerNorm {
   }
   Tensor autocast_cuda() const {
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::DispatchKey::AutocastCUDA);
-    return call(LayerNorm{
-        autocast_to_float(input), normalized_shape, autocast_to_float(weight), autocast_to_float(bias), eps});
+    return call(
+        LayerNorm{
+            autocast_to_float(input), normalized_shape, autocast_to_float(weight), autocast_to_float(bias),
+            eps});
   }
 };
 

@@ -69,9 +69,7 @@ struct Normalized {
   }
   // In the shape and dtype of parameter.
   Tensor sum_like(const Tensor& tensor, const Tensor& parameter) const {
-    return tensor.sum_to_size_symint(shape)
-        .reshape_symint(parameter.sym_sizes())
-        .to(parameter.scalar_type());
+    return tensor.sum_to_size_symint(shape).reshape_symint(parameter.sym_sizes()).to(parameter.scalar_type());
   }
 
   // like: of the shape and dtype of the parameters' gradients.
@@ -95,8 +93,8 @@ struct Normalized {
       if (wanted[1] && statistics != Statistics::kConstant) {
         const Tensor gw = times(g, weight);
         const Tensor gw_projected = project(gw);
-        const Tensor sum = x_hat * mean(v * gw_projected) + projected * mean(gw * x_hat) +
-                           gw_projected * mean(v * x_hat);
+        const Tensor sum =
+            x_hat * mean(v * gw_projected) + projected * mean(gw * x_hat) + gw_projected * mean(v * x_hat);
         add(grad_x, -rstd * rstd * sum);
       }
       if (wanted[2]) {

@@ -13,7 +13,8 @@
 //
 //     Tensor composite() const;  // plain ATen ops; the op's result is its result
 //     Tensor autograd() const;   // or differentiable(), see below
-//     Tensor cpu() const;        // and meta, cuda, any_device, autocast_cpu, autocast_cuda, where there is one
+//     Tensor cpu() const;        // and meta, cuda, any_device, autocast_cpu, autocast_cuda, where there is
+//     one
 //   };
 //   const Registration<Op> registration;
 //
@@ -158,8 +159,9 @@ auto call_below_autograd(const Op& op) {
 }
 
 // The ops of a family, defined and implemented at every key. Where an op has no implementation of its own for
-// a device or under torch.func, its composite is taken; where it has differentiable(), the tensors that it can
-// be differentiated by, in place of autograd(), the composite is taken as soon as one of them is differentiated.
+// a device or under torch.func, its composite is taken; where it has differentiable(), the tensors that it
+// can be differentiated by, in place of autograd(), the composite is taken as soon as one of them is
+// differentiated.
 template <class... Ops>
 class Registration {
  public:
@@ -168,13 +170,13 @@ class Registration {
         torch::Library::FRAGMENT, "gradnorm_kernels", std::nullopt, __FILE__, __LINE__);
     (definitions.def(detail::Dispatched<Ops>::schema().c_str()), ...);
     libraries_.push_back(std::move(definitions));
-#define GRADNORM_IMPLEMENT(key, function)                           \
+#define GRADNORM_IMPLEMENT(key, function)                              \
   implement_at(c10::DispatchKey::key, [](torch::Library& m, auto op) { \
-    using Op = typename decltype(op)::type;                         \
-    if constexpr (requires(const Op& o) { o.function(); }) {        \
-      using D = detail::Dispatched<Op>;                             \
-      m.impl(name_of<Op>(), &D::template implement<&Op::function>); \
-    }                                                               \
+    using Op = typename decltype(op)::type;                            \
+    if constexpr (requires(const Op& o) { o.function(); }) {           \
+      using D = detail::Dispatched<Op>;                                \
+      m.impl(name_of<Op>(), &D::template implement<&Op::function>);    \
+    }                                                                  \
   })
     GRADNORM_IMPLEMENT(CPU, cpu);
     GRADNORM_IMPLEMENT(CUDA, cuda);
@@ -298,8 +300,8 @@ struct Recorded : torch::autograd::Function<Recorded<Derivative>> {
     variable_list saved;
     const auto outputs = results->gather(compute(saved));
     ctx->save_for_backward(std::move(saved));
-    ctx->saved_data["state"] = std::make_tuple(
-        settings, operands.defined, operands.count, results->defined, results->count);
+    ctx->saved_data["state"] =
+        std::make_tuple(settings, operands.defined, operands.count, results->defined, results->count);
     if constexpr (requires { Derivative::differentiable_results; }) {
       ctx->mark_non_differentiable(
           variable_list(outputs.begin() + Derivative::differentiable_results, outputs.end()));
@@ -317,8 +319,7 @@ struct Recorded : torch::autograd::Function<Recorded<Derivative>> {
       for (int64_t i = 0, next = 0; i < count; ++i) {
         needs[i] = operands.has(i) && ctx->needs_input_grad(next++);
       }
-      gradients = Derivative::backward(
-          results.scatter(outputs), ctx->get_saved_variables(), needs, settings);
+      gradients = Derivative::backward(results.scatter(outputs), ctx->get_saved_variables(), needs, settings);
     }
     gradients.resize(count);
     variable_list of_inputs;
@@ -356,13 +357,13 @@ variable_list record(
   }
   detail::Places operands, results;
   const auto given = operands.gather(differentiated);
-  const auto outputs = detail::Recorded<Derivative>::apply(
-      at::TensorList(given), operands, settings, compute, &results);
+  const auto outputs =
+      detail::Recorded<Derivative>::apply(at::TensorList(given), operands, settings, compute, &results);
   return results.scatter(outputs);
 }
 
-// PyTorch's own op, replaced at the Autograd key while set_fused_double_backward is on by Self::autograd, which
-// takes the dispatch keys and then the op's arguments, and leaves to stock() what ours does not cover.
+// PyTorch's own op, replaced at the Autograd key while set_fused_double_backward is on by Self::autograd,
+// which takes the dispatch keys and then the op's arguments, and leaves to stock() what ours does not cover.
 template <class Self>
 struct Override {
   template <class Return, class... Args>

@@ -1,4 +1,5 @@
-// Lets Python import the library under the name that setup.py gives it; the ops register themselves when it is loaded.
+// Lets Python import the library under the name that setup.py gives it; the ops register themselves when it
+// is loaded.
 #include <Python.h>
 
 #define INIT(name) INIT_(name)

@@ -13,7 +13,7 @@ Model = TypeVar("Model", bound=nn.Module)
 Replacement = tuple[type[nn.Module], dict[str, Any]]
 
 # Why a class without a fused counterpart needs none, for the report of a dry run.
-_NOTHING_TO_GAIN = {
+_NOTHING_TO_GAIN: dict[type[nn.Module], str] = {
     nn.Linear: "its double backward is matrix products already",
 }
 

@@ -16,7 +16,14 @@ from torch import Tensor
 
 import gradnorm_kernels as gk
 
-__all__ = ["ACTIVATIONS", "DTYPES", "NAMES", "Activation", "all_orders_by_autograd", "assert_no_worse_than_stock"]
+__all__ = [
+    "ACTIVATIONS",
+    "DTYPES",
+    "NAMES",
+    "Activation",
+    "all_orders_by_autograd",
+    "assert_no_worse_than_stock",
+]
 NAMES = ("output", "grad_input", "grad_grad_output", "second grad_input")
 
 FLAT, IDENTITY = (0.0, 0.0), (1.0, 0.0)

@@ -4,9 +4,9 @@
         cases = [SoftmaxCase("rows", (2, 5)), ...]
         schemas = "softmax(Tensor input, int dim, ScalarType? dtype=None) -> Tensor; ..."
 
-A test that takes `case` runs on every row, one that takes `small_case` on rows of which whole Jacobians can be
-computed, and one that takes `traced_case` on the rows that `traced` names: tracers take seconds a row. `ours`
-is how a case's function comes to be fused: called as ours, or PyTorch's own under the switch.
+A test that takes `case` runs on every row, one that takes `small_case` on rows of which whole Jacobians can
+be computed, and one that takes `traced_case` on the rows that `traced` names: tracers take seconds a row.
+`ours` is how a case's function comes to be fused: called as ours, or PyTorch's own under the switch.
 """
 
 from __future__ import annotations
@@ -175,7 +175,9 @@ def channels_last(t: Tensor) -> Tensor:
 LAYOUTS = {
     "channels_last": channels_last,
     "transposed": lambda t: t.transpose(0, -1).contiguous().transpose(0, -1) if t.ndim else t,
-    "middle last": lambda t: t.movedim(t.ndim // 2, -1).contiguous().movedim(-1, t.ndim // 2) if t.ndim else t,
+    "middle last": lambda t: (
+        t.movedim(t.ndim // 2, -1).contiguous().movedim(-1, t.ndim // 2) if t.ndim else t
+    ),
     "sliced": lambda t: torch.stack([t, t.cos()], -1)[..., 0],
     "every other row": lambda t: torch.cat([t, t.cos()], 1)[:, : t.shape[1]] if t.ndim > 1 else t,
     "offset by one element": lambda t: torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape),
@@ -222,7 +224,11 @@ def assert_no_worse_than_stock(
         if a.numel() == 0:
             continue
         error, stock_error = ((t.double() - e).abs().max().item() for t in (a, s))
-        allowed = max(roundings, case.roundings(a.dtype), 16 if a.dtype == torch.float64 else 2 if a.numel() < 2000 else 0)
+        allowed = max(
+            roundings,
+            case.roundings(a.dtype),
+            16 if a.dtype == torch.float64 else 2 if a.numel() < 2000 else 0,
+        )
         if a.numel() < exact[0].numel():
             # Terms of a sum may cancel.
             allowed = max(allowed, 1) * math.sqrt(exact[0].numel() / a.numel())
@@ -460,7 +466,9 @@ class OpContract:
         def second(function, needed, computed):
             leaves = [t.clone().requires_grad_(k in needed) for k, t in enumerate(inputs)]
             g = operands.grad_output.clone().requires_grad_()
-            first = torch.autograd.grad(function(*leaves), [leaves[k] for k in computed], g, create_graph=True)
+            first = torch.autograd.grad(
+                function(*leaves), [leaves[k] for k in computed], g, create_graph=True
+            )
             pairs = [(f, grad_grads[k]) for f, k in zip(first, computed, strict=True) if f.requires_grad]
             wanted = [g, *(leaves[k] for k in needed)]
             if not pairs:
@@ -632,11 +640,13 @@ class OpContract:
         operands = small_case.draw()
         function, inputs = given_inputs(small_case, ours(small_case), operands)
         reference, _ = given_inputs(small_case, small_case.reference, operands)
-        for results, expected in zip(transforms(function, inputs), transforms(reference, inputs), strict=True):
+        for results, expected in zip(
+            transforms(function, inputs), transforms(reference, inputs), strict=True
+        ):
             assert_close(results, expected)
 
     def test_hooks_and_checkpoints(self, small_case, ours):
-        """What else looks at a graph: the gradient of the output itself, hooks, and what runs a graph later."""
+        """What else looks at a graph: the gradient of the output itself, hooks, what runs it later."""
         operands = small_case.draw()
         fused, inputs = given_inputs(small_case, ours(small_case), operands)
         reference, _ = given_inputs(small_case, small_case.reference, operands)
@@ -883,7 +893,9 @@ class OpContract:
         operands = traced_case.draw(torch.float32)
         calls = list(traced_case.calls(operands))
         for call in calls:
-            tensors = [(n, a) for n, a in zip(call.arguments, call.args, strict=False) if isinstance(a, Tensor)]
+            tensors = [
+                (n, a) for n, a in zip(call.arguments, call.args, strict=False) if isinstance(a, Tensor)
+            ]
             for name, tensor in tensors:
                 if any(
                     op in ("", call.name) and argument in ("", name) and how in ("", broken)

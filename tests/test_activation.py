@@ -10,16 +10,14 @@ import torch.nn.functional as F
 from activations import (
     ACTIVATIONS,
     KINDS,
-    Activation,
     all_orders_by_autograd,
     assert_no_worse_than_stock,
     each_activation,
 )
-from contract import OPS, OpContract, assert_close, by_function, each_dtype, flat, nth_gradients, strides
+from contract import OPS, OpContract, assert_close, by_function, each_dtype, nth_gradients, strides
 from hypothesis import strategies as st
 
 import gradnorm_kernels as gk
-
 
 # Element i of the double backward's inputs; drawn once, in float64.
 RANGES = {
@@ -177,9 +175,7 @@ def test_torch_func_in_float32_is_as_accurate_as_stock(act):
         yield torch.func.jvp(function, (x,), (torch.ones_like(x),))[1]
 
     exact = list(transforms(act.stock, x.double()))
-    for ours, stock, wanted in zip(
-        transforms(act.fused, x), transforms(act.stock, x), exact, strict=True
-    ):
+    for ours, stock, wanted in zip(transforms(act.fused, x), transforms(act.stock, x), exact, strict=True):
         assert (ours - wanted).abs().max() <= 2 * (stock - wanted).abs().max()
 
 

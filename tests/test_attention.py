@@ -51,7 +51,9 @@ class Attention(Case):
         mask = [t is not None for t in inputs]
         yield Call(self.op, (*inputs, self.scale))
         yield Call(f"{self.op}_backward", (g, *inputs, self.scale, mask))
-        yield Call(f"{self.op}_double_backward", (*operands.grad_grads, g, *inputs, self.scale, [True, *mask]))
+        yield Call(
+            f"{self.op}_double_backward", (*operands.grad_grads, g, *inputs, self.scale, [True, *mask])
+        )
 
     def passes(self, switch):
         double = [f"{self.op}_double_backward"]
@@ -125,8 +127,8 @@ class TestAttention(OpContract):
             Tensor? attn_mask=None, *, float? scale=None, bool[4] output_mask)
             -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_attn_mask);
         scaled_dot_product_attention_double_backward(Tensor? grad_grad_query, Tensor? grad_grad_key,
-            Tensor? grad_grad_value, Tensor? grad_grad_attn_mask, Tensor grad_output, Tensor query, Tensor key,
-            Tensor value, Tensor? attn_mask=None, *, float? scale=None, bool[5] output_mask)
+            Tensor? grad_grad_value, Tensor? grad_grad_attn_mask, Tensor grad_output, Tensor query,
+            Tensor key, Tensor value, Tensor? attn_mask=None, *, float? scale=None, bool[5] output_mask)
             -> (Tensor grad_grad_output, Tensor grad_query, Tensor grad_key, Tensor grad_value,
             Tensor grad_attn_mask);
         qkv_attention(Tensor qkv, Tensor? attn_mask=None, *, float? scale=None) -> Tensor;
@@ -150,7 +152,10 @@ class TestAttention(OpContract):
             (lambda: attention(query, key, value, mask, is_causal=True), "is_causal"),
             (lambda: attention(query, key, value, dropout_p=2), "dropout_p"),
             (lambda: gk.functional.qkv_attention(torch.randn(2, 5, 2, 2, 4)), "qkv"),
-            (lambda: gk.functional.qkv_attention(torch.randn(2, 5, 3, 2, 4), torch.randn(3, 5, 5)), "attn_mask"),
+            (
+                lambda: gk.functional.qkv_attention(torch.randn(2, 5, 3, 2, 4), torch.randn(3, 5, 5)),
+                "attn_mask",
+            ),
             (lambda: backward(value, query, key, value, output_mask=[True] * 3 + [False]), "grad_output"),
             (
                 lambda: double(*[None, *query_alone[:3]], g, query, key, value, output_mask=wanted),
@@ -222,9 +227,7 @@ def test_causal_and_dropout():
     ones = torch.ones(2, 3, 6, 4)
     dropped = attention(query, key, ones, dropout_p=0.5)
     assert (dropped != 1).any()
-    torch.testing.assert_close(
-        attention(query, key, ones, dropout_p=1.0), torch.zeros_like(ones)
-    )
+    torch.testing.assert_close(attention(query, key, ones, dropout_p=1.0), torch.zeros_like(ones))
     (grad,) = torch.autograd.grad(dropped.square().sum(), query, create_graph=True)
     torch.autograd.grad(grad.square().sum(), (query, key))
 
@@ -305,9 +308,7 @@ def test_what_no_kernel_covers_is_visible_parts_on_other_devices(reason):
     products = [ops.count("bmm") + ops.count("baddbmm") for ops in calls]
     assert products == [0 if whole else 2, 5, 12]
     cpu = [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
-    assert passes(attention, cpu, cpu)[2] == [
-        "scaled_dot_product_attention_double_backward"
-    ]
+    assert passes(attention, cpu, cpu)[2] == ["scaled_dot_product_attention_double_backward"]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -324,7 +325,12 @@ def test_parts_have_the_values_of_the_whole(case):
     for kept in ([0], [2], [0, 1, 2]):
         names = double.arguments[:3]
         undefined = [(name, None) for k, name in enumerate(names) if k not in kept]
-        calls.append(Call(double.name, tuple(dict(undefined).get(n, a) for n, a in zip(double.arguments, double.args))))
+        calls.append(
+            Call(
+                double.name,
+                tuple(dict(undefined).get(n, a) for n, a in zip(double.arguments, double.args, strict=False)),
+            )
+        )
     with torch.no_grad():
         for call in calls:
             assert_close(by_parts(call), call())

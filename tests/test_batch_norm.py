@@ -6,7 +6,7 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from contract import OPS, Call, Case, OpContract, assert_close, channels_last, each_dtype, flat
+from contract import OPS, Call, Case, OpContract, assert_close, each_dtype, flat
 from hypothesis import strategies as st
 
 import gradnorm_kernels as gk
@@ -89,7 +89,16 @@ class BatchNorm(Case):
 
 # Channels that do not fill a vector; rows of less than one vector, and of some and a remainder; several
 # chunks of rows, and of a row; no element.
-SHAPES = [(6, 5), (4, 3, 7), (3, 2, 3, 2), (3, 19, 7, 11), (700, 33), (2, 2, 40, 50), (0, 3, 4, 4), (2, 3, 0, 4)]
+SHAPES = [
+    (6, 5),
+    (4, 3, 7),
+    (3, 2, 3, 2),
+    (3, 19, 7, 11),
+    (700, 33),
+    (2, 2, 40, 50),
+    (0, 3, 4, 4),
+    (2, 3, 0, 4),
+]
 MODES = [True, False]
 CASES = [
     *(BatchNorm(shape, training) for shape in SHAPES for training in MODES),
@@ -104,7 +113,12 @@ CASES = [
 class TestBatchNorm(OpContract):
     cases = CASES
     traced = ("4x3x7-train", "4x3x7-eval", "3x2x3x2-train")
-    kernels = ("3x19x7x11-train", "3x19x7x11-eval", "3x19x7x11-train-channels_last", "3x19x7x11-eval-channels_last")
+    kernels = (
+        "3x19x7x11-train",
+        "3x19x7x11-eval",
+        "3x19x7x11-train-channels_last",
+        "3x19x7x11-eval-channels_last",
+    )
     # Another shape may be right, and PyTorch's own forward has its own words for a mixture of dtypes.
     accepted = (
         ("batch_norm", "input", "shape"),
@@ -130,7 +144,6 @@ class TestBatchNorm(OpContract):
     )
 
     def check_strides(self, case, operands, results):
-        x = operands.inputs[0]
         assert flat(results)[0].stride() == case.stock(*operands.inputs).stride()
 
     def bad(self):

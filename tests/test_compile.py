@@ -8,7 +8,6 @@ from torch._dynamo.testing import EagerAndRecordGraphs
 
 import gradnorm_kernels as gk
 
-
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 

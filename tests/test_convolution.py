@@ -1,6 +1,5 @@
 """Convolutions on the CPU: their table, and what is their own: what is computed, depthwise, signatures."""
 
-import itertools
 from dataclasses import dataclass
 
 import pytest

@@ -117,7 +117,8 @@ class TestGroupNorm(OpContract):
             -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias);
         group_norm_double_backward(Tensor? grad_grad_input, Tensor? grad_grad_weight, Tensor? grad_grad_bias,
             Tensor grad_output, Tensor input, Tensor mean, Tensor rstd, Tensor? weight, int num_groups,
-            float eps, bool[3] output_mask) -> (Tensor grad_grad_output, Tensor grad_input, Tensor grad_weight)
+            float eps, bool[3] output_mask)
+            -> (Tensor grad_grad_output, Tensor grad_input, Tensor grad_weight)
     """
 
     def bad(self):

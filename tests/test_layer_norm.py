@@ -5,7 +5,19 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 import torch.nn.functional as F
-from contract import LAYOUTS, OPS, Call, Calls, Case, OpContract, by_function, channels_last, each_dtype, flat, yardstick
+from contract import (
+    LAYOUTS,
+    OPS,
+    Call,
+    Calls,
+    Case,
+    OpContract,
+    by_function,
+    channels_last,
+    each_dtype,
+    flat,
+    yardstick,
+)
 from hypothesis import strategies as st
 from reference import layer_norm, rms_norm
 
@@ -279,7 +291,11 @@ def test_strided_input_is_copied_once(case):
     """And saved as it is then: PyTorch's own op would copy it again in each pass."""
     operands = case.draw(torch.float32)
     operands.inputs[0] = LAYOUTS["sliced"](operands.inputs[0])
-    x, g, v = operands.inputs[0].requires_grad_(), operands.grad_output.requires_grad_(), operands.grad_grads[0]
+    x, g, v = (
+        operands.inputs[0].requires_grad_(),
+        operands.grad_output.requires_grad_(),
+        operands.grad_grads[0],
+    )
     with Calls() as calls:
         (grad_input,) = torch.autograd.grad(case.fused(x, *operands.inputs[1:]), x, g, create_graph=True)
         torch.autograd.grad(grad_input, (g, x), v)
@@ -293,7 +309,9 @@ def test_more_than_2_to_the_31_elements(shape):
     x = torch.zeros(shape, dtype=torch.bfloat16)
     x[-1].normal_()
     x[0].normal_()
-    mean = torch.zeros([1 if d == (1 if len(shape) == 4 else -1) % x.dim() else s for d, s in enumerate(shape)])
+    mean = torch.zeros(
+        [1 if d == (1 if len(shape) == 4 else -1) % x.dim() else s for d, s in enumerate(shape)]
+    )
     mean = mean.bfloat16()
 
     def double_backward(x, mean):

@@ -35,11 +35,10 @@ class PermuteRows(Case):
 
 
 class TestPermuteRows(OpContract):
-    cases = [
-        PermuteRows("small", (2, 5, 3)),
-        PermuteRows("many", (40, 5, 33)),
-        PermuteRows("none", (0, 5, 3)),
-    ]
+    cases = tuple(
+        PermuteRows(name, (batch, 5, channels))
+        for name, batch, channels in (("small", 2, 3), ("many", 40, 33), ("none", 0, 3))
+    )
     traced = ("small",)
     saves_inputs = False
     # Of any dtype; the others' errors are below.

@@ -9,8 +9,18 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from contract import DTYPES, OPS, Call, Calls, Case, Operands, OpContract, each_dtype, flat, yardstick
-from contract import assert_no_worse_than_stock
+from contract import (
+    OPS,
+    Call,
+    Calls,
+    Case,
+    OpContract,
+    Operands,
+    assert_no_worse_than_stock,
+    each_dtype,
+    flat,
+    yardstick,
+)
 from hypothesis import strategies as st
 
 import gradnorm_kernels as gk
@@ -50,7 +60,9 @@ class Softmax(Case):
 
     @property
     def large(self):
-        return self if self.bias is not None else replace(self, shape=(300, 512), dim=0 if self.dim == 0 else -1)
+        return (
+            self if self.bias is not None else replace(self, shape=(300, 512), dim=0 if self.dim == 0 else -1)
+        )
 
     def passes(self, switch):
         if self.bias is not None:
