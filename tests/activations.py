@@ -95,13 +95,16 @@ class Activation(Case):
         for suffix, count in self.ops().items():
             yield Call(self.name + suffix, (*tensors[-count:], *self.params.values()))
 
-    def passes(self, switch: bool) -> list[tuple[list[str], float]] | None:
+    def passes(self, switch: bool) -> list[tuple[list[str] | None, float]] | None:
         if not self.shape or 0 in self.shape:
             return None
         first, double = f"{self.name}_backward", f"{self.name}_double_backward"
         # From the output to the input is one more first backward.
         second = ([double, first], 8) if self.saves_output else ([double], 5)
-        return [([self.name], 2), ([first], 3), second if self.curved else ([first], 3), ([first], 3)]
+        if self.curved:
+            return [([self.name], 2), ([first], 3), second, ([first], 3)]
+        # PyTorch's own backwards of these are kernels of other names.
+        return [(None, 2), *[(None if switch else [first], 3)] * 3]
 
     def limit(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """f and f' of the line that f approaches at each x, far from 0."""

@@ -192,7 +192,7 @@ def _per_channel(a: Tensor | None, like: Tensor) -> Tensor | None:
 
 def softmax(input: Tensor, dim: int, bias: Tensor | None = None) -> Tensor:
     x = input if bias is None else input + bias
-    exponentials = torch.exp(x - x.amax(dim, keepdim=True).detach())
+    exponentials = torch.exp(x - x.amax(dim, keepdim=True).detach()) if x.numel() else x
     return exponentials / exponentials.sum(dim, keepdim=True)
 
 

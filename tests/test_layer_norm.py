@@ -37,7 +37,13 @@ class LayerNorm(Case):
     weight: bool = True
     bias: bool = True
     names = ("input", "weight", "bias")
-    wrong_transforms = "PyTorch's third order and nested forward mode take statistics for constants (#196699)"
+    # Which takes the statistics for constants (#176234, #196699).
+    wrong_in_pytorch = (
+        "third order",
+        "forward over reverse",
+        "reverse over jvp",
+        "reverse over dual numbers",
+    )
 
     @property
     def normalized_shape(self):
@@ -193,7 +199,7 @@ class RmsNorm(LayerNorm):
 
     bias: bool = False
     names = ("input", "weight")
-    wrong_transforms = ""
+    wrong_in_pytorch = ()
     parameters = 1
 
     def shapes(self):
