@@ -95,7 +95,7 @@ class Activation(Case):
         for suffix, count in self.ops().items():
             yield Call(self.name + suffix, (*tensors[-count:], *self.params.values()))
 
-    def passes(self, switch: bool) -> list[tuple[list[str] | None, float]] | None:
+    def passes(self, switch: bool) -> list[tuple[list[str] | None, float | None]] | None:
         if not self.shape or 0 in self.shape:
             return None
         first, double = f"{self.name}_backward", f"{self.name}_double_backward"
@@ -103,8 +103,9 @@ class Activation(Case):
         second = ([double, first], 8) if self.saves_output else ([double], 5)
         if self.curved:
             return [([self.name], 2), ([first], 3), second, ([first], 3)]
-        # PyTorch's own backwards of these are kernels of other names.
-        return [(None, 2), *[(None if switch else [first], 3)] * 3]
+        if switch:  # under names of PyTorch's own; hard sigmoid is here in parts
+            return None if self.name == "hardsigmoid" else [(None, 2), *[(None, 3)] * 3]
+        return [([self.name], 2), *[([first], 3)] * 3]
 
     def limit(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """f and f' of the line that f approaches at each x, far from 0."""

@@ -103,6 +103,106 @@ def _channel_mean(a: Tensor) -> Tensor:
     return a.mean([0, *range(2, a.ndim)], keepdim=True)
 
 
+def group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    r""":math:`y = w b + \beta` with :math:`b = (x - \langle x\rangle) r`,
+    :math:`r = (\langle (x - \langle x\rangle)^2\rangle + \epsilon)^{-1/2}` and
+    :math:`\langle\cdot\rangle` the mean over a group.
+    """
+    normalized, _ = _group_norm_normalize(input, num_groups, eps)
+    output = _group_norm_per_channel(weight, input) * _ungroup(normalized)
+    return output if bias is None else output + _group_norm_per_channel(bias, input)
+
+
+def group_norm_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""For input, weight and bias: :math:`r P(w g)`, :math:`\sum g b` and :math:`\sum g`, where
+    :math:`P(t) = t - \langle t\rangle - b \langle t b\rangle`.
+    """
+    b, r = _group_norm_normalize(input, num_groups, eps)
+    a = _group(_group_norm_per_channel(weight, input) * grad_output, num_groups)
+    return (
+        _ungroup(r * _project(a, b)),
+        _sum_per_channel(grad_output * _ungroup(b)),
+        _sum_per_channel(grad_output),
+    )
+
+
+def group_norm_double_backward(
+    grad_grad_input: Tensor,
+    grad_grad_weight: Tensor | None,
+    grad_grad_bias: Tensor | None,
+    grad_output: Tensor,
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""For grad_output, input and weight, with :math:`a = w g`, and :math:`v, p, q` the gradients of the
+    three gradients:
+    :math:`w r P(v) + p b + q`,
+    :math:`r P(p g) - r^2 (P(a \langle v b\rangle + v \langle a b\rangle) + b \langle v P(a)\rangle)` and
+    :math:`\sum g r P(v)`.
+    """
+    b, r = _group_norm_normalize(input, num_groups, eps)
+    v, g = _group(grad_grad_input, num_groups), _group(grad_output, num_groups)
+    w = _group_norm_per_channel(weight, input)
+    a = _group(w * grad_output, num_groups)
+    mixed = a * _group_mean(v * b) + v * _group_mean(a * b)
+    grad_input = -(r**2) * (_project(mixed, b) + b * _group_mean(v * _project(a, b)))
+    projected = _ungroup(r * _project(v, b))
+    grad_grad_output = w * projected
+    if grad_grad_weight is not None:
+        p = _group_norm_per_channel(grad_grad_weight, input)
+        grad_grad_output = grad_grad_output + p * _ungroup(b)
+        grad_input = grad_input + r * _project(_group(p * grad_output, num_groups), b)
+    if grad_grad_bias is not None:
+        grad_grad_output = grad_grad_output + _group_norm_per_channel(grad_grad_bias, input)
+    return grad_grad_output, _ungroup(grad_input), _sum_per_channel(_ungroup(g) * projected)
+
+
+def _group(tensor: Tensor, num_groups: int) -> Tensor:
+    return tensor.unflatten(1, (num_groups, tensor.shape[1] // num_groups))
+
+
+def _ungroup(tensor: Tensor) -> Tensor:
+    return tensor.flatten(1, 2)
+
+
+def _group_mean(tensor: Tensor) -> Tensor:
+    return tensor.mean(tuple(range(2, tensor.ndim)), keepdim=True)
+
+
+def _group_norm_normalize(input: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    x = _group(input, num_groups)
+    centered = x - _group_mean(x)
+    rstd = torch.rsqrt(_group_mean(centered**2) + eps)
+    return centered * rstd, rstd
+
+
+def _project(tensor: Tensor, normalized: Tensor) -> Tensor:
+    return tensor - _group_mean(tensor) - normalized * _group_mean(tensor * normalized)
+
+
+def _group_norm_per_channel(parameter: Tensor | None, input: Tensor) -> Tensor:
+    parameter = input.new_ones(input.shape[1]) if parameter is None else parameter
+    return parameter.reshape(-1, *[1] * (input.ndim - 2))
+
+
+def _sum_per_channel(tensor: Tensor) -> Tensor:
+    return tensor.sum([dim for dim in range(tensor.ndim) if dim != 1])
+
+
 def softmax(input: Tensor, dim: int, bias: Tensor | None = None) -> Tensor:
     r""":math:`y_i = e^{x_i - m} / \sum_j e^{x_j - m}` along ``dim``, where :math:`x` is ``input + bias`` and
     :math:`m` its maximum.

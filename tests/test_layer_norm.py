@@ -159,7 +159,11 @@ class TestLayerNorm(OpContract):
     # Dtypes that the ops take, or that PyTorch's own forward refuses by itself.
     accepted = (
         ("layer_norm", "", "dtype"),
-        *(("", name, "dtype") for name in ("mean", "rstd", "weight", "bias", "grad_grad_weight")),
+        ("layer_norm_2d", "input", "dtype"),
+        *(
+            ("", name, "dtype")
+            for name in ("mean", "rstd", "weight", "bias", "grad_grad_weight", "grad_grad_bias")
+        ),
     )
     schemas = """
         layer_norm(Tensor input, SymInt[] normalized_shape, Tensor? weight=None, Tensor? bias=None,
