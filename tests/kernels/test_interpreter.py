@@ -43,7 +43,7 @@ def test_triton_is_imported_late() -> None:
 
 
 def test_without_triton_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "gradnorm_kernels.kernels.activation")
+    monkeypatch.delitem(sys.modules, "gradnorm_kernels.kernels.activation", raising=False)
     monkeypatch.setitem(sys.modules, "triton", None)
     gelu = kernels._lazy("activation", "gelu")
     with pytest.raises(ImportError, match="pip install triton"):
