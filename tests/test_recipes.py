@@ -193,10 +193,10 @@ class TestObjectives:
 
         def gradnorm(*arguments):
             command = [sys.executable, "-m", "gradnorm_kernels", "train", *arguments]
-            environment = os.environ | {"PYTHONPATH": str(tmp_path), "COLUMNS": "999"}
+            environment = os.environ | {"PYTHONPATH": str(tmp_path)}
             return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
 
-        shown = gradnorm("--help").stdout
+        shown = " ".join(gradnorm("--help").stdout.split())
         assert "hybrid: gradient_norm of such images; scaled: cross-entropy, times a number" in shown
         assert "scale (2.0): the number" in shown
         assert "scale: expected more than 0, got 0.0" in gradnorm("--set", "scale=0").stderr
