@@ -39,7 +39,7 @@ struct Wanted {
 // A problem of any number of batch dimensions: query (..., L, E), key (..., S, E), value (..., S, Ev), and
 // attn_mask broadcast to (..., L, S).
 struct Pass : AttentionProblem {
-  Order order;
+  Order order = kForward;
   Wanted wanted;
   Tensor grad_qkv;  // of which grad_query, grad_key and grad_value are parts, where kernels write them so
 };
@@ -69,8 +69,7 @@ Path path_of(const Pass& pass) {
   return pass.query.is_meta() ? Path::kMeta : Path::kCuda;
 }
 
-std::vector<c10::SymInt> with_last_sizes(
-    const Tensor& like, const c10::SymInt& rows, const c10::SymInt& columns) {
+std::vector<c10::SymInt> with_last_sizes(const Tensor& like, c10::SymInt rows, c10::SymInt columns) {
   auto sizes = like.sym_sizes().vec();
   sizes[sizes.size() - 2] = rows;
   sizes[sizes.size() - 1] = columns;
@@ -189,6 +188,64 @@ struct SoftmaxDoubleBackward {
 
 // Matrix products and row ops. Undefined is zero.
 class Decomposed {
+  Pass& p;
+  bool plain;
+  std::vector<int64_t> batch;
+
+  // In the dtype of arithmetic or, for row ops, as (batch, rows, columns), copied if its strides leave no
+  // other way.
+  Tensor operand(const Tensor& tensor) const {
+    if (!tensor.defined() || plain) {
+      return tensor.defined() ? to_opmath(tensor) : tensor;
+    }
+    const bool is_view =
+        at::detail::computeStride(tensor.sizes(), tensor.strides(), flat_sizes(tensor)).has_value();
+    return flat(is_view ? tensor : at::clone(tensor, at::MemoryFormat::Contiguous));
+  }
+  std::vector<int64_t> flat_sizes(const Tensor& tensor) const {
+    return {c10::multiply_integers(batch), tensor.size(-2), tensor.size(-1)};
+  }
+  Tensor flat(const Tensor& tensor) const {
+    return tensor.view(flat_sizes(tensor));
+  }
+  template <class... Tensors>
+  std::tuple<Tensors...> flat(const std::tuple<Tensors...>& tensors) const {
+    return std::apply([&](const auto&... t) { return std::make_tuple(flat(t)...); }, tensors);
+  }
+  Tensor with_batch(const Tensor& tensor) const {
+    if (!tensor.defined() || plain) {
+      return tensor;
+    }
+    auto sizes = batch;
+    sizes.insert(sizes.end(), {tensor.size(-2), tensor.size(-1)});
+    return tensor.view(sizes);
+  }
+
+  // Products that PyTorch would decompose are called as their parts, which alone are what moves memory.
+  Tensor times(const Tensor& a, const Tensor& b, double factor = 1) const {
+    if (!a.defined() || !b.defined()) {
+      return Tensor();
+    }
+    if (plain) {
+      const Tensor product = at::matmul(a, b);
+      return factor == 1 ? product : product * factor;
+    }
+    return factor == 1 ? at::bmm(a, b) : at::baddbmm(at::empty({1, 1, 1}, a.options()), a, b, 0, factor);
+  }
+  static Tensor transposed(const Tensor& matrix) {
+    return matrix.defined() ? matrix.transpose(-2, -1) : matrix;
+  }
+  template <class RowOp>
+  auto rows(const RowOp& op) const {
+    return plain ? op.composite() : flat(call(op));
+  }
+  Tensor result(const Tensor& tensor) const {
+    return with_batch(tensor).to(p.query.scalar_type());
+  }
+  Tensor to_mask(const Tensor& scores) const {
+    return at::sum_to(with_batch(scores), p.attn_mask.sym_sizes()).to(p.attn_mask.scalar_type());
+  }
+
  public:
   Decomposed(Pass& pass, Path path) : p(pass), plain(path == Path::kComposite) {
     if (!plain) {
@@ -251,69 +308,9 @@ class Decomposed {
       p.grad_attn_mask = to_mask(second);
     }
   }
-
- private:
-  // In the dtype of arithmetic or, for row ops, as (batch, rows, columns), copied if its strides leave no
-  // other way.
-  Tensor operand(const Tensor& tensor) const {
-    if (!tensor.defined() || plain) {
-      return tensor.defined() ? to_opmath(tensor) : tensor;
-    }
-    const bool is_view =
-        at::detail::computeStride(tensor.sizes(), tensor.strides(), flat_sizes(tensor)).has_value();
-    return flat(is_view ? tensor : at::clone(tensor, at::MemoryFormat::Contiguous));
-  }
-  std::vector<int64_t> flat_sizes(const Tensor& tensor) const {
-    return {c10::multiply_integers(batch), tensor.size(-2), tensor.size(-1)};
-  }
-  Tensor flat(const Tensor& tensor) const {
-    return tensor.view(flat_sizes(tensor));
-  }
-  template <class... Tensors>
-  std::tuple<Tensors...> flat(const std::tuple<Tensors...>& tensors) const {
-    return std::apply([&](const auto&... t) { return std::make_tuple(flat(t)...); }, tensors);
-  }
-  Tensor with_batch(const Tensor& tensor) const {
-    if (!tensor.defined() || plain) {
-      return tensor;
-    }
-    auto sizes = batch;
-    sizes.insert(sizes.end(), {tensor.size(-2), tensor.size(-1)});
-    return tensor.view(sizes);
-  }
-
-  // Products that PyTorch would decompose are called as their parts, which alone are what moves memory.
-  Tensor times(const Tensor& a, const Tensor& b, double factor = 1) const {
-    if (!a.defined() || !b.defined()) {
-      return Tensor();
-    }
-    if (plain) {
-      const Tensor product = at::matmul(a, b);
-      return factor == 1 ? product : product * factor;
-    }
-    return factor == 1 ? at::bmm(a, b) : at::baddbmm(at::empty({1, 1, 1}, a.options()), a, b, 0, factor);
-  }
-  static Tensor transposed(const Tensor& matrix) {
-    return matrix.defined() ? matrix.transpose(-2, -1) : matrix;
-  }
-  template <class RowOp>
-  auto rows(const RowOp& op) const {
-    return plain ? op.composite() : flat(call(op));
-  }
-  Tensor result(const Tensor& tensor) const {
-    return with_batch(tensor).to(p.query.scalar_type());
-  }
-  Tensor to_mask(const Tensor& scores) const {
-    return at::sum_to(with_batch(scores), p.attn_mask.sym_sizes()).to(p.attn_mask.scalar_type());
-  }
-
-  Pass& p;
-  bool plain;
-  std::vector<int64_t> batch;
 };
 
-// Ops of which gradnorm_kernels/kernels/attention.py has the only implementation. They take the tensors of
-// an AttentionProblem.
+// Ops that gradnorm_kernels/kernels alone implements, of the tensors of an AttentionProblem.
 
 struct KernelForward {
   static constexpr auto schema =
@@ -362,26 +359,22 @@ struct KernelDoubleBackward {
 };
 
 constexpr AttentionKernels cuda_kernels{
-    .forward =
-        [](const AttentionProblem& p) {
-          call(KernelForward{p.query, p.key, p.value, p.attn_mask, p.scale, p.output});
-        },
-    .backward =
-        [](const AttentionProblem& p) {
-          call(
-              KernelBackward{
-                  p.grad_output, p.query, p.key, p.value, p.attn_mask, p.scale, p.grad_query, p.grad_key,
-                  p.grad_value, p.grad_attn_mask});
-        },
-    .double_backward =
-        [](const AttentionProblem& p) {
-          call(
-              KernelDoubleBackward{
-                  p.grad_grad_query, p.grad_grad_key, p.grad_grad_value, p.grad_grad_attn_mask, p.grad_output,
-                  p.query, p.key, p.value, p.attn_mask, p.scale, p.grad_grad_output, p.grad_query, p.grad_key,
-                  p.grad_value, p.grad_attn_mask});
-        },
-};
+    [](const AttentionProblem& p) {
+      call(KernelForward{p.query, p.key, p.value, p.attn_mask, p.scale, p.output});
+    },
+    [](const AttentionProblem& p) {
+      call(
+          KernelBackward{
+              p.grad_output, p.query, p.key, p.value, p.attn_mask, p.scale, p.grad_query, p.grad_key,
+              p.grad_value, p.grad_attn_mask});
+    },
+    [](const AttentionProblem& p) {
+      call(
+          KernelDoubleBackward{
+              p.grad_grad_query, p.grad_grad_key, p.grad_grad_value, p.grad_grad_attn_mask, p.grad_output,
+              p.query, p.key, p.value, p.attn_mask, p.scale, p.grad_grad_output, p.grad_query, p.grad_key,
+              p.grad_value, p.grad_attn_mask});
+    }};
 
 // As AttentionProblem wants it.
 Tensor to_problem(const Tensor& tensor) {
@@ -400,15 +393,14 @@ Tensor mask_to_problem(const Tensor& mask, const Pass& pass) {
   while (own.dim() < pass.query.dim()) {
     own = own.unsqueeze(0);
   }
-  auto sizes = pass.query.sizes().vec();
-  sizes.back() = pass.key.size(-2);
+  const auto keys = pass.key.size(-2);
   // Its columns become contiguous before it is broadcast over the batch.
-  own = own.expand([&] {
-    auto s = own.sizes().vec();
-    s.back() = sizes.back();
-    return s;
-  }());
+  std::vector<int64_t> sizes(own.dim(), -1);
+  sizes.back() = keys;
+  own = own.expand(sizes);
   own = own.stride(-1) == 1 ? own : own.contiguous();
+  sizes = pass.query.sizes().vec();
+  sizes.back() = keys;
   return to_problem(own.expand(sizes));
 }
 
@@ -506,11 +498,10 @@ std::string listed(at::ArrayRef<const char*> names, const std::string& type_and_
   return list;
 }
 
-void check_shape(
-    const char* op, const std::string& name, const Tensor& tensor, c10::SymIntArrayRef expected) {
+void check_shape(const char* op, const std::string& name, const Tensor& tensor, c10::SymIntArrayRef shape) {
   TORCH_CHECK_VALUE(
-      !tensor.defined() || tensor.sym_sizes() == expected, op, ": expected ", name, " to have the shape ",
-      expected, ", got ", tensor.sym_sizes());
+      !tensor.defined() || tensor.sym_sizes() == shape, op, ": expected ", name, " to have the shape ", shape,
+      ", got ", tensor.sym_sizes());
 }
 
 template <class T>
@@ -645,13 +636,11 @@ struct Forward {
   Pass pass(const char* op = name_of<Forward>()) const {
     operands.check(op);
     Pass pass;
-    pass.order = kForward;
     std::tie(pass.query, pass.key, pass.value) = operands.heads();
     pass.attn_mask = attn_mask;
     check_mask(op, pass);
     // The size of a head is a constant of a traced graph, too.
-    const auto columns = [&] { return pass.query.sym_size(-1).guard_int(__FILE__, __LINE__); };
-    pass.scale = scale ? *scale : 1 / std::sqrt(static_cast<double>(columns()));
+    pass.scale = scale ? *scale : 1 / std::sqrt(pass.query.sym_size(-1).guard_int(__FILE__, __LINE__));
     return pass;
   }
   static Tensor results(const Pass& pass) {
@@ -937,13 +926,11 @@ struct AtenAttentionBackward {
     stack->insert(stack->end(), grads.begin(), grads.begin() + count);
   }
 
-  static bool covers(const Backward<Separate>& backward) {
-    try {
-      backward.pass();
-      return true;
-    } catch (const c10::Error&) {
-      return false;
-    }
+  static bool covers(const Backward<Separate>& backward) try {
+    backward.pass();
+    return true;
+  } catch (const c10::Error&) {
+    return false;
   }
 
   static void install(torch::Library& aten_autograd) {
