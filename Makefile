@@ -1,4 +1,4 @@
-# make demo | test | test-all | lint | format | bench | bench-rivals | bench-gpu | clean
+# make demo | test | test-all | lint | format | wheel | bench | bench-rivals | bench-gpu | clean
 # Everything runs in .venv, made on first use. PYTHON picks the interpreter it is made with.
 PYTHON ?= python3
 VENV := .venv
@@ -6,10 +6,12 @@ BIN := $(VENV)/bin
 CPU_VENV := .venv-cpu
 CPU_BIN := $(CPU_VENV)/bin
 # Any supported torch: ">=2.11,<2.16".
-TORCH ?= torch>=2.11,<2.16
+VENV_TORCH ?= torch>=2.11,<2.16
 # The release of the check without timm and CUDA libraries; where the package index serves a CUDA build
 # under this name, the check still runs without timm.
 CPU_TORCH ?= torch==2.13.0
+# The minor versions of torch that `make wheel` builds for.
+TORCH ?= 2.13 2.14
 NATIVE := setup.py pyproject.toml $(wildcard csrc/*.* csrc/cpu/*.*)
 # Pinned: another release may format differently.
 LINTERS := clang-format==23.1.5 mypy==2.4.1 pre-commit==4.7.0 ruff==0.17.6
@@ -21,7 +23,7 @@ UNITY := ON
 PYTEST_OPTIONS := --numprocesses auto --timeout 600 --timeout-method thread -o faulthandler_timeout=570 \
 	--durations 20
 
-.PHONY: demo test test-all test-python test-cpp test-cpu-only lint format bench bench-traffic bench-rivals bench-gpu clean
+.PHONY: demo test test-all test-python test-cpp test-cpu-only lint format wheel bench bench-traffic bench-rivals bench-gpu clean
 
 demo: $(BIN)/.built
 	$(BIN)/gradnorm demo --output demo
@@ -59,6 +61,18 @@ format: $(BIN)/.lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(FORMATTED_CXX)
+
+# A wheel for each torch, which differ in their library only, merged into one.
+wheel: $(TORCH:%=.venv-wheel-%/bin/.installed)
+	rm -rf build/wheel build/lib* dist/*.whl
+	mkdir -p dist
+	set -e; for minor in $(TORCH); do \
+		bin=.venv-wheel-$$minor/bin; \
+		$$bin/pip wheel --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir build/wheel/$$minor .; \
+		$$bin/wheel unpack --dest build/wheel/all build/wheel/$$minor/*.whl; \
+		ls build/wheel/all/*/gradnorm_kernels/_C_torch$$(echo $$minor | tr . _).*; \
+	done; \
+	$$bin/wheel pack --dest dist build/wheel/all/*
 
 RESULTS := benchmarks/results
 RIVALS := stock fuse switch compiled compiled_func fuse_compiled \
@@ -102,11 +116,16 @@ bench-gpu: $(BIN)/.built
 	$(BIN)/python -m benchmarks.report --summary
 
 clean:
-	rm -rf build demo dist *.egg-info gradnorm_kernels/*.so gradnorm_kernels/_built_for.py $(VENV) $(CPU_VENV)
+	rm -rf build demo dist *.egg-info gradnorm_kernels/*.so $(VENV) $(CPU_VENV) .venv-wheel-*
 
 $(BIN)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/$(INSTALL) "$(TORCH)" "setuptools>=77" ninja
+	$(BIN)/$(INSTALL) "$(VENV_TORCH)" "setuptools>=77" ninja
+	touch $@
+
+.venv-wheel-%/bin/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-wheel-$*
+	$(@D)/$(INSTALL) "torch==$*.*" "setuptools>=77" ninja wheel
 	touch $@
 
 # Also installs what the extras name; torch is kept as it is.

@@ -1,4 +1,4 @@
-"""Builds gradnorm_kernels._C with a C++ compiler and the installed torch: no nvcc, no CUDA toolkit."""
+"""Builds the library of the installed torch with a C++ compiler: no nvcc, no CUDA toolkit."""
 
 import os
 import platform
@@ -23,6 +23,8 @@ except ImportError:
         f"Install torch (2.11 to 2.15), then run:\n    {INSTALL}"
     )
 
+# A library of each torch minor version fits in one package: the import picks by name.
+LIBRARY = "gradnorm_kernels._C_torch" + "_".join(torch.__version__.split(".")[:2])
 CSRC = Path(__file__).parent.resolve() / "csrc"
 BINDING = CSRC / "python.cpp"
 WINDOWS = sys.platform == "win32"
@@ -49,9 +51,11 @@ class BuildUnits(BuildExtension):
 
     def run(self) -> None:
         super().run()
-        # Beside the library: what the import compares with the torch it finds.
-        package = Path(self.get_ext_fullpath("gradnorm_kernels._C")).parent
-        (package / "_built_for.py").write_text(f'TORCH_VERSION = "{torch.__version__}"\n')
+        # What a build for another torch left there may be older than its sources.
+        library = Path(self.get_ext_fullpath(LIBRARY))
+        for path in library.parent.glob("_C*"):
+            if path != library:
+                path.unlink()
 
     def build_extensions(self) -> None:
         # Without ninja, setuptools would keep a library older than a header, or built for another torch.
@@ -82,7 +86,7 @@ class BuildUnits(BuildExtension):
 setup(
     ext_modules=[
         CppExtension(
-            "gradnorm_kernels._C",
+            LIBRARY,
             [os.path.relpath(BINDING)],
             extra_compile_args=CXX_FLAGS,
             define_macros=[("Py_LIMITED_API", "0x030A0000")],

@@ -12,10 +12,12 @@ twice stock's stops the run. GB/s is the bytes that the pass must move over the 
 variant really moves; "of copy" relates it to a plain copy of the input, timed in the same run.
 """
 
+import functools
 import math
 import statistics
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,22 +29,21 @@ import gradnorm_kernels as gk
 
 from .measure import (
     alternate,
-    describe_machine,
     gpu_time,
+    heading,
+    line,
     option_parser,
     parse,
+    start,
     summary,
     wall_time,
     write_json,
 )
 
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 VARIANTS = ("stock", "fused", "compiled")
+# Copies of fewer bytes time the call.
+LEAST_COPIED = 2**20
 Shape = tuple[int, ...]
 Leaves = dict[str, Tensor]
 
@@ -52,9 +53,9 @@ def _layer_norm_2d(input: Tensor, weight: Tensor, bias: Tensor, eps: float) -> T
     return F.layer_norm(input.permute(0, 2, 3, 1), weight.shape, weight, bias, eps).permute(0, 3, 1, 2)
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, scale: float) -> Tensor:
+def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None) -> Tensor:
     """As timm writes it where ``fused_attn`` is off: the fused kernels of PyTorch have no double backward."""
-    scores = query * scale @ key.transpose(-2, -1)
+    scores = query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)
     if attn_mask is not None:
         scores = scores + attn_mask
     return scores.softmax(-1) @ value
@@ -65,37 +66,9 @@ def _hardsigmoid(input: Tensor) -> Tensor:
 
 
 # torch.nn.functional, with what it lacks, or cannot differentiate twice.
-STOCK = SimpleNamespace(
-    **vars(F)
-    | {
-        "hardsigmoid": _hardsigmoid,
-        "layer_norm_2d": _layer_norm_2d,
-        "scaled_dot_product_attention": _attention,
-    }
-)
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """The tensors that each pass must read and write, as ``"input weight -> output"``.
-
-    ``grad_<leaf>`` has the leaf's size, and so has ``grad_grad_<leaf>``. ``2*`` marks a tensor read twice:
-    for a reduction over more of it than a processor can hold, and again for what needs the result.
-    Statistics per row or channel are left out.
-    """
-
-    forward: str
-    backward: str
-    double_backward: str
-
-    def bytes(self, which: str, leaves: Leaves, output: Tensor) -> int:
-        moved = 0
-        for term in getattr(self, which).replace("->", " ").split():
-            count, _, name = term.rpartition("*")
-            while name not in leaves and name != "output":
-                name = name.removeprefix("grad_")
-            moved += int(count or 1) * (leaves | {"output": output})[name].nbytes
-        return moved
+STOCK = SimpleNamespace(**vars(F))
+STOCK.hardsigmoid, STOCK.layer_norm_2d = _hardsigmoid, _layer_norm_2d
+STOCK.scaled_dot_product_attention = _attention
 
 
 @dataclass(frozen=True)
@@ -105,25 +78,52 @@ class Case:
     Attributes:
         op: its name in ``gradnorm_kernels.functional`` and :data:`STOCK`.
         setting: what sets it apart from the op's other cases.
-        call: ``call(functional, **leaves)`` calls the op as found in either of the two.
-        traffic: the bytes.
-        cpu, cuda: shapes of the input, taken from the models named there.
+        cpu, cuda: shapes of the input.
+        options: arguments that are no tensors; or what makes them of the leaves.
         leaves: shape of the input to the shapes of all leaves, by name.
         inputs: leaves whose gradients the first backward takes.
         constants: leaves without gradients.
+        saved: what the backward passes read of leaves and output.
+        passes: how often they and the forward read an input, which is twice for a reduction over more of it
+            than a processor can hold: again for what needs the result.
+        straight: the second derivative is zero, and nothing flows back to the input.
         channels_last: the layout of the leaves with four dimensions.
     """
 
     op: str
     setting: str
-    call: Callable[..., Tensor]
-    traffic: Traffic
     cpu: tuple[Shape, ...]
     cuda: tuple[Shape, ...]
+    options: dict[str, Any] | Callable[[Leaves], dict[str, Any]] = field(default_factory=dict)
     leaves: Callable[[Shape], dict[str, Shape]] = lambda shape: {"input": shape}
     inputs: tuple[str, ...] = ("input",)
     constants: tuple[str, ...] = ()
+    saved: tuple[str, ...] = ("input",)
+    passes: int = 1
+    straight: bool = False
     channels_last: bool = False
+
+    def call(self, functional: Any, leaves: Leaves) -> Tensor:
+        """The op as found in either of the two."""
+        options = self.options(leaves) if callable(self.options) else self.options
+        return getattr(functional, self.op)(**leaves, **options)
+
+    def bytes(self, which: str, leaves: Leaves, output: Tensor) -> int:
+        """What a pass must read and write, without statistics per row or channel."""
+
+        def size(*names: str, times: int = 1) -> int:
+            sizes = {name: t.nbytes for name, t in (leaves | {"output": output}).items()}
+            return sum(sizes[n] * (times if n in (*self.inputs, "output") else 1) for n in names)
+
+        if which == "forward":
+            return size(*leaves, times=self.passes) + size("output")
+        if which == "backward":
+            return size("output", *self.saved, times=self.passes) + size(*self.inputs)
+        if self.straight:
+            return size(*self.inputs, *self.saved, "output")
+        differentiated = [name for name in self.saved if name not in self.constants]
+        read = size(*self.inputs, "output", *self.saved, times=self.passes)
+        return read + size("output", *differentiated)
 
     def make_leaves(self, shape: Shape, dtype: torch.dtype, device: str) -> Leaves:
         made = {name: torch.randn(size, device=device) for name, size in self.leaves(shape).items()}
@@ -136,193 +136,107 @@ class Case:
         }
 
 
-def _vectors(dim: int, *names: str) -> Callable[[Shape], dict[str, Shape]]:
-    """The input, and vectors as long as its dimension ``dim``."""
-    return lambda shape: {"input": shape, **dict.fromkeys(names, (shape[dim],))}
+def _vectors(dim: int, *names: str) -> dict[str, Any]:
+    """A case's leaves: the input, and vectors as long as its dimension ``dim``; the weight is saved."""
+    return {
+        "leaves": lambda shape: {"input": shape, **dict.fromkeys(names, (shape[dim],))},
+        "saved": ("input", "weight"),
+    }
 
 
-def _elementwise() -> Iterator[Case]:
-    curved = Traffic(
-        "input -> output",
-        "grad_output input -> grad_input",
-        "grad_grad_input grad_output input -> grad_grad_output grad_input",
-    )
-    # The second derivative is zero: nothing flows back to the input.
-    straight = Traffic(curved.forward, curved.backward, "grad_grad_input input -> grad_grad_output")
-    for op, setting, options, traffic in (
-        ("gelu", "none", {"approximate": "none"}, curved),
-        ("gelu", "tanh", {"approximate": "tanh"}, curved),
-        ("silu", "", {}, curved),
-        ("mish", "", {}, curved),
-        ("softplus", "", {}, curved),
-        ("elu", "", {}, curved),
-        ("hardswish", "", {}, curved),
-        ("tanh", "", {}, curved),
-        ("sigmoid", "", {}, curved),
-        ("leaky_relu", "", {}, straight),
-        ("relu", "", {}, straight),
-        ("relu6", "", {}, straight),
-        ("hardsigmoid", "", {}, straight),
-    ):
-        yield Case(
-            op,
-            setting,
-            lambda f, input, op=op, options=options: getattr(f, op)(input, **options),
-            traffic,
-            cpu=((64, 197, 768),),
-            cuda=((64, 3136, 512),),
-        )
+def _filters(size: int, outputs: int | None = None) -> dict[str, Any]:
+    """A case's leaves: the input, and square filters, depthwise without a number of ``outputs``."""
+
+    def leaves(shape: Shape) -> dict[str, Shape]:
+        filters = (outputs, shape[1]) if outputs else (shape[1], 1)
+        return {"input": shape, "weight": (*filters, size, size), "bias": filters[:1]}
+
+    return {
+        "leaves": leaves,
+        "options": lambda leaves: {
+            "padding": size // 2,
+            "groups": leaves["input"].shape[1] // leaves["weight"].shape[1],
+        },
+        "saved": ("weight",),
+    }
 
 
-def _rows() -> Iterator[Case]:
-    """Ops whose reductions run over one row or group each, which a processor can hold."""
-    yield Case(
-        "softmax",
-        "",
-        lambda f, input: f.softmax(input, dim=-1),
-        Traffic(
-            "input -> output",
-            "grad_output output -> grad_input",
-            "grad_grad_input grad_output output -> grad_grad_output grad_input",
-        ),
-        cpu=((512, 3, 49, 49), (8, 12, 197, 197)),  # Swin-T, ViT-B
-        cuda=((4096, 4, 49, 49), (64, 12, 197, 197)),  # Swin-B, ViT-B
-    )
-    norm = Traffic(
-        "input weight bias -> output",
-        "grad_output input weight -> grad_input",
-        "grad_grad_input grad_output input weight -> grad_grad_output grad_input grad_weight",
-    )
-    yield Case(
+def _heads(mask: bool) -> dict[str, Any]:
+    """A case's leaves: query, key, value, and Swin's relative position bias, which trains."""
+    tensors = ("query", "key", "value")
+    return {
+        "leaves": lambda shape: {
+            **dict.fromkeys(tensors, shape),
+            **({"attn_mask": (1, shape[1], shape[2], shape[2])} if mask else {}),
+        },
+        "inputs": tensors,
+        "saved": (*tensors, "attn_mask") if mask else tensors,
+    }
+
+
+_ACTIVATIONS = {"cpu": ((64, 197, 768),), "cuda": ((64, 3136, 512),)}
+_MAPS = {"cpu": ((8, 256, 56, 56),), "cuda": ((64, 256, 56, 56),)}  # ResNet-50
+_WIDE = {"cpu": ((16, 128, 56, 56),), "cuda": ((64, 128, 56, 56),)}  # ConvNeXt-B
+_TOKENS = {  # Swin-T and ViT-B; Swin-B and ViT-B
+    "cpu": ((16, 56, 56, 96), (32, 197, 768)),
+    "cuda": ((64, 56, 56, 128), (64, 197, 768)),
+}
+_SCORES = {  # likewise
+    "cpu": ((512, 3, 49, 49), (8, 12, 197, 197)),
+    "cuda": ((4096, 4, 49, 49), (64, 12, 197, 197)),
+}
+_WINDOWS = {"cpu": ((512, 3, 49, 32),), "cuda": ((4096, 4, 49, 32),)}  # Swin-T, Swin-B
+_SEQUENCES = {"cpu": ((4, 12, 197, 64),), "cuda": ((64, 12, 197, 64),)}  # ViT-B
+_BATCH = {"running_mean": None, "running_var": None, "training": True}
+_RUNNING = ("running_mean", "running_var")
+
+
+def _both_layouts(op: str, setting: str, **facts: Any) -> list[Case]:
+    contiguous = Case(op, setting, **facts)
+    return [contiguous, replace(contiguous, setting=f"{setting} channels_last", channels_last=True)]
+
+
+CASES = [
+    Case("gelu", "none", **_ACTIVATIONS, options={"approximate": "none"}),
+    Case("gelu", "tanh", **_ACTIVATIONS, options={"approximate": "tanh"}),
+    *(
+        Case(op, "", **_ACTIVATIONS)
+        for op in ("silu", "mish", "softplus", "elu", "hardswish", "tanh", "sigmoid")
+    ),
+    *(Case(op, "", **_ACTIVATIONS, straight=True) for op in ("leaky_relu", "relu", "relu6", "hardsigmoid")),
+    Case("softmax", "", **_SCORES, options={"dim": -1}, saved=("output",)),
+    Case(
         "layer_norm",
         "",
-        lambda f, input, weight, bias: f.layer_norm(input, weight.shape, weight, bias, 1e-6),
-        norm,
-        cpu=((16, 56, 56, 96), (32, 197, 768)),  # Swin-T, ViT-B
-        cuda=((64, 56, 56, 128), (64, 197, 768)),  # Swin-B, ViT-B
-        leaves=_vectors(-1, "weight", "bias"),
-    )
-    yield Case(
-        "layer_norm_2d",
+        **_TOKENS,
+        **_vectors(-1, "weight", "bias"),
+        options=lambda leaves: {"normalized_shape": leaves["weight"].shape, "eps": 1e-6},
+    ),
+    Case(
+        "rms_norm",
         "",
-        lambda f, input, weight, bias: f.layer_norm_2d(input, weight, bias, 1e-6),
-        norm,
-        cpu=((16, 128, 56, 56),),  # ConvNeXt-B
-        cuda=((64, 128, 56, 56),),
-        leaves=_vectors(1, "weight", "bias"),
-    )
-    yield Case(
-        "group_norm",
-        "32 groups",
-        lambda f, input, weight, bias: f.group_norm(input, 32, weight, bias, 1e-5),
-        norm,
-        cpu=((8, 256, 56, 56),),  # ResNet-50
-        cuda=((64, 256, 56, 56),),
-        leaves=_vectors(1, "weight", "bias"),
-    )
-
-
-def _batch_norm() -> Iterator[Case]:
-    train = Traffic(
-        "2*input weight bias -> output",
-        "2*grad_output 2*input weight -> grad_input",
-        "2*grad_grad_input 2*grad_output 2*input weight -> grad_grad_output grad_input grad_weight",
-    )
-    evaluate = Traffic(
-        "input weight bias running_mean running_var -> output",
-        "grad_output weight running_var -> grad_input",
-        "grad_grad_input grad_output weight running_var -> grad_grad_output grad_weight",
-    )
-    shapes = {"cpu": ((8, 256, 56, 56),), "cuda": ((64, 256, 56, 56),)}  # ResNet-50
-    for layout in ("", " channels_last"):
-        yield Case(
-            "batch_norm",
-            "train" + layout,
-            lambda f, input, weight, bias: f.batch_norm(input, None, None, weight, bias, training=True),
-            train,
-            **shapes,
-            leaves=_vectors(1, "weight", "bias"),
-            channels_last=bool(layout),
-        )
-        yield Case(
-            "batch_norm",
-            "eval" + layout,
-            lambda f, input, weight, bias, running_mean, running_var: f.batch_norm(
-                input, running_mean, running_var, weight, bias
-            ),
-            evaluate,
-            **shapes,
-            leaves=_vectors(1, "weight", "bias", "running_mean", "running_var"),
-            constants=("running_mean", "running_var"),
-            channels_last=bool(layout),
-        )
-
-
-def _attentions() -> Iterator[Case]:
-    for setting, mask, cpu, cuda in (
-        ("window", " attn_mask", (512, 3, 49, 32), (4096, 4, 49, 32)),  # Swin-T, Swin-B
-        ("vit", "", (4, 12, 197, 64), (64, 12, 197, 64)),  # ViT-B
-    ):
-        yield Case(
-            "scaled_dot_product_attention",
-            setting,
-            lambda f, query, key, value, attn_mask=None: f.scaled_dot_product_attention(
-                query, key, value, attn_mask=attn_mask, scale=query.shape[-1] ** -0.5
-            ),
-            Traffic(
-                f"query key value{mask} -> output",
-                f"grad_output query key value{mask} -> grad_query grad_key grad_value",
-                f"grad_grad_query grad_grad_key grad_grad_value grad_output query key value{mask}"
-                f" -> grad_grad_output grad_query grad_key grad_value{mask.replace(' ', ' grad_')}",
-            ),
-            cpu=(cpu,),
-            cuda=(cuda,),
-            leaves=lambda shape, mask=mask: {
-                **dict.fromkeys(("query", "key", "value"), shape),
-                # Swin's relative position bias, which trains.
-                **({"attn_mask": (1, shape[1], shape[2], shape[2])} if mask else {}),
-            },
-            inputs=("query", "key", "value"),
-        )
-
-
-def _convolutions() -> Iterator[Case]:
-    def depthwise(shape: Shape) -> dict[str, Shape]:
-        return {"input": shape, "weight": (shape[1], 1, 7, 7), "bias": (shape[1],)}
-
-    def dense(size: int) -> Callable[[Shape], dict[str, Shape]]:
-        return lambda shape: {"input": shape, "weight": (64, shape[1], size, size), "bias": (64,)}
-
-    for setting, leaves, channels in (
-        ("depthwise 7x7", depthwise, 128),  # ConvNeXt-B
-        ("3x3", dense(3), 64),  # ResNet-50
-        ("1x1", dense(1), 256),  # ResNet-50
-    ):
-        for layout in ("", " channels_last"):
-            yield Case(
-                "conv2d",
-                setting + layout,
-                lambda f, input, weight, bias: f.conv2d(
-                    input,
-                    weight,
-                    bias,
-                    padding=weight.shape[-1] // 2,
-                    groups=input.shape[1] // weight.shape[1],
-                ),
-                Traffic(
-                    "input weight bias -> output",
-                    "grad_output weight -> grad_input",
-                    "grad_grad_input grad_output weight -> grad_grad_output grad_weight",
-                ),
-                cpu=((8, channels, 56, 56),),
-                cuda=((64, channels, 56, 56),),
-                leaves=leaves,
-                channels_last=bool(layout),
-            )
-
-
-CASES = [*_elementwise(), *_rows(), *_batch_norm(), *_attentions(), *_convolutions()]
-Passes = dict[str, Callable[[], tuple[Tensor | None, ...]]]
+        **_TOKENS | {"cpu": ((4096, 768),)},
+        **_vectors(-1, "weight"),
+        options=lambda leaves: {"normalized_shape": leaves["weight"].shape, "eps": 1e-6},
+    ),
+    Case("layer_norm_2d", "", **_WIDE, **_vectors(1, "weight", "bias"), options={"eps": 1e-6}),
+    Case("group_norm", "32 groups", **_MAPS, **_vectors(1, "weight", "bias"), options={"num_groups": 32}),
+    *_both_layouts("batch_norm", "train", **_MAPS, **_vectors(1, "weight", "bias"), options=_BATCH, passes=2),
+    *_both_layouts(
+        "batch_norm",
+        "eval",
+        **_MAPS,
+        **_vectors(1, "weight", "bias", *_RUNNING) | {"saved": ("weight", "running_var")},
+        constants=_RUNNING,
+    ),
+    Case("scaled_dot_product_attention", "window", **_WINDOWS, **_heads(mask=True)),
+    Case("scaled_dot_product_attention", "vit", **_SEQUENCES, **_heads(mask=False)),
+    *_both_layouts("conv2d", "depthwise 7x7", cpu=((8, 128, 56, 56),), cuda=_WIDE["cuda"], **_filters(7)),
+    *_both_layouts("conv2d", "3x3", cpu=((8, 64, 56, 56),), cuda=((64, 64, 56, 56),), **_filters(3, 64)),
+    *_both_layouts("conv2d", "1x1", **_MAPS, **_filters(1, 64)),
+]
+Pass = Callable[[], tuple[Tensor | None, ...]]
+Passes = dict[str, Pass]
 
 
 @dataclass(frozen=True)
@@ -338,7 +252,7 @@ class Problem:
     def draw(case: Case, shape: Shape, dtype: torch.dtype, device: str) -> "Problem":
         leaves = case.make_leaves(shape, dtype, device)
         with torch.no_grad():
-            grad_output = torch.randn_like(case.call(STOCK, **leaves))
+            grad_output = torch.randn_like(case.call(STOCK, leaves))
         return Problem(case, leaves, grad_output, tuple(torch.randn_like(leaves[i]) for i in case.inputs))
 
     def double(self) -> "Problem":
@@ -352,12 +266,12 @@ class Problem:
     def passes(self, functional: Any) -> Passes:
         """What to run for each pass; the graphs are recorded here."""
         leaves, inputs, trained = self._recorded_leaves()
-        output = self.case.call(functional, **leaves)
+        output = self.case.call(functional, leaves)
         # In the layout of the output, as the next layer's gradient is.
         grad_output = torch.empty_like(output).copy_(self.grad_output).requires_grad_()
         grad_inputs = torch.autograd.grad(output, inputs, grad_output, create_graph=True)
         return {
-            "forward": lambda: (self.case.call(functional, **leaves),),
+            "forward": lambda: (self.case.call(functional, leaves),),
             "backward": lambda: torch.autograd.grad(output, inputs, grad_output.detach(), retain_graph=True),
             "double_backward": lambda: torch.autograd.grad(
                 grad_inputs,
@@ -370,11 +284,11 @@ class Problem:
 
     def compiled_passes(self) -> Passes:
         torch._dynamo.reset()
-        call = torch.compile(lambda **leaves: self.case.call(STOCK, **leaves), fullgraph=True)
+        call = torch.compile(lambda leaves: self.case.call(STOCK, leaves), fullgraph=True)
         leaves, inputs, _ = self._recorded_leaves()
         # Backwards that run more than once must not reuse the memory of what they read.
         with torch._functorch.config.patch(donated_buffer=False):
-            output = call(**leaves)
+            output = call(leaves)
             torch.autograd.grad(output, inputs, self.grad_output, retain_graph=True)
         constants = {name: self.leaves[name] for name in self.case.constants}
         trained = {name: leaf for name, leaf in self.leaves.items() if name not in constants}
@@ -382,7 +296,7 @@ class Problem:
         def backward(grad_output: Tensor, trained: Leaves) -> tuple[Tensor, ...]:
             def forward(*inputs: Tensor) -> Tensor:
                 given = trained | constants | dict(zip(self.case.inputs, inputs, strict=True))
-                return self.case.call(STOCK, **given)
+                return self.case.call(STOCK, given)
 
             return torch.func.vjp(forward, *(trained[name] for name in self.case.inputs))[1](grad_output)
 
@@ -395,7 +309,7 @@ class Problem:
             return (grad_grad_output, *gradients.values())
 
         return {
-            "forward": lambda: (call(**leaves),),
+            "forward": lambda: (call(leaves),),
             "backward": lambda: torch.autograd.grad(output, inputs, self.grad_output, retain_graph=True),
             "double_backward": run_double_backward,
         }
@@ -410,9 +324,7 @@ class Problem:
         return leaves, [leaves[name] for name in self.case.inputs], trained
 
 
-def errors(
-    run: Callable[[], tuple[Tensor | None, ...]], exact: tuple[Tensor | None, ...]
-) -> tuple[float, ...]:
+def errors(run: Pass, exact: tuple[Tensor | None, ...]) -> tuple[float, ...]:
     """Largest absolute error of each result. No gradient counts as zero."""
     found = []
     for result, wanted in zip(run(), exact, strict=True):
@@ -428,8 +340,9 @@ def measure(
 ) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     label = " ".join(filter(None, (case.op, case.setting, dtype)))
+    kind = getattr(torch, dtype)
     try:
-        problem = Problem.draw(case, shape, DTYPES[dtype], device)
+        problem = Problem.draw(case, shape, kind, device)
     except (IndexError, RuntimeError) as error:
         raise SystemExit(f"{label}: --shape {shape}: {error}") from error
     make = {
@@ -438,27 +351,23 @@ def measure(
         "compiled": problem.compiled_passes,
     }
     by_variant = {name: make[name]() for name in variants}
-    by_pass = {
-        which: {name: passes[which] for name, passes in by_variant.items()} for which in vars(case.traffic)
-    }
     exact = {which: run() for which, run in problem.double().passes(STOCK).items()}
     error = {
-        which: {name: errors(run, exact[which]) for name, run in runs.items()}
-        for which, runs in by_pass.items()
+        which: {name: errors(passes[which], wanted) for name, passes in by_variant.items()}
+        for which, wanted in exact.items()
     }
-    del exact
     for which, found in error.items():
         for ours, stocks in zip(found.get("fused", found["stock"]), found["stock"], strict=True):
-            if ours > 2 * stocks + torch.finfo(DTYPES[dtype]).tiny:
+            if ours > 2 * stocks + torch.finfo(kind).tiny:
                 raise SystemExit(f"{label} {which}: fused is off by {ours}, stock by {stocks}")
 
+    del exact
     rows = []
     first = problem.leaves[case.inputs[0]]
-    for which, runs in by_pass.items():
-        moved = case.traffic.bytes(which, problem.leaves, problem.grad_output)
-        seconds = alternate(
-            {**runs, "copy": first.clone}, gpu_time if device == "cuda" else wall_time, rounds
-        )
+    for which in by_variant["stock"]:
+        moved = case.bytes(which, problem.leaves, problem.grad_output)
+        runs = {name: passes[which] for name, passes in by_variant.items()} | {"copy": first.clone}
+        seconds = alternate(runs, gpu_time if device == "cuda" else wall_time, rounds)
         copy_rate = 2 * first.nbytes / statistics.median(seconds.pop("copy"))
         for name, taken in seconds.items():
             rate = moved / statistics.median(taken)
@@ -480,47 +389,44 @@ def measure(
     return rows
 
 
-HEADER = (
-    f"{'pass':15} {'dtype':8} {'variant':8} {'ms':>9} {'GB/s':>8} {'of copy':>8} {'/ stock':>8} {'error':>9}"
-)
+def check_copies(rows: list[dict[str, Any]]) -> None:
+    """Refuses rows in which a copy of the same bytes took more than twice the time of another."""
+    by_size: dict[tuple[str, int], list[tuple[float, str]]] = defaultdict(list)
+    for row in rows:
+        copied = math.prod(row["shape"]) * getattr(torch, row["dtype"]).itemsize
+        if copied >= LEAST_COPIED:
+            rate = row["gigabytes_per_second"] / row["fraction_of_copy"]
+            name = " ".join(filter(None, (row["op"], row["setting"], row["pass"], str(row["shape"]))))
+            by_size[row["dtype"], copied].append((rate, name))
+    for (dtype, copied), rates in by_size.items():
+        (least, slow), (most, fast) = min(rates), max(rates)
+        if most > 2 * least:
+            raise SystemExit(
+                f"not written: a copy of {copied:,} bytes of {dtype} ran at {least:.1f} GB/s beside {slow},"
+                f" at {most:.1f} GB/s beside {fast}"
+            )
 
 
-def line(row: dict[str, Any]) -> str:
-    return (
-        f"{row['pass']:15} {row['dtype']:8} {row['variant']:8} "
-        f"{row['milliseconds']:9.3f} {row['gigabytes_per_second']:8.1f} {row['fraction_of_copy']:8.2f} "
-        f"{row['time_over_stock']:8.3f} {row['max_error']:9.1e}"
-    )
+COLUMNS = {
+    "pass": ("pass", "15"),
+    "dtype": ("dtype", "8"),
+    "variant": ("variant", "8"),
+    "ms": ("milliseconds", "9.3f"),
+    "GB/s": ("gigabytes_per_second", "8.1f"),
+    "of copy": ("fraction_of_copy", "8.2f"),
+    "/ stock": ("time_over_stock", "8.3f"),
+    "error": ("max_error", "9.1e"),
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = option_parser(__doc__, rounds=20)
     ops = list(dict.fromkeys(case.op for case in CASES))
-    parser.add_argument(
-        "--op",
-        choices=[*ops, "all"],
-        nargs="+",
-        default=["gelu"],
-        metavar="OP",
-        help=", ".join(ops) + ", or all; default: gelu",
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        nargs="+",
-        default=["float32", "bfloat16"],
-        help="default: float32 bfloat16",
-    )
-    parser.add_argument(
-        "--shape", type=int, nargs="+", help="of the input, or of the query; default: a backbone's"
-    )
-    parser.add_argument(
-        "--variants",
-        choices=VARIANTS,
-        nargs="+",
-        default=["stock", "fused"],
-        help="default: stock fused; compiling is slow",
-    )
+    several = functools.partial(parser.add_argument, nargs="+")
+    several("--op", choices=[*ops, "all"], default=["gelu"], metavar="OP", help=", ".join(ops) + ", or all")
+    several("--dtype", choices=DTYPES, default=["float32", "bfloat16"], help="default: float32 bfloat16")
+    several("--shape", type=int, help="of the input, or of the query; default: a backbone's")
+    several("--variants", choices=VARIANTS, default=["stock", "fused"], help="default: stock fused")
     args = parse(parser, arguments)
     if "stock" not in args.variants:
         parser.error("--variants: stock is what the others are compared with")
@@ -531,19 +437,19 @@ def main(arguments: list[str] | None = None) -> None:
             parser.error(f"--op: gradnorm_kernels.functional has no {', '.join(missing)}")
         cases = [case for case in cases if case.op not in missing]
 
-    machine = describe_machine(args.device)
-    print(", ".join(f"{key} {value}" for key, value in machine.items()))
-    print(f"{args.rounds} rounds\n\n{HEADER}")
+    machine = start(args)
+    print(f"{args.rounds} rounds\n\n{heading(COLUMNS)}")
     rows = []
     for case in cases:
         for shape in [tuple(args.shape)] if args.shape else getattr(case, args.device):
             print(f"\n{case.op} {case.setting} {shape}")
             for dtype in args.dtype:
-                for row in measure(case, shape, dtype, args.device, args.variants, args.rounds):
-                    rows.append(row)
-                    print(line(row), flush=True)
+                measured = measure(case, shape, dtype, args.device, args.variants, args.rounds)
+                print("\n".join(line(COLUMNS, row) for row in measured), flush=True)
+                rows += measured
     if args.json:
-        write_json(args.json, machine, args.rounds, rows)
+        check_copies(rows)
+        write_json(args.json, machine=machine, rounds=args.rounds, rows=rows)
 
 
 if __name__ == "__main__":

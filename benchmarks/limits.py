@@ -19,7 +19,7 @@ import torch
 
 from gradnorm_kernels.training.trainer import allow_tf32
 
-from .measure import describe_machine, option_parser, parse, wall_time, write_json
+from .measure import option_parser, parse, start, wall_time, write_json
 
 # Bytes of the copied tensor and size of the square matrices, too large for caches and launches to matter.
 SIZES = {"cpu": (2**27, 2048), "cuda": (2**30, 8192)}
@@ -66,15 +66,14 @@ def _seconds(run: Callable[[], Any], rounds: int) -> float:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    args = parse(option_parser(__doc__ or "", rounds=10), arguments)
-    machine = describe_machine(args.device)
-    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    args = parse(option_parser(__doc__, rounds=10), arguments)
+    machine = start(args)
     limits = measure(args.device, PRECISIONS[args.device], args.rounds)
     print(f"\ncopy {limits.copy_bytes_per_second / 1e9:.1f} GB/s")
     for precision, rate in limits.flops_per_second.items():
         print(f"matrix product, {precision} {rate / 1e12:.3f} TFLOP/s")
     if args.json:
-        write_json(args.json, machine, args.rounds, [asdict(limits)])
+        write_json(args.json, machine=machine, rounds=args.rounds, rows=[asdict(limits)])
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""What every benchmark shares: options, alternating timings, and a description of the machine."""
+"""What every benchmark shares: options, a heap that is kept, alternating timings, the machine, the file."""
 
 import argparse
-import json
+import ctypes
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -15,10 +16,11 @@ from typing import Any
 
 import torch
 
+from gradnorm_kernels._json import by_line
 from gradnorm_kernels._machine import processor_name
 
 
-def option_parser(doc: str, rounds: int) -> argparse.ArgumentParser:
+def option_parser(doc: str | None, rounds: int) -> argparse.ArgumentParser:
     """A parser with the options that every benchmark has."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
@@ -29,24 +31,78 @@ def option_parser(doc: str, rounds: int) -> argparse.ArgumentParser:
 
 
 def parse(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
-    """The arguments, with the device filled in and the number of threads set."""
+    """The arguments, with the device filled in."""
     args = parser.parse_args(arguments)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch.cuda.is_available() is False")
     if args.rounds < 1:
         parser.error(f"--rounds: expected at least 1, got {args.rounds}")
-    if args.threads:
-        torch.set_num_threads(args.threads)
     return args
 
 
-def write_json(
-    path: Path, machine: dict[str, Any], rounds: int, rows: list[dict[str, Any]], **more: Any
-) -> None:
+def start(args: argparse.Namespace) -> dict[str, Any]:
+    """Makes the process one to measure in, and says in what machine it does."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    kept = keep_heap() if args.device == "cpu" else None
+    machine = describe_machine(args.device) | ({} if kept is None else {"heap_kept": kept})
+    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    return machine
+
+
+def keep_heap() -> bool:
+    """Lets glibc keep memory that is freed; whether it does, or what else allocates.
+
+    Otherwise a tensor of more than 32 MiB is fresh memory each time, whose pages cost more to make than to
+    write, and whether a smaller one is depends on what the process has freed before.
+    """
+    # M_MMAP_MAX: no block is mapped on its own. M_TRIM_THRESHOLD: the heap never shrinks.
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        mallopt(-4, 0)
+        mallopt(-1, -1)
+    tensor = torch.ones(2**24)
+    # Of 16,384 pages, or 32 huge ones; small blocks that stay may split the first holes.
+    return min(page_faults(tensor.clone) for _ in range(10)) < 16
+
+
+def page_faults(run: Callable[[], Any]) -> int:
+    """How many pages a run makes by touching them first."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    run()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+# Of a printed table, by heading: the row's key, the format, and what a number is multiplied by.
+Columns = dict[str, tuple[str, str] | tuple[str, str, float]]
+
+
+def heading(columns: Columns) -> str:
+    return " ".join(
+        f"{name:{form}}" if form.isdigit() else f"{name:>{_width(form)}}"
+        for name, (_, form, *_) in columns.items()
+    )
+
+
+def line(columns: Columns, row: dict[str, Any]) -> str:
+    """The row's cells, and what went wrong, if anything did."""
+    cells = []
+    for key, form, *scale in columns.values():
+        value = row.get(key)
+        if value is None:
+            cells.append(f"{'-':>{_width(form)}}")
+        else:
+            cells.append(format(value * scale[0] if scale else value, form))
+    return " ".join([*cells, row.get("error", "")]).rstrip()
+
+
+def _width(form: str) -> str:
+    return form.partition(".")[0].rstrip(",")
+
+
+def write_json(path: Path, **contents: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    written = {"machine": machine, "rounds": rounds, **more, "rows": rows}
-    path.write_text(json.dumps(written, indent=1) + "\n")
+    path.write_text(by_line(contents))
     print(f"\nwrote {path}")
 
 

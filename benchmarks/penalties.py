@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import gradnorm_kernels as gk
 from gradnorm_kernels.training.trainer import allow_tf32
 
-from .measure import alternate, describe_machine, option_parser, parse, summary, wall_time, write_json
+from .measure import alternate, heading, line, option_parser, parse, start, summary, wall_time, write_json
 from .steps import gradients, relative_difference
 
 TOLERANCE = 1e-3
@@ -118,27 +118,28 @@ def _switched(step: Step) -> None:
         step()
 
 
+COLUMNS = {
+    "code": ("code", "12"),
+    "variant": ("variant", "8"),
+    "ms": ("milliseconds", "9.1f"),
+    "/ stock": ("time_over_stock", "8.3f"),
+    "difference": ("gradient_difference", "10.1e"),
+}
+
+
 def main(arguments: list[str] | None = None) -> None:
-    args = parse(option_parser(__doc__ or "", rounds=15), arguments)
-    machine = describe_machine(args.device)
-    print(", ".join(f"{key} {value}" for key, value in machine.items()))
-    print(f"\n{'code':12} {'variant':8} {'ms':>9} {'/ stock':>8} {'difference':>10}")
+    args = parse(option_parser(__doc__, rounds=15), arguments)
+    machine = start(args)
+    print(f"\n{heading(COLUMNS)}")
     rows = []
     for name in CODES:
         # In TF32 the gradients would differ by more than the tolerance.
         with allow_tf32(False):
             measured = measure(name, args)
-        for row in measured:
-            rows.append(row)
-            difference = row.get("gradient_difference")
-            print(
-                f"{row['code']:12} {row['variant']:8} {row['milliseconds']:9.1f}"
-                f" {row['time_over_stock']:8.3f} "
-                + (f"{difference:10.1e}" if difference is not None else f"{'-':>10}"),
-                flush=True,
-            )
+        print("\n".join(line(COLUMNS, row) for row in measured), flush=True)
+        rows += measured
     if args.json:
-        write_json(args.json, machine, args.rounds, rows)
+        write_json(args.json, machine=machine, rounds=args.rounds, rows=rows)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python -m benchmarks.report [--check] [--summary]
 
-The page is a function of those files alone, and so are the tables of README.md between ``<!-- NAME -->`` and
-``<!-- /NAME -->``. ``--check`` writes nothing and fails where either on disk differs.
+The page is a function of those files alone, and so is what README.md shows of it, between ``<!-- result -->``
+and ``<!-- /result -->``. ``--check`` writes nothing and fails where either on disk differs.
 """
 
 import argparse
@@ -22,8 +22,16 @@ README = ROOT / "README.md"
 DEVICES = ("cpu", "cuda")
 NOT_MEASURED = "not measured"
 NOT_COUNTED = "not counted"
+# What README shows: the first model of each family that was timed, and the one that was counted.
+FAMILIES = ("resnet50", "swin", "vit")
 
-Rows = Sequence[Mapping[str, Any]]
+Row = Mapping[str, Any]
+Rows = Sequence[Row]
+# A table by its headings: what a cell says of the line's subject.
+Columns = Mapping[str, Callable[[Any], str]]
+# The rows of a model and precision by variant, and of an op in one precision by pass and variant.
+Steps = tuple[tuple[str, str], dict[str, Row]]
+Passes = tuple[tuple[str, str, str], dict[tuple[str, str], Row]]
 
 
 def page(results: Path = RESULTS) -> str:
@@ -47,7 +55,7 @@ def steps(results: Path) -> Iterable[str]:
         " compiler works. The floor is what the ops of the fused step would take at the ceilings of the"
         " machine, measured in the same run; TFLOP/s are those of stock's matrix products and convolutions."
     )
-    yield from _steps(results, "steps")
+    yield from _by_device(results, "steps", _steps)
 
 
 def rivals(results: Path) -> Iterable[str]:
@@ -57,149 +65,88 @@ def rivals(results: Path) -> Iterable[str]:
         " `finite_difference`, the latter not exact, are other engines of the objective. A cell that says why"
         " has no time."
     )
-    yield from _steps(results, "rivals")
+    yield from _by_device(results, "rivals", _steps)
 
 
-def _steps(results: Path, name: str) -> Iterable[str]:
-    for device, measured in _by_device(results, name):
-        if measured is None:
-            yield f"{device}: {NOT_MEASURED}."
-            continue
-        yield _conditions(measured)
-        if limits := measured.get("limits"):
-            rates = ", ".join(
-                f"{rate / 1e12:.3g} TFLOP/s in {kind}" for kind, rate in limits["flops_per_second"].items()
-            )
-            yield (
-                f"Ceilings: a copy {limits['copy_bytes_per_second'] / 1e9:.1f} GB/s,"
-                f" a matrix product {rates}."
-            )
-        rows = measured["rows"]
-        yield _table(
-            [
-                "model",
-                "batch",
-                "dtype",
-                "variant",
-                "ms",
-                "range",
-                "/ stock",
-                "gradient off stock's",
-                "of the floor",
-                "TFLOP/s",
-                "images/s",
-                "first step, s",
-                "peak, GiB",
-            ],
-            [
-                [
-                    row["model"],
-                    _images(row),
-                    row["dtype"],
-                    row["variant"],
-                    *_time(row),
-                    _number(row.get("time_over_stock"), ".3f"),
-                    _number(row.get("gradient_difference"), ".1e"),
-                    _number(row.get("fraction_of_floor"), ".2f"),
-                    _number(row.get("teraflops_per_second"), ".3g"),
-                    _number(row.get("images_per_second"), ".3g"),
-                    _number(row.get("first_step_seconds"), ".1f"),
-                    _number(row.get("peak_memory_bytes", math.nan) / 2**30, ".2f"),
-                ]
-                for row in rows
-            ],
+def _steps(device: str, measured: Row) -> Iterable[str]:
+    if limits := measured.get("limits"):
+        rates = ", ".join(
+            f"{rate / 1e12:.3g} TFLOP/s in {kind}" for kind, rate in limits["flops_per_second"].items()
         )
-        yield comparison(rows)
-        bars = [
-            (f"{row['model']} {row['dtype']} {row['variant']}", row.get("time_over_stock") or math.nan)
-            for row in rows
-        ]
-        yield _bars("step time, stock = 1", [bar for bar in bars if not bar[0].endswith("stock")], "")
-        bars = [
-            (label, row.get("peak_memory_bytes", math.nan) / 2**30)
-            for (label, _), row in zip(bars, rows, strict=True)
-        ]
-        yield _bars("peak memory, GiB", bars, " GiB")
-        yield from _relative_costs(rows)
-        yield from _profiles(rows)
+        yield f"Ceilings: a copy {limits['copy_bytes_per_second'] / 1e9:.1f} GB/s, a matrix product {rates}."
+    rows = measured["rows"]
+    yield _table(
+        {
+            "model": _field("model"),
+            "batch": _images,
+            "dtype": _field("dtype"),
+            "variant": _field("variant"),
+            "ms": _milliseconds,
+            "range": _range,
+            "/ stock": _field("time_over_stock", ".3f"),
+            "gradient off stock's": _field("gradient_difference", ".1e"),
+            "of the floor": _field("fraction_of_floor", ".2f"),
+            "TFLOP/s": _field("teraflops_per_second", ".3g"),
+            "images/s": _field("images_per_second", ".3g"),
+            "first step, s": _field("first_step_seconds", ".1f"),
+            "peak, GiB": _field("peak_memory_bytes", ".2f", 2**-30),
+        },
+        rows,
+    )
+    yield comparison(rows)
+    others = [row for row in rows if row["variant"] != "stock"]
+    yield _bars("step time, stock = 1", others, "time_over_stock", 1)
+    yield _bars("peak memory, GiB", rows, "peak_memory_bytes", 2**-30)
+    if profiled := [row for row in rows if "profile" in row and row["variant"] in ("stock", "fuse")]:
+        yield "Where the time of one step goes, as PyTorch's profiler has it:"
+        yield _table(
+            {
+                **{name: _field(name) for name in ("model", "dtype", "variant")},
+                "op": _code,
+                "calls": _field("calls", ","),
+                "ms": _field("milliseconds", ".1f"),
+            },
+            [{**row, **op} for row in profiled for op in row["profile"][:8]],
+        )
 
 
-def _cases(rows: Rows) -> dict[tuple[str, str], dict[str, Mapping[str, Any]]]:
-    """The rows by model and precision, and by variant."""
-    cases: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = defaultdict(dict)
+def _cases(rows: Rows) -> Iterable[Steps]:
+    cases: dict[tuple[str, str], dict[str, Row]] = defaultdict(dict)
     for row in rows:
         cases[row["model"], row["dtype"]][row["variant"]] = row
-    return cases
+    return cases.items()
 
 
-def _ratio(case: Mapping[str, Mapping[str, Any]], a: str, b: str, of: str = "") -> float:
+def _ratio(a: str, b: str, case: Mapping[str, Row], of: str = "") -> float:
     # Round by round, unless stock did not run.
     of = of or ("milliseconds" if "error" in case.get("stock", {}) else "time_over_stock")
     found = [case.get(variant, {}).get(of) for variant in (a, b)]
     return found[0] / found[1] if None not in found else math.nan
 
 
-def _profiles(rows: Rows) -> Iterable[str]:
-    profiled = [row for row in rows if "profile" in row and row["variant"] in ("stock", "fuse")]
-    if profiled:
-        yield "Where the time of one step goes, as PyTorch's profiler has it:"
-        yield _table(
-            ["model", "dtype", "variant", "op", "calls", "ms"],
-            [
-                [
-                    *(row[key] for key in ("model", "dtype", "variant")),
-                    f"`{op['op']}`",
-                    f"{op['calls']:,}",
-                    f"{op['milliseconds']:.1f}",
-                ]
-                for row in profiled
-                for op in row["profile"][:8]
-            ],
-        )
-
-
-def _relative_costs(rows: Rows) -> Iterable[str]:
-    for rival, name in (("pgd3", "PGD-3 adversarial training"), ("natural", "natural training")):
-        bars = [
-            (f"{' '.join(names)} {variant}", _ratio(case, variant, rival))
-            for names, case in _cases(rows).items()
-            for variant in ("stock", "fuse")
-        ]
-        yield _bars(f"gradient norm's step time, that of {name} = 1", bars, "")
-
-
 def comparison(rows: Rows) -> str:
     """What the variants of each model and precision say of each other."""
 
-    def ratio(case: Mapping[str, Mapping[str, Any]], a: str, b: str, of: str = "") -> str:
-        return _number(_ratio(case, a, b, of), ".2f", NOT_MEASURED)
+    def ratio(a: str, b: str, of: str = "") -> Callable[[Steps], str]:
+        return lambda item: _number(_ratio(a, b, item[1], of), ".2f", NOT_MEASURED)
 
-    def best_compiled(case: Mapping[str, Mapping[str, Any]]) -> str:
-        times = {name: case.get(name, {}).get("milliseconds", math.inf) for name in _COMPILED}
-        return min(times, key=lambda name: times[name])
+    def best_compiled(item: Steps) -> str:
+        times = {name: item[1].get(name, {}).get("milliseconds", math.inf) for name in _COMPILED}
+        return ratio(min(times, key=lambda name: times[name]), "fuse")(item)
 
     return _table(
-        [
-            "model",
-            "dtype",
-            "stock / fused",
-            "best compiled stock / fused",
-            "peak memory, fused / stock",
-            "stock / PGD-3",
-            "fused / PGD-3",
-            "stock / natural",
-            "fused / natural",
-        ],
-        [
-            [
-                *names,
-                ratio(case, "stock", "fuse"),
-                ratio(case, best_compiled(case), "fuse"),
-                ratio(case, "fuse", "stock", "peak_memory_bytes"),
-                *(ratio(case, a, b) for b in ("pgd3", "natural") for a in ("stock", "fuse")),
-            ]
-            for names, case in _cases(rows).items()
-        ],
+        {
+            "model": lambda item: item[0][0],
+            "dtype": lambda item: item[0][1],
+            "stock / fused": ratio("stock", "fuse"),
+            "best compiled stock / fused": best_compiled,
+            "peak memory, fused / stock": ratio("fuse", "stock", "peak_memory_bytes"),
+            "stock / PGD-3": ratio("stock", "pgd3"),
+            "fused / PGD-3": ratio("fuse", "pgd3"),
+            "stock / natural": ratio("stock", "natural"),
+            "fused / natural": ratio("fuse", "natural"),
+        },
+        _cases(rows),
     )
 
 
@@ -207,62 +154,49 @@ _COMPILED = ("compiled", "compiled_func")
 
 
 def kernels(results: Path) -> Iterable[str]:
-    for device, measured in _by_device(results, "kernels"):
-        if measured is None:
-            yield f"{device}: {NOT_MEASURED}."
-            continue
-        yield _conditions(measured)
-        cases = _passes(measured["rows"])
-        bars = [
-            (f"{name} {shape}", passes["double_backward", "fused"]["fraction_of_copy"])
-            for (dtype, name, shape), passes in cases.items()
-            if dtype == "float32"
-        ]
-        yield _bars("double backward, fused, float32: GB/s over those of a copy", bars, "")
-        for dtype in dict.fromkeys(key[0] for key in cases):
-            yield f"### {dtype}, {device}"
-            yield _table(
-                [
-                    "op",
-                    "input",
-                    "forward, fused / stock",
-                    "backward",
-                    "double backward",
-                    "stock, ms",
-                    "fused, ms",
-                    "fused, GB/s",
-                    "of a copy's",
-                ],
-                [
-                    [name, shape, *_case(passes)]
-                    for (kind, name, shape), passes in cases.items()
-                    if kind == dtype
-                ],
-            )
+    return _by_device(results, "kernels", _kernels)
 
 
-def _passes(rows: Rows) -> dict[tuple[str, str, str], dict[tuple[str, str], Mapping[str, Any]]]:
-    """The rows by dtype, op and shape, and by pass and variant."""
-    cases: dict[tuple[str, str, str], dict[tuple[str, str], Mapping[str, Any]]] = defaultdict(dict)
-    for row in rows:
-        name = f"{row['op']} {row['setting']}".strip()
-        key = (row["dtype"], name, "x".join(map(str, row["shape"])))
+def _kernels(device: str, measured: Row) -> Iterable[str]:
+    cases: dict[tuple[str, str, str], dict[tuple[str, str], Row]] = defaultdict(dict)
+    for row in measured["rows"]:
+        key = (row["dtype"], f"{row['op']} {row['setting']}".strip(), "x".join(map(str, row["shape"])))
         cases[key][row["pass"], row["variant"]] = row
-    return cases
-
-
-def _case(passes: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[str]:
-    stock, fused = (passes["double_backward", variant] for variant in ("stock", "fused"))
-    return [
-        *(
-            _number(passes[which, "fused"]["time_over_stock"], ".2f")
-            for which in ("forward", "backward", "double_backward")
-        ),
-        _number(stock["milliseconds"], ".1f"),
-        _number(fused["milliseconds"], ".1f"),
-        _number(fused["gigabytes_per_second"], ".1f"),
-        _number(fused["fraction_of_copy"], ".2f"),
+    title = "double backward, fused, float32: GB/s over those of a copy"
+    bars = [
+        {**passes["double_backward", "fused"], "op": name, "input": shape}
+        for (dtype, name, shape), passes in cases.items()
+        if dtype == "float32"
     ]
+    yield _bars(title, bars, "fraction_of_copy", 1, ("op", "input"))
+    for dtype in dict.fromkeys(key[0] for key in cases):
+        yield f"### {dtype}, {device}"
+        chosen = [item for item in cases.items() if item[0][0] == dtype]
+        yield _table(
+            {
+                "op": lambda item: item[0][1],
+                "input": lambda item: item[0][2],
+                "forward, fused / stock": _of_pass("forward", "fused", "time_over_stock", ".2f"),
+                "backward": _of_pass("backward", "fused", "time_over_stock", ".2f"),
+                "double backward": _of_pass("double_backward", "fused", "time_over_stock", ".2f"),
+                "stock, ms": _of_pass("double_backward", "stock", "milliseconds", ".1f"),
+                "fused, ms": _of_pass("double_backward", "fused", "milliseconds", ".1f"),
+                "fused, GB/s": _of_pass("double_backward", "fused", "gigabytes_per_second", ".1f"),
+                "of a copy's": _of_pass("double_backward", "fused", "fraction_of_copy", ".2f"),
+            },
+            chosen,
+        )
+        slower = [
+            f"{name}, {which.replace('_', ' ')} {row['time_over_stock']:.2f}"
+            for (_, name, _), passes in chosen
+            for (which, variant), row in passes.items()
+            if variant == "fused" and row["time_over_stock"] > 1.05
+        ]
+        yield f"Slower than stock by more than a twentieth: {'; '.join(slower) or 'none'}."
+
+
+def _of_pass(which: str, variant: str, key: str, form: str) -> Callable[[Passes], str]:
+    return lambda item: _field(key, form)(item[1][which, variant])
 
 
 def traffic(results: Path) -> Iterable[str]:
@@ -272,105 +206,91 @@ def traffic(results: Path) -> Iterable[str]:
         " `compiled` is stock's whole step in Inductor's own count of what its kernels read and write, fused"
         " as for a CPU: a lower bound, since it charges every kernel once for a tensor."
     )
-    counted = [json.loads(path.read_text()) for path in sorted(results.glob("traffic-*.json"))]
-    summary, bars = [], []
-    for count in counted:
-        cells = [_model(count), f"{count['batch']}"]
-        totals = {variant: _totals(count, variant) for variant in _TRAFFIC}
-        for what, scale, form in (("bytes", 1e9, ".0f"), ("launches", 1, ",.0f")):
-            stock, fused, compiled = (total.get(what, math.nan) for total in totals.values())
-            cells += [
-                *(_number(n / scale, form, NOT_COUNTED) for n in (stock, fused, compiled)),
-                *(_number(n / stock, ".3f", NOT_COUNTED) for n in (fused, compiled)),
-            ]
-        summary.append(cells)
-        bars += [
-            (f"{cells[0]} {name}", totals[variant].get("bytes", math.nan) / 1e9)
-            for variant, name in _TRAFFIC.items()
-        ]
-    yield _table(
-        [
-            "model", "batch", "stock, GB", "fused, GB", "compiled, GB", "fused / stock", "compiled / stock",
-            "stock, launches", "fused", "compiled", "fused / stock", "compiled / stock",
-        ],
-        summary,
-    )  # fmt: skip
-    yield _bars("memory traffic of one step, GB", bars, " GB")
-    for count in counted:
+    counts = _counts(results)
+    columns: dict[str, Callable[[Any], str]] = {"model": _model, "batch": _field("batch")}
+    for what, unit, scale, form in (("bytes", "GB", 1e-9, ".0f"), ("launches", "launches", 1, ",.0f")):
+        for variant, name in _TRAFFIC.items():
+            columns[f"{name}, {unit}"] = _total(variant, what, form, scale)
+        for variant, name in list(_TRAFFIC.items())[1:]:
+            columns[f"{what}, {name} / stock"] = _share(variant, what)
+    yield _table(columns, counts)
+    bars = [
+        {"model": _model(count), "variant": name, "moved": _moved(count, variant, "bytes")}
+        for count in counts
+        for variant, name in _TRAFFIC.items()
+    ]
+    yield _bars("memory traffic of one step, GB", bars, "moved", 1e-9, ("model", "variant"))
+    for count in counts:
         yield f"### {_model(count)}, by op"
-        variants = [variant for variant in _TRAFFIC if _totals(count, variant)]
         moved: dict[str, Counter[str]] = defaultdict(Counter)
         for row in count["rows"]:
             moved[row["op"]][row["variant"]] += row["bytes"]
         largest = sorted(moved.items(), key=lambda item: (-max(item[1].values()), item[0]))[:12]
-        yield _table(
-            ["op", *(f"{name}, GB" for variant, name in _TRAFFIC.items() if variant in variants)],
-            [[f"`{op}`", *(f"{of[variant] / 1e9:.1f}" for variant in variants)] for op, of in largest],
-        )
+        counted = {row["variant"] for row in count["rows"]}
+        gigabytes = {
+            f"{name}, GB": _field(variant, ".1f", 1e-9, "0.0")
+            for variant, name in _TRAFFIC.items()
+            if variant in counted
+        }
+        yield _table({"op": _code, **gigabytes}, [{"op": op, **of} for op, of in largest])
 
 
 # Variants, and what they are called.
 _TRAFFIC = {"stock": "stock", "fuse": "fused", "compiled": "compiled"}
 
 
-def _totals(count: Mapping[str, Any], variant: str) -> dict[str, int]:
-    """Bytes and launches of a variant; nothing where it was not counted."""
-    rows = [row for row in count["rows"] if row["variant"] == variant]
-    return {what: sum(row[what] for row in rows) for what in ("bytes", "launches") if rows}
+def _counts(results: Path) -> list[Row]:
+    return [json.loads(path.read_text()) for path in sorted(results.glob("traffic-*.json"))]
+
+
+def _moved(count: Row, variant: str, what: str) -> float:
+    """Bytes or launches of a variant; no number where it was not counted."""
+    return sum(row[what] for row in count["rows"] if row["variant"] == variant) or math.nan
+
+
+def _total(variant: str, what: str, form: str, scale: float) -> Callable[[Row], str]:
+    return lambda count: _number(_moved(count, variant, what) * scale, form, NOT_COUNTED)
+
+
+def _share(variant: str, what: str) -> Callable[[Row], str]:
+    return lambda c: _number(_moved(c, variant, what) / _moved(c, "stock", what), ".3f", NOT_COUNTED)
 
 
 def penalties(results: Path) -> Iterable[str]:
     yield "Code that knows nothing of this library, stock and under `set_fused_double_backward(True)`."
-    for device, measured in _by_device(results, "penalties"):
-        if measured is None:
-            yield f"{device}: {NOT_MEASURED}."
-            continue
-        yield _conditions(measured)
-        yield _table(
-            ["code", "variant", "ms", "range", "/ stock", "gradient off stock's"],
-            [
-                [
-                    row["code"],
-                    row["variant"],
-                    *_time(row),
-                    _number(row["time_over_stock"], ".3f"),
-                    _number(row.get("gradient_difference"), ".1e"),
-                ]
-                for row in measured["rows"]
-            ],
-        )
+    columns = {
+        "code": _field("code"),
+        "variant": _field("variant"),
+        "ms": _milliseconds,
+        "range": _range,
+        "/ stock": _field("time_over_stock", ".3f"),
+        "gradient off stock's": _field("gradient_difference", ".1e"),
+    }
+    yield from _by_device(results, "penalties", lambda _, measured: [_table(columns, measured["rows"])])
 
 
 def studies(results: Path) -> Iterable[str]:
     yield "Means over the seeds, and their range; step times of the rows taking turns in one process."
     for path in sorted(results.glob("study-*.json")):
         measured = json.loads(path.read_text())
-        config = measured["config"]
+        config, attack, rows = (measured[key] for key in ("config", "attack", "rows"))
         yield f"### {measured['study']}"
         yield (
             f"{config['model']} on {config['data'] or 'scikit-learn digits'}, {config['epochs']} epochs;"
-            f" {measured['attack']} at ε = {config['epsilon']:.4g} on {measured['attacked']} held-out images;"
-            f" {len(next(iter(measured['rows'].values()))['clean'])} seeds a row."
-            f" {measured['conditions']}"
+            f" {attack} at ε = {config['epsilon']:.4g} on {measured['attacked']} held-out images;"
+            f" {len(next(iter(rows.values()))['clean'])} seeds a row. {measured['conditions']}"
         )
-        rows, reference = measured["rows"], measured["reference"]
-        seconds = rows[reference]["step_seconds"] if reference in rows else math.nan
-        watched = any("eval_apgd_accuracy" in line for row in rows.values() for line in row["histories"][0])
-        heading = ["training", "clean", measured["attack"], "step, ms", f"step / {reference}"]
-        yield _table(
-            heading + ["collapsed in epoch"] * watched,
-            [
-                [
-                    name,
-                    _spread(row["clean"]),
-                    _spread(row["robust"]),
-                    f"{row['step_seconds'] * 1e3:.1f}",
-                    _number(row["step_seconds"] / seconds, ".2f", NOT_MEASURED),
-                    *[", ".join(str(epoch or "no") for epoch in row["collapsed"])] * watched,
-                ]
-                for name, row in rows.items()
-            ],
-        )
+        seconds = rows.get(measured["reference"], {}).get("step_seconds", math.nan)
+        columns = {
+            "training": _field("name"),
+            "clean": lambda row: _spread(row["clean"]),
+            attack: lambda row: _spread(row["robust"]),
+            "step, ms": _field("step_seconds", ".1f", 1e3),
+            f"step / {measured['reference']}": _field("step_seconds", ".2f", 1 / seconds, NOT_MEASURED),
+        }
+        if any("eval_apgd_accuracy" in line for row in rows.values() for line in row["histories"][0]):
+            columns["collapsed in epoch"] = lambda row: ", ".join(str(at or "no") for at in row["collapsed"])
+        yield _table(columns, [{"name": name, **row} for name, row in rows.items()])
 
 
 SECTIONS: dict[str, Callable[[Path], Iterable[str]]] = {
@@ -383,155 +303,65 @@ SECTIONS: dict[str, Callable[[Path], Iterable[str]]] = {
 }
 
 
-def short_steps(results: Path) -> Iterable[str]:
-    for measured in _measured(results, "steps"):
-        yield _conditions(measured)
-        yield _table(
-            [
-                "model",
-                "batch",
-                "dtype",
-                "stock, ms",
-                "`fuse(model)`, ms",
-                "stock / this",
-                "switch, ms",
-                "stock / this",
-            ],
-            [
-                [
-                    model,
-                    _images(next(iter(case.values()))),
-                    dtype,
-                    *(_cell(case, variant, _time(case.get(variant, {}))[0]) for variant in ("stock", "fuse")),
-                    _number(_ratio(case, "stock", "fuse"), ".2f"),
-                    _cell(case, "switch", _time(case.get("switch", {}))[0]),
-                    _number(_ratio(case, "stock", "switch"), ".2f"),
-                ]
-                for (model, dtype), case in _cases(measured["rows"]).items()
-            ],
-        )
+def result(results: Path = RESULTS) -> Iterable[str]:
+    """What README shows: a line for each family, of its time and of its bytes."""
+    counts = _counts(results)
+
+    def moved(item: Steps) -> str:
+        stock = item[1]["stock"]
+        for count in counts:
+            if _family(count["model"]) == _family(item[0][0]) and count["bn"] == stock["batch_norm"]:
+                return f"{_share('fuse', 'bytes')(count)} ({_model(count)}, batch {count['batch']})"
+        return NOT_COUNTED
+
+    columns = {
+        "gradient-norm step of": lambda item: f"{item[0][0]}, {_images(item[1]['stock'])}, {item[0][1]}",
+        "stock, ms": lambda item: _milliseconds(item[1]["stock"]),
+        "fused, ms": lambda item: _milliseconds(item[1].get("fuse", {})),
+        "time, fused / stock": lambda item: _number(_ratio("fuse", "stock", item[1]), ".2f", NOT_MEASURED),
+        "bytes, fused / stock, counted": moved,
+    }
+
+    def families(_: str, measured: Row) -> Iterable[str]:
+        first: dict[str, Steps] = {}
+        for item in _cases(measured["rows"]):
+            first.setdefault(_family(item[0][0]), item)
+        yield _table(columns, [first[family] for family in FAMILIES if family in first])
+
+    return _by_device(results, "steps", families)
 
 
-def short_rivals(results: Path) -> Iterable[str]:
-    for measured in _measured(results, "rivals"):
-        yield _conditions(measured)
-        variants = list(dict.fromkeys(row["variant"] for row in measured["rows"]))
-        yield _table(
-            ["time / stock's", *variants],
-            [
-                [
-                    " ".join(names),
-                    *(
-                        _cell(case, variant, _number(case.get(variant, {}).get("time_over_stock"), ".2f"))
-                        for variant in variants
-                    ),
-                ]
-                for names, case in _cases(measured["rows"]).items()
-            ],
-        )
-
-
-def short_costs(results: Path) -> Iterable[str]:
-    for measured in _measured(results, "steps"):
-        yield _conditions(measured)
-        yield _table(
-            ["", "stock / PGD-3", "fused / PGD-3", "stock / natural", "fused / natural"],
-            [
-                [
-                    " ".join(names),
-                    *(
-                        _number(_ratio(case, ours, rival), ".2f", NOT_MEASURED)
-                        for rival in ("pgd3", "natural")
-                        for ours in ("stock", "fuse")
-                    ),
-                ]
-                for names, case in _cases(measured["rows"]).items()
-            ],
-        )
-
-
-def short_kernels(results: Path) -> Iterable[str]:
-    for measured in _measured(results, "kernels"):
-        yield _conditions(measured)
-        yield _table(
-            [
-                "op",
-                "input",
-                "forward, fused / stock",
-                "backward, fused / stock",
-                "double backward: stock, ms",
-                "fused, ms",
-                "stock / fused",
-            ],
-            [
-                [
-                    *(name, shape, forward, backward, stock, fused),
-                    f"{1 / passes['double_backward', 'fused']['time_over_stock']:.1f}",
-                ]
-                for (dtype, name, shape), passes in _passes(measured["rows"]).items()
-                if dtype == "float32"
-                for forward, backward, _, stock, fused, *_ in [_case(passes)]
-            ],
-        )
-
-
-def slower_kernels(results: Path) -> Iterable[str]:
-    """What takes more than 1.05 of stock's time."""
-    for measured in _measured(results, "kernels"):
-        found = defaultdict(list)
-        for (dtype, name, _), passes in _passes(measured["rows"]).items():
-            for (which, variant), row in passes.items():
-                if variant == "fused" and row["time_over_stock"] > 1.05:
-                    found[dtype].append(f"{name}, {which.replace('_', ' ')}: {row['time_over_stock']:.2f}")
-        yield "\n".join(f"- {dtype}: {'; '.join(cells)}." for dtype, cells in found.items()) or "None."
-
-
-def short_traffic(results: Path) -> Iterable[str]:
-    yield next(table for table in traffic(results) if table.startswith("| model"))
-
-
-# What README.md shows of the page.
-BLOCKS: dict[str, Callable[[Path], Iterable[str]]] = {
-    "studies": lambda results: list(studies(results))[1:],
-    "traffic": short_traffic,
-    "steps": short_steps,
-    "rivals": short_rivals,
-    "costs": short_costs,
-    "kernels": short_kernels,
-    "slower": slower_kernels,
-    "penalties": lambda results: list(penalties(results))[1:],
-}
+def _family(model: str) -> str:
+    return next((family for family in FAMILIES if model.startswith(family)), "")
 
 
 def readme(text: str, results: Path = RESULTS) -> str:
-    """``text`` with its blocks written anew."""
-    for name, block in BLOCKS.items():
-        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-        before, found, rest = text.partition(begin)
-        _, closed, after = rest.partition(end)
-        if not (found and closed):
-            raise ValueError(f"text: expected a block from {begin} to {end}")
-        text = before + "\n\n".join([begin, *(list(block(results)) or [NOT_MEASURED]), end]) + after
-    return text
+    """``text`` with its block written anew."""
+    begin, end = "<!-- result -->", "<!-- /result -->"
+    before, found, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise ValueError(f"text: expected a block from {begin} to {end}")
+    return before + "\n\n".join([begin, *result(results), end]) + after
 
 
-def _measured(results: Path, name: str) -> Iterable[dict[str, Any]]:
-    return [measured for _, measured in _by_device(results, name) if measured is not None]
-
-
-def _cell(case: Mapping[str, Mapping[str, Any]], variant: str, text: str) -> str:
-    """``text``, or why there is none."""
-    return case[variant].get("error", text) if variant in case else NOT_MEASURED
-
-
-def _by_device(results: Path, name: str) -> Iterable[tuple[str, dict[str, Any] | None]]:
+def _runs(results: Path, name: str) -> Iterable[tuple[str, Row | None]]:
     """A device's runs, of which the file says after its name what each is of; or that there are none."""
     for device in DEVICES:
         for path in sorted(results.glob(f"{name}-{device}*.json")) or [None]:
             yield device, path and json.loads(path.read_text())
 
 
-def _conditions(measured: Mapping[str, Any]) -> str:
+def _by_device(results: Path, name: str, show: Callable[[str, Row], Iterable[str]]) -> Iterable[str]:
+    for device, measured in _runs(results, name):
+        if measured is None:
+            yield f"{device}: {NOT_MEASURED}."
+        else:
+            yield _conditions(measured)
+            yield from show(device, measured)
+
+
+def _conditions(measured: Row) -> str:
     machine = measured["machine"]
     facts = [
         machine["hardware"],
@@ -540,30 +370,34 @@ def _conditions(measured: Mapping[str, Any]) -> str:
         f"commit {machine['commit']}",
         machine["date"],
         f"{measured['rounds']} rounds",
+        *(["heap kept"] if machine.get("heap_kept") else []),
     ]
     return ", ".join(facts) + "."
 
 
-def _model(count: Mapping[str, Any]) -> str:
+def _model(count: Row) -> str:
     details = [count["act"]] if count["act"] else []
     if count["model"].startswith("resnet"):
         details.append(f"BatchNorm in {count['bn']} mode")
     return ", ".join([count["model"], *details])
 
 
-def _images(row: Mapping[str, Any]) -> str:
+def _images(row: Row) -> str:
     return f"{row['shape'][0]} at {row['shape'][-1]}²"
 
 
-def _time(row: Mapping[str, Any]) -> list[str]:
-    if "milliseconds" not in row:
-        return [row.get("error", NOT_MEASURED), ""]
-    least, most = row["milliseconds_min"], row["milliseconds_max"]
-    return [f"{row['milliseconds']:.1f}", f"{least:.1f} to {most:.1f}"]
+def _milliseconds(row: Row) -> str:
+    """The median, or why there is none."""
+    return row.get("error") or _field("milliseconds", ".1f", absent=NOT_MEASURED)(row)
 
 
-def _number(value: float | None, form: str, absent: str = "") -> str:
-    return absent if value is None or math.isnan(value) else format(value, form)
+def _range(row: Row) -> str:
+    times = [row.get(f"milliseconds_{end}") for end in ("min", "max")]
+    return " to ".join(f"{time:.1f}" for time in times if time is not None)
+
+
+def _code(row: Row) -> str:
+    return f"`{row['op']}`"
 
 
 def _spread(shares: Sequence[float]) -> str:
@@ -571,21 +405,40 @@ def _spread(shares: Sequence[float]) -> str:
     return mean if len(shares) == 1 else f"{mean} ({min(shares):.1%} to {max(shares):.1%})"
 
 
-def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [heading, ["---"] * len(heading), *rows]
+def _field(key: str, form: str = "", scale: float = 1, absent: str = "") -> Callable[[Row], str]:
+    """A cell of a row's text, or of its number in units of 1 / ``scale``."""
+
+    def cell(row: Row) -> str:
+        value = row.get(key)
+        return value if isinstance(value, str) else _number(value and value * scale, form, absent)
+
+    return cell
+
+
+def _number(value: float | None, form: str, absent: str = "") -> str:
+    return absent if value is None or math.isnan(value) else format(value, form)
+
+
+def _table(columns: Columns, subjects: Iterable[Any]) -> str:
+    lines = [
+        [*columns],
+        ["---"] * len(columns),
+        *([cell(subject) for cell in columns.values()] for subject in subjects),
+    ]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def _bars(title: str, bars: Sequence[tuple[str, float]], unit: str) -> str:
+def _bars(
+    title: str, rows: Rows, key: str, scale: float, names: Sequence[str] = ("model", "dtype", "variant")
+) -> str:
     """A plot in text, which is the same wherever it is drawn."""
+    bars = [(" ".join(row[name] for name in names), (row.get(key) or math.nan) * scale) for row in rows]
     bars = [(label, value) for label, value in bars if not math.isnan(value)]
     if not bars:
         return f"{title}: {NOT_MEASURED}."
     longest = max(len(label) for label, _ in bars)
     largest = max(value for _, value in bars)
-    lines = [
-        f"{label:{longest}}  {'█' * round(40 * value / largest)} {value:.3g}{unit}" for label, value in bars
-    ]
+    lines = [f"{label:{longest}}  {'█' * round(40 * value / largest)} {value:.3g}" for label, value in bars]
     return "\n".join(["```text", title, *lines, "```"])
 
 
@@ -608,7 +461,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"wrote {path}")
     if args.summary:
         for name in ("steps", "rivals"):
-            for device, measured in _by_device(RESULTS, name):
+            for device, measured in _runs(RESULTS, name):
                 rows = "\n" + comparison(measured["rows"]) if measured else NOT_MEASURED
                 print(f"\n{name}, {device}:", rows)
     return 0

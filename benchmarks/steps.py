@@ -48,19 +48,15 @@ from torch import Tensor, nn
 import gradnorm_kernels as gk
 from gradnorm_kernels.training.config import TrainingError
 from gradnorm_kernels.training.models import create_model, input_spec
-from gradnorm_kernels.training.objectives import (
-    AdversarialLoss,
-    GradientNormLoss,
-    NaturalLoss,
-    Objective,
-)
+from gradnorm_kernels.training.objectives import AdversarialLoss, GradientNormLoss, NaturalLoss, Objective
+from gradnorm_kernels.training.objectives.gradient_norm import NORMS
 from gradnorm_kernels.training.trainer import allow_tf32
 
 from .limits import DTYPES, Limits
 from .limits import measure as measure_limits
-from .measure import alternate, describe_machine, option_parser, parse, summary, wall_time, write_json
+from .measure import alternate, heading, line, option_parser, parse, start, summary, wall_time, write_json
 from .report import comparison
-from .traffic import Traffic
+from .traffic import PENALTY, Traffic, prepare
 
 MODELS = ["swin_tiny_patch4_window7_224", "resnet50", "convnext_atto", "vit_tiny_patch16_224"]
 # Relative difference from stock's gradients that rounding may cause. What bfloat16 hides, float32 shows. The
@@ -88,18 +84,18 @@ def functional_step(objective: GradientNormLoss, autocast: bool) -> Step:
     # A transform may write only into its own arguments: a BatchNorm's statistics are among them, as copies.
     def cross_entropy(
         pixels: Tensor, model: nn.Module, parameters: Tensors, buffers: Tensors, targets: Tensor
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         with torch.autocast(pixels.device.type, torch.bfloat16, enabled=autocast):
             logits = torch.func.functional_call(model, (parameters, buffers), (pixels,))
-        return F.cross_entropy(logits.float(), targets, reduction="sum")
+        losses = F.cross_entropy(logits.float(), targets, reduction="none")
+        return losses.sum(), losses
 
     def total(
         parameters: Tensors, buffers: Tensors, model: nn.Module, images: Tensor, targets: Tensor
     ) -> Tensor:
-        slope = torch.func.grad_and_value(cross_entropy)
-        gradient, value = slope(images, model, parameters, buffers, targets)
-        norm = objective.epsilon * gradient.abs().sum()
-        return (objective.ce_weight * value + objective.gn_weight * norm) / len(images)
+        slope = torch.func.grad(cross_entropy, has_aux=True)
+        gradient, losses = slope(images, model, parameters, buffers, targets)
+        return objective.total(losses, NORMS[objective.norm](gradient), epoch=0)
 
     def gradients(model: nn.Module, images: Tensor, targets: Tensor) -> Tensors:
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -139,7 +135,6 @@ class Variant:
     prepare: Callable[[nn.Module], nn.Module] = lambda model: model
 
 
-PENALTY = GradientNormLoss(ramp_epochs=0)
 FORWARD = GradientNormLoss(ramp_epochs=0, engine="forward_over_reverse")
 DIFFERENCE = GradientNormLoss(ramp_epochs=0, engine="finite_difference")
 VARIANTS = {
@@ -165,18 +160,12 @@ def make_model(name: str, args: argparse.Namespace) -> tuple[nn.Module, dict[str
     """The model that the variants copy, and what a row says of it."""
     spec = input_spec(name, 3, args.img_size)
     model = create_model(name, spec, 1000)
-    relus = attentions = 0
-    for module in list(model.modules()):
-        for child_name, child in module.named_children():
-            if isinstance(child, nn.ReLU):
-                setattr(module, child_name, get_act_layer(args.act)())
-                relus += 1
-        if hasattr(module, "fused_attn"):
-            module.fused_attn = False
-            attentions += 1
-    for module in model.eval().modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.train(args.bn == "train")
+    relus = [
+        path for path, module in model.named_modules(remove_duplicate=False) if isinstance(module, nn.ReLU)
+    ]
+    for path in relus:
+        model.set_submodule(path, get_act_layer(args.act)())
+    attentions = prepare(model.eval(), args.bn)
     # timm begins with 0 or 1e-6 where a branch ends, which would hide that branch from the comparison.
     with torch.no_grad():
         for parameter in model.parameters():
@@ -284,37 +273,32 @@ def measure(name: str, dtype: str, limits: Limits, args: argparse.Namespace) -> 
             with within(args.first_step_limit):
                 row["first_step_seconds"] = wall_time(run)
             if isinstance(variant.objective, GradientNormLoss):
-                if expected is None:
-                    expected = gradients(changed)
-                else:
-                    row["gradient_difference"] = relative_difference(gradients(changed), expected)
+                found = gradients(changed)
+                if expected is not None:
+                    row["gradient_difference"] = relative_difference(found, expected)
+                expected = expected or found
             changed.zero_grad()
             if args.device == "cuda":
                 row["peak_memory_bytes"] = peak_memory(run)
                 changed.zero_grad()
         except torch.OutOfMemoryError:
             row["error"] = "out of memory"
-            continue
         except _TooLong:
             row["error"] = f"first step not done in {args.first_step_limit:g} s"
             # What a compiler did not finish is of no use to the next one.
             torch._dynamo.reset()
-            continue
         except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:
             # A compiler that gives up, or an engine that refuses the precision, is a result too.
             if name_of_variant in OURS:
                 raise
             row["error"] = f"refused: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
-            continue
-        difference = row.get("gradient_difference", 0.0)
-        if difference > TOLERANCE[dtype]:
-            wrong = f"gradients are {difference:.1e} off stock's"
+        if "error" not in row and row.get("gradient_difference", 0.0) > TOLERANCE[dtype]:
+            row["error"] = f"gradients are {row['gradient_difference']:.1e} off stock's"
             # The one variant that is not exact is reported; another would be a defect.
             if variant.objective is not DIFFERENCE:
-                raise SystemExit(f"{name} {name_of_variant}: {wrong}")
-            row["error"] = wrong
-            continue
-        runs[name_of_variant] = run
+                raise SystemExit(f"{name} {name_of_variant}: {row['error']}")
+        if "error" not in row:
+            runs[name_of_variant] = run
     seconds = _timed(runs, rows, args.rounds)
     bounds: dict[Objective, tuple[int, float]] = {}
     for variant, taken in seconds.items():
@@ -323,10 +307,9 @@ def measure(name: str, dtype: str, limits: Limits, args: argparse.Namespace) -> 
             stock = work(model, objective, facts["shape"], DTYPES[dtype])
             fused = work(gk.fuse(copy.deepcopy(model)), objective, facts["shape"], DTYPES[dtype])
             bounds[objective] = sum(flops for _, flops in stock.ops), limits.floor(fused.ops, dtype)
-        rows[variant] |= summary(taken, seconds.get("stock"))
         median = statistics.median(taken)
         flops, floor = bounds[objective]
-        rows[variant] |= {
+        rows[variant] |= summary(taken, seconds.get("stock")) | {
             "images_per_second": args.batch / median,
             "teraflops_per_second": flops / median / 1e12,
             "floor_milliseconds": floor * 1e3,
@@ -361,63 +344,36 @@ def zeroed(step: Step, model: nn.Module, images: Tensor, targets: Tensor) -> Non
     step(model, images, targets)
 
 
-HEADER = (
-    f"{'model':28} {'dtype':8} {'variant':26} {'ms':>9} {'min':>9} {'max':>9} {'/ stock':>8} "
-    f"{'difference':>10} {'of floor':>8} {'TFLOP/s':>8} {'GiB':>6}"
-)
-
-
-def line(row: dict[str, Any]) -> str:
-    start = f"{row['model']:28} {row['dtype']:8} {row['variant']:26} "
-    if "error" in row:
-        return start + row["error"]
-    ratio, difference, memory = (
-        row.get(key) for key in ("time_over_stock", "gradient_difference", "peak_memory_bytes")
-    )
-    return (
-        start
-        + f"{row['milliseconds']:9.1f} {row['milliseconds_min']:9.1f} {row['milliseconds_max']:9.1f} "
-        + (f"{ratio:8.3f} " if ratio else f"{'-':>8} ")
-        + (f"{difference:10.1e} " if difference is not None else f"{'-':>10} ")
-        + f"{row['fraction_of_floor']:8.2f} {row['teraflops_per_second']:8.3f} "
-        + (f"{memory / 2**30:6.2f}" if memory else f"{'-':>6}")
-    )
+COLUMNS = {
+    "model": ("model", "28"),
+    "dtype": ("dtype", "8"),
+    "variant": ("variant", "26"),
+    "ms": ("milliseconds", "9.1f"),
+    "min": ("milliseconds_min", "9.1f"),
+    "max": ("milliseconds_max", "9.1f"),
+    "/ stock": ("time_over_stock", "8.3f"),
+    "difference": ("gradient_difference", "10.1e"),
+    "of floor": ("fraction_of_floor", "8.2f"),
+    "TFLOP/s": ("teraflops_per_second", "8.3f"),
+    "GiB": ("peak_memory_bytes", "6.2f", 2**-30),
+}
 
 
 def options() -> argparse.ArgumentParser:
     parser = option_parser(__doc__, rounds=5)
-    parser.add_argument(
-        "--model", nargs="+", default=MODELS, metavar="NAME", help="timm's; default: " + " ".join(MODELS)
-    )
-    parser.add_argument("--batch", type=int, default=8, help="images a step; default: 8")
-    parser.add_argument("--img-size", type=int, help="height and width in pixels; default: the model's own")
-    parser.add_argument("--act", default="gelu", help="timm's name of what replaces ReLU; default: gelu")
-    parser.add_argument("--bn", choices=["train", "eval"], default="train", help="default: train")
-    parser.add_argument("--dtype", choices=TOLERANCE, nargs="+", default=["float32"], help="default: float32")
-    parser.add_argument(
-        "--time-limit",
-        type=float,
-        default=math.inf,
-        metavar="SECONDS",
-        help="begin no other model or dtype afterwards; default: none",
-    )
-    parser.add_argument(
-        "--first-step-limit",
-        type=float,
-        default=math.inf,
-        metavar="SECONDS",
-        help="leave a variant whose first step, in which compilers work, takes longer; default: none",
-    )
-    parser.add_argument(
-        "--profile", action="store_true", help="also list the ops that take most of a step's time"
-    )
-    parser.add_argument(
-        "--variants",
-        choices=VARIANTS,
-        nargs="+",
-        default=DEFAULT_VARIANTS,
-        help="default: " + " ".join(DEFAULT_VARIANTS) + "; stock always",
-    )
+    option = parser.add_argument
+    option("--model", nargs="+", default=MODELS, metavar="NAME", help="timm's; default: " + " ".join(MODELS))
+    option("--batch", type=int, default=8, help="images a step; default: 8")
+    option("--img-size", type=int, help="height and width in pixels; default: the model's own")
+    option("--act", default="gelu", help="timm's name of what replaces ReLU; default: gelu")
+    option("--bn", choices=["train", "eval"], default="train", help="default: train")
+    option("--dtype", choices=TOLERANCE, nargs="+", default=["float32"], help="default: float32")
+    seconds = functools.partial(option, type=float, default=math.inf, metavar="SECONDS")
+    seconds("--time-limit", help="begin no other model or dtype afterwards; default: none")
+    seconds("--first-step-limit", help="leave a variant whose first step, of compilers, takes longer")
+    option("--profile", action="store_true", help="also list the ops that take most of a step's time")
+    default = " ".join(DEFAULT_VARIANTS)
+    option("--variants", choices=VARIANTS, nargs="+", default=DEFAULT_VARIANTS, help=f"default: {default}")
     return parser
 
 
@@ -437,11 +393,10 @@ def main(arguments: list[str] | None = None) -> None:
     # First, because the others are compared with it.
     args.variants = list(dict.fromkeys(["stock", *args.variants]))
 
-    machine = describe_machine(args.device)
-    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    machine = start(args)
     started = time.monotonic()
     limits = measure_limits(args.device, args.dtype)
-    print(f"batch {args.batch}, {args.rounds} rounds, {limits}\n\n{HEADER}")
+    print(f"batch {args.batch}, {args.rounds} rounds, {limits}\n\n{heading(COLUMNS)}")
     rows: list[dict[str, Any]] = []
     for dtype, name in itertools.product(args.dtype, args.model):
         if time.monotonic() - started > args.time_limit:
@@ -453,12 +408,12 @@ def main(arguments: list[str] | None = None) -> None:
                 rows += (measured := measure(name, dtype, limits, args))
         except TrainingError as error:
             raise SystemExit(str(error)) from None
-        print("\n".join(map(line, measured)), flush=True)
+        print("\n".join(line(COLUMNS, row) for row in measured), flush=True)
         for row in measured:
             for op in row.get("profile", ()):
                 print(f"    {row['variant']:26} {op['milliseconds']:9.1f} ms {op['calls']:6,} x {op['op']}")
         if args.json:
-            write_json(args.json, machine, args.rounds, rows, limits=asdict(limits))
+            write_json(args.json, machine=machine, rounds=args.rounds, limits=asdict(limits), rows=rows)
     print("\n" + comparison(rows))
 
 

@@ -14,7 +14,6 @@ The graph has no phases. It takes minutes for a large model.
 
 import argparse
 import functools
-import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +22,6 @@ from unittest import mock
 
 import timm
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._inductor.graph import GraphLowering
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -31,17 +29,20 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 import gradnorm_kernels as gk
+from gradnorm_kernels.training.objectives import GradientNormLoss
 
-from .measure import describe_machine
+from .measure import Columns, describe_machine, heading, line, write_json
 
 VARIANTS = ("stock", "fuse", "switch", "compiled")
 PHASES = ("forward", "input gradient", "backward")
 # Of a graph in which the phases are one.
 WHOLE = "whole step"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+# The objective of whole steps here and in `benchmarks.steps`, its norm at full weight from the start.
+PENALTY = GradientNormLoss(ramp_epochs=0)
 
-# Ops that only reserve memory, and a view that is not declared as one.
+# Ops that only reserve memory, a view that is not declared as one, and a question about dtypes.
 _FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"}
+_FREE |= {"promote_types"}
 
 _TWICE = {"grad_grad_input": 2, "grad_output": 2, "input": 2}
 
@@ -173,30 +174,30 @@ def gradient_norm_step(
     """Adds the objective's gradient to the parameters' ``grad``; ``begin`` hears of each phase."""
     forward, input_gradient, backward = PHASES
     begin(forward)
-    loss = F.cross_entropy(model(images), targets)
+    batch = PENALTY.run(model, images, targets, epoch=0)
     begin(input_gradient)
-    (gradient,) = torch.autograd.grad(loss, images, create_graph=True)
+    norms = PENALTY.norms(batch)
     begin(backward)
-    scale = 1.2 * 4 / 255
-    (0.8 * loss + scale * gradient.abs().sum()).backward()
+    PENALTY.total(batch.cross_entropy, norms, epoch=0).backward()
 
 
-def make_model(name: str, bn: str, act: str | None, dtype: torch.dtype, device: str = "meta") -> nn.Module:
-    with torch.device(device):
-        model = timm.create_model(name, **({"act_layer": act} if act else {})).to(dtype)
+def prepare(model: nn.Module, bn: str) -> int:
+    """Puts BatchNorm in the mode ``bn``, and counts attentions, which are unfused from now on.
+
+    PyTorch's fused ones have no double backward.
+    """
+    attentions = [module for module in model.modules() if hasattr(module, "fused_attn")]
+    for module in attentions:
+        module.fused_attn = False
     for module in model.modules():
-        if hasattr(module, "fused_attn"):
-            # PyTorch's fused attention has no double backward.
-            module.fused_attn = False
-        if bn == "eval" and isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.eval()
-    return model
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.train(bn == "train")
+    return len(attentions)
 
 
 def count(
     name: str,
     batch: int,
-    *,
     variant: str = "stock",
     bn: str = "train",
     act: str | None = None,
@@ -212,11 +213,13 @@ def count(
     """
     # A compiler asks for tensors of a device that it compiles for.
     device = "cpu" if variant == "compiled" else "meta"
-    model = make_model(name, bn, act, dtype, device)
+    with torch.device(device):
+        model = timm.create_model(name, **({"act_layer": act} if act else {})).to(dtype)
+    prepare(model, bn)
     if variant == "fuse":
         gk.fuse(model)
     size = model.pretrained_cfg["input_size"]
-    images = torch.empty(batch, *size, device=device, dtype=dtype, requires_grad=True)
+    images = torch.empty(batch, *size, device=device, dtype=dtype)
     targets = torch.empty(batch, device=device, dtype=torch.long)
     if variant == "compiled":
         return compiled_traffic(gradient_norm_step, model, images, targets)
@@ -229,23 +232,24 @@ def table(counts: dict[str, Traffic], top: int) -> str:
     """Per phase and in all, then the ops that move most, by variant."""
 
     def row(label: str, belongs: Callable[[tuple[str, str]], bool]) -> str:
-        cells = []
-        for traffic in counts.values():
-            moved = sum(n for key, n in traffic.bytes.items() if belongs(key))
-            launches = sum(n for key, n in traffic.launches.items() if belongs(key))
-            cells.append(f"{moved / 1e9:10.1f} {launches:9,}" if launches else f"{'-':>10} {'-':>9}")
-        return f"{label:44}" + " ".join(cells)
+        cells = {"": label}
+        for name, traffic in counts.items():
+            for what in ("bytes", "launches"):
+                number = sum(n for key, n in getattr(traffic, what).items() if belongs(key))
+                cells[f"{name} {what}"] = number or None
+        return line(columns, cells)
 
-    lines = [" " * 44 + " ".join(f"{name:>20}" for name in counts)]
-    lines.append(" " * 44 + " ".join(f"{'GB':>10} {'launches':>9}" for _ in counts))
-    lines += [row(phase, lambda key, phase=phase: key[0] == phase) for phase in PHASES]
-    lines += [row("step", lambda key: True), ""]
+    columns: Columns = {"": ("", "44")}
+    for name in counts:
+        columns[f"{name}, GB"] = (f"{name} bytes", "12.1f", 1e-9)
+        columns[f"{name}, launches"] = (f"{name} launches", "18,")
+    phases = [row(phase, lambda key, phase=phase: key[0] == phase) for phase in PHASES]
     by_op: Counter[str] = Counter()
     for traffic in counts.values():
         for (_, op), moved in traffic.bytes.items():
             by_op[op] += moved
-    lines += [row(op, lambda key, op=op: key[1] == op) for op, _ in by_op.most_common(top)]
-    return "\n".join(lines)
+    ops = [row(op, lambda key, op=op: key[1] == op) for op, _ in by_op.most_common(top)]
+    return "\n".join([heading(columns), *phases, row("step", lambda key: True), "", *ops])
 
 
 def ratios(stock: Traffic, fused: Traffic) -> tuple[float, float]:
@@ -257,23 +261,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", required=True, help="a timm model")
-    parser.add_argument("--batch", type=int, default=64, help="images a step; default: 64")
-    parser.add_argument("--bn", choices=["train", "eval"], default="train", help="mode of BatchNorm")
-    parser.add_argument("--act", help="timm's name of an activation to build the model with, such as gelu")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--variants", choices=VARIANTS, nargs="+", default=["stock", "fuse"])
-    parser.add_argument("--top", type=int, default=25, help="ops listed; default: 25")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the counts there")
+    option = parser.add_argument
+    option("--model", required=True, help="a timm model")
+    option("--batch", type=int, default=64, help="images a step; default: 64")
+    option("--bn", choices=["train", "eval"], default="train", help="mode of BatchNorm")
+    option("--act", help="timm's name of an activation to build the model with, such as gelu")
+    option("--dtype", choices=["float32", "bfloat16", "float64"], default="float32")
+    option("--variants", choices=VARIANTS, nargs="+", default=["stock", "fuse"])
+    option("--top", type=int, default=25, help="ops listed; default: 25")
+    option("--json", type=Path, metavar="FILE", help="also write the counts there")
     args = parser.parse_args()
     if args.batch < 1:
         parser.error(f"--batch: expected at least 1, got {args.batch}")
-    counts = {
-        variant: count(
-            args.model, args.batch, variant=variant, bn=args.bn, act=args.act, dtype=DTYPES[args.dtype]
-        )
-        for variant in args.variants
-    }
+    options = {"bn": args.bn, "act": args.act, "dtype": getattr(torch, args.dtype)}
+    counts = {v: count(args.model, args.batch, variant=v, **options) for v in args.variants}
     print(f"{args.model}, batch {args.batch}, {args.dtype}, BatchNorm in {args.bn} mode\n")
     print(table(counts, args.top))
     if "stock" in counts:
@@ -282,22 +283,12 @@ def main() -> None:
             print(f"\n{variant} / stock: bytes {moved:.3f}, launches {launches:.3f}")
     if args.json:
         rows = [
-            {
-                "variant": variant,
-                "phase": phase,
-                "op": op,
-                "bytes": n,
-                "launches": traffic.launches[phase, op],
-            }
+            {"variant": variant, "phase": key[0], "op": key[1], "bytes": n, "launches": traffic.launches[key]}
             for variant, traffic in counts.items()
-            for (phase, op), n in traffic.bytes.items()
+            for key, n in traffic.bytes.items()
         ]
         setting = {key: getattr(args, key) for key in ("model", "batch", "bn", "act", "dtype")}
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(
-            json.dumps({"machine": describe_machine("cpu"), **setting, "rows": rows}, indent=1) + "\n"
-        )
-        print(f"\nwrote {args.json}")
+        write_json(args.json, machine=describe_machine("cpu"), **setting, rows=rows)
 
 
 if __name__ == "__main__":

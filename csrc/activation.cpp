@@ -250,8 +250,8 @@ struct ActivationOps<Definition, Act (*)(Params...)> {
       if constexpr (is_curved) {
         // Where only the input needs a gradient, the other one is still written: one tensor in five.
         if (needs[1]) {
-          return to_list(with_settings<DoubleBackward>(
-              settings, &call<DoubleBackward>, grads[0], grad_output, input));
+          return to_list(
+              with_settings<DoubleBackward>(settings, &call<DoubleBackward>, grads[0], grad_output, input));
         }
       }
       return {needs[0] ? with_settings<Backward>(settings, backward_op, grads[0], input) : Tensor()};
@@ -267,8 +267,8 @@ struct ActivationOps<Definition, Act (*)(Params...)> {
       is_curved, Registration<Forward, Backward, DoubleBackward>, Registration<Forward, Backward>>;
 };
 
-// What ActivationOps needs to know of each activation: f in ATen's ops, where PyTorch differentiates them to any
-// order, and, for the switch alone, ATen's backward.
+// What ActivationOps needs to know of each activation: f in ATen's ops, where PyTorch differentiates them to
+// any order, and, for the switch alone, ATen's backward.
 template <auto f, auto backward = nullptr>
 struct InAten {
   static constexpr auto composite = f;
@@ -472,7 +472,7 @@ struct AtenLeakyReluBackward : Override<AtenLeakyReluBackward> {
   }
 };
 
-const StockOverride override_aten([](torch::Library& m) {
+const StockOverride override_aten([](AtenAutograd& m) {
   using namespace definitions;
   using Scalar = const at::Scalar&;
   AtenForward<Silu>::install(m, "silu");

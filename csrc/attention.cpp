@@ -188,64 +188,6 @@ struct SoftmaxDoubleBackward {
 
 // Matrix products and row ops. Undefined is zero.
 class Decomposed {
-  Pass& p;
-  bool plain;
-  std::vector<int64_t> batch;
-
-  // In the dtype of arithmetic or, for row ops, as (batch, rows, columns), copied if its strides leave no
-  // other way.
-  Tensor operand(const Tensor& tensor) const {
-    if (!tensor.defined() || plain) {
-      return tensor.defined() ? to_opmath(tensor) : tensor;
-    }
-    const bool is_view =
-        at::detail::computeStride(tensor.sizes(), tensor.strides(), flat_sizes(tensor)).has_value();
-    return flat(is_view ? tensor : at::clone(tensor, at::MemoryFormat::Contiguous));
-  }
-  std::vector<int64_t> flat_sizes(const Tensor& tensor) const {
-    return {c10::multiply_integers(batch), tensor.size(-2), tensor.size(-1)};
-  }
-  Tensor flat(const Tensor& tensor) const {
-    return tensor.view(flat_sizes(tensor));
-  }
-  template <class... Tensors>
-  std::tuple<Tensors...> flat(const std::tuple<Tensors...>& tensors) const {
-    return std::apply([&](const auto&... t) { return std::make_tuple(flat(t)...); }, tensors);
-  }
-  Tensor with_batch(const Tensor& tensor) const {
-    if (!tensor.defined() || plain) {
-      return tensor;
-    }
-    auto sizes = batch;
-    sizes.insert(sizes.end(), {tensor.size(-2), tensor.size(-1)});
-    return tensor.view(sizes);
-  }
-
-  // Products that PyTorch would decompose are called as their parts, which alone are what moves memory.
-  Tensor times(const Tensor& a, const Tensor& b, double factor = 1) const {
-    if (!a.defined() || !b.defined()) {
-      return Tensor();
-    }
-    if (plain) {
-      const Tensor product = at::matmul(a, b);
-      return factor == 1 ? product : product * factor;
-    }
-    return factor == 1 ? at::bmm(a, b) : at::baddbmm(at::empty({1, 1, 1}, a.options()), a, b, 0, factor);
-  }
-  static Tensor transposed(const Tensor& matrix) {
-    return matrix.defined() ? matrix.transpose(-2, -1) : matrix;
-  }
-  template <class RowOp>
-  auto rows(const RowOp& op) const {
-    return plain ? op.composite() : flat(call(op));
-  }
-  Tensor result(const Tensor& tensor) const {
-    return with_batch(tensor).to(p.query.scalar_type());
-  }
-  Tensor to_mask(const Tensor& scores) const {
-    return at::sum_to(with_batch(scores), p.attn_mask.sym_sizes()).to(p.attn_mask.scalar_type());
-  }
-
  public:
   Decomposed(Pass& pass, Path path) : p(pass), plain(path == Path::kComposite) {
     if (!plain) {
@@ -308,6 +250,65 @@ class Decomposed {
       p.grad_attn_mask = to_mask(second);
     }
   }
+
+ private:
+  // In the dtype of arithmetic or, for row ops, as (batch, rows, columns), copied if its strides leave no
+  // other way.
+  Tensor operand(const Tensor& tensor) const {
+    if (!tensor.defined() || plain) {
+      return tensor.defined() ? to_opmath(tensor) : tensor;
+    }
+    const bool is_view =
+        at::detail::computeStride(tensor.sizes(), tensor.strides(), flat_sizes(tensor)).has_value();
+    return flat(is_view ? tensor : at::clone(tensor, at::MemoryFormat::Contiguous));
+  }
+  std::vector<int64_t> flat_sizes(const Tensor& tensor) const {
+    return {c10::multiply_integers(batch), tensor.size(-2), tensor.size(-1)};
+  }
+  Tensor flat(const Tensor& tensor) const {
+    return tensor.view(flat_sizes(tensor));
+  }
+  template <class... Tensors>
+  std::tuple<Tensors...> flat(const std::tuple<Tensors...>& tensors) const {
+    return std::apply([&](const auto&... t) { return std::make_tuple(flat(t)...); }, tensors);
+  }
+  Tensor with_batch(const Tensor& tensor) const {
+    if (!tensor.defined() || plain) {
+      return tensor;
+    }
+    auto sizes = batch;
+    sizes.insert(sizes.end(), {tensor.size(-2), tensor.size(-1)});
+    return tensor.view(sizes);
+  }
+
+  // Products that PyTorch would decompose are called as their parts, which alone are what moves memory.
+  Tensor times(const Tensor& a, const Tensor& b, double factor = 1) const {
+    if (!a.defined() || !b.defined()) {
+      return Tensor();
+    }
+    if (plain) {
+      const Tensor product = at::matmul(a, b);
+      return factor == 1 ? product : product * factor;
+    }
+    return factor == 1 ? at::bmm(a, b) : at::baddbmm(at::empty({1, 1, 1}, a.options()), a, b, 0, factor);
+  }
+  static Tensor transposed(const Tensor& matrix) {
+    return matrix.defined() ? matrix.transpose(-2, -1) : matrix;
+  }
+  template <class RowOp>
+  auto rows(const RowOp& op) const -> decltype(op.composite()) {
+    return plain ? op.composite() : flat(call(op));
+  }
+  Tensor result(const Tensor& tensor) const {
+    return with_batch(tensor).to(p.query.scalar_type());
+  }
+  Tensor to_mask(const Tensor& scores) const {
+    return at::sum_to(with_batch(scores), p.attn_mask.sym_sizes()).to(p.attn_mask.scalar_type());
+  }
+
+  Pass& p;
+  bool plain;
+  std::vector<int64_t> batch;
 };
 
 // Ops that gradnorm_kernels/kernels alone implements, of the tensors of an AttentionProblem.
@@ -933,13 +934,13 @@ struct AtenAttentionBackward {
     return false;
   }
 
-  static void install(torch::Library& aten_autograd) {
+  static void install(AtenAutograd& aten) {
     for (const std::string kernels :
          {"flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention"}) {
       const auto name = "aten::_scaled_dot_product_" + kernels + "_backward";
       if (c10::Dispatcher::singleton().findSchema({name, ""})) {
         stock.try_emplace(name, name.c_str());
-        aten_autograd.impl(name.c_str(), torch::CppFunction::makeFromBoxedFunction<&autograd>());
+        aten.impl(name.c_str(), torch::CppFunction::makeFromBoxedFunction<&autograd>());
       }
     }
   }

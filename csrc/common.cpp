@@ -96,37 +96,40 @@ std::vector<StockOverride::Install>& stock_overrides() {
 
 // Holds the registrations at PyTorch's own ops while the switch is on. Never destroyed at exit, when the
 // dispatcher may already be gone.
-std::unique_ptr<torch::Library>& aten_library() {
-  static auto* library = new std::unique_ptr<torch::Library>();
-  return *library;
+std::unique_ptr<AtenAutograd>& aten_autograd() {
+  static auto* registrations = new std::unique_ptr<AtenAutograd>();
+  return *registrations;
 }
 
-std::mutex aten_library_mutex;
+std::mutex aten_autograd_mutex;
 
 void set_fused_double_backward(bool enabled) {
-  const std::lock_guard<std::mutex> lock(aten_library_mutex);
-  auto& library = aten_library();
-  if (enabled == (library != nullptr)) {
+  const std::lock_guard<std::mutex> lock(aten_autograd_mutex);
+  auto& registrations = aten_autograd();
+  if (enabled == (registrations != nullptr)) {
     return;
   }
   if (!enabled) {
-    library.reset();
+    registrations.reset();
     return;
   }
-  auto fresh = std::make_unique<torch::Library>(
-      torch::Library::IMPL, "aten", c10::DispatchKey::Autograd, __FILE__, __LINE__);
+  auto fresh = std::make_unique<AtenAutograd>();
   for (const auto& install : stock_overrides()) {
     install(*fresh);
   }
-  library = std::move(fresh);
+  registrations = std::move(fresh);
 }
 
 bool is_fused_double_backward_enabled() {
-  const std::lock_guard<std::mutex> lock(aten_library_mutex);
-  return aten_library() != nullptr;
+  const std::lock_guard<std::mutex> lock(aten_autograd_mutex);
+  return aten_autograd() != nullptr;
 }
 
 }  // namespace
+
+torch::Library& AtenAutograd::library(c10::DispatchKey key) {
+  return libraries_.try_emplace(key, torch::Library::IMPL, "aten", key, __FILE__, __LINE__).first->second;
+}
 
 StockOverride::StockOverride(Install install) {
   stock_overrides().push_back(install);

@@ -8,6 +8,7 @@
 #include <torch/library.h>
 
 #include <initializer_list>
+#include <map>
 #include <string>
 
 namespace gradnorm_kernels {
@@ -77,9 +78,31 @@ class StockKernel {
   c10::SafeKernelFunction kernel_;
 };
 
+// Registrations at the Autograd key of PyTorch's own ops, as long as it lives.
+class AtenAutograd {
+ public:
+  template <class Kernel>
+  void impl(const std::string& op, Kernel&& kernel) {
+    library(c10::DispatchKey::Autograd).impl(op.c_str(), std::forward<Kernel>(kernel));
+  }
+  // For an op that PyTorch takes to pieces above autograd, before which only a device's own key comes.
+  template <class Kernel>
+  void impl_whole(const std::string& op, const Kernel& kernel) {
+    for (const auto key :
+         {c10::DispatchKey::AutogradCPU, c10::DispatchKey::AutogradCUDA, c10::DispatchKey::AutogradMeta}) {
+      library(key).impl(op.c_str(), kernel);
+    }
+  }
+
+ private:
+  torch::Library& library(c10::DispatchKey key);
+
+  std::map<c10::DispatchKey, torch::Library> libraries_;
+};
+
 // A family's registrations at PyTorch's own ops, made by set_fused_double_backward(true).
 struct StockOverride {
-  using Install = void (*)(torch::Library& aten_autograd);
+  using Install = void (*)(AtenAutograd& aten);
   explicit StockOverride(Install install);
 };
 

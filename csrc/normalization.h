@@ -13,6 +13,7 @@
 #pragma once
 
 #include <ATen/OpMathType.h>
+#include <ATen/autocast_mode.h>
 
 #include <vector>
 
@@ -68,9 +69,7 @@ struct Normalized {
   }
   // In the shape and dtype of parameter.
   Tensor sum_like(const Tensor& tensor, const Tensor& parameter) const {
-    return tensor.sum_to_size_symint(shape)
-        .reshape_symint(parameter.sym_sizes())
-        .to(parameter.scalar_type());
+    return tensor.sum_to_size_symint(shape).reshape_symint(parameter.sym_sizes()).to(parameter.scalar_type());
   }
 
   // like: of the shape and dtype of the parameters' gradients.
@@ -94,8 +93,8 @@ struct Normalized {
       if (wanted[1] && statistics != Statistics::kConstant) {
         const Tensor gw = times(g, weight);
         const Tensor gw_projected = project(gw);
-        const Tensor sum = x_hat * mean(v * gw_projected) + projected * mean(gw * x_hat) +
-                           gw_projected * mean(v * x_hat);
+        const Tensor sum =
+            x_hat * mean(v * gw_projected) + projected * mean(gw * x_hat) + gw_projected * mean(v * x_hat);
         add(grad_x, -rstd * rstd * sum);
       }
       if (wanted[2]) {
@@ -130,8 +129,23 @@ inline Tensor to_dtype_of(const Tensor& like, const Tensor& tensor) {
   return tensor.defined() ? tensor.to(like.scalar_type()) : tensor;
 }
 
+// A weight or, where there is none, what has the shape and dtype of its gradient.
+inline Tensor parameter_or_stand_in(const Tensor& weight, const Tensor& input, at::ScalarType dtype) {
+  return weight.defined() ? weight
+                          : at::empty({}, input.options().dtype(dtype)).expand_symint({input.sym_size(1)});
+}
+
+inline Tensor empty_contiguous(const Tensor& like, bool wanted = true) {
+  return wanted ? at::empty_like(like, at::MemoryFormat::Contiguous) : Tensor();
+}
+
 inline at::TensorOptions arithmetic_options(const Tensor& tensor) {
   return tensor.options().dtype(at::toOpMathType(tensor.scalar_type()));
+}
+
+// CUDA's autocast runs normalisations in float32; the CPU's leaves them alone.
+inline Tensor autocast_to_float(const Tensor& tensor) {
+  return tensor.defined() ? at::autocast::cached_cast(at::kFloat, tensor, at::kCUDA) : tensor;
 }
 
 // Raises unless the tensors, where they are defined, have this shape, and the device of input.

@@ -13,9 +13,12 @@
 //
 //     Tensor composite() const;  // plain ATen ops; the op's result is its result
 //     Tensor autograd() const;   // or differentiable(), see below
-//     Tensor cpu() const;        // and meta, cuda, any_device, autocast_cpu, autocast_cuda, where there is one
+//     Tensor cpu() const;        // and meta, cuda, any_device, autocast_cpu, autocast_cuda, where there is
+//     one
 //   };
 //   const Registration<Op> registration;
+//
+// An op that only calls others has implicit() alone: it is differentiated and traced through them.
 #pragma once
 
 #include <torch/csrc/autograd/custom_function.h>
@@ -84,6 +87,10 @@ template <class Op>
 auto result_of(const Op& op) {
   if constexpr (requires { op.composite(); }) {
     return op.composite();
+  } else if constexpr (requires { op.implicit(); }) {
+    return op.implicit();
+  } else if constexpr (requires { op.meta(); }) {
+    return op.meta();
   }
 }
 
@@ -152,8 +159,9 @@ auto call_below_autograd(const Op& op) {
 }
 
 // The ops of a family, defined and implemented at every key. Where an op has no implementation of its own for
-// a device or under torch.func, its composite is taken; where it has differentiable(), the tensors that it can
-// be differentiated by, in place of autograd(), the composite is taken as soon as one of them is differentiated.
+// a device or under torch.func, its composite is taken; where it has differentiable(), the tensors that it
+// can be differentiated by, in place of autograd(), the composite is taken as soon as one of them is
+// differentiated.
 template <class... Ops>
 class Registration {
  public:
@@ -162,13 +170,13 @@ class Registration {
         torch::Library::FRAGMENT, "gradnorm_kernels", std::nullopt, __FILE__, __LINE__);
     (definitions.def(detail::Dispatched<Ops>::schema().c_str()), ...);
     libraries_.push_back(std::move(definitions));
-#define GRADNORM_IMPLEMENT(key, function)                           \
+#define GRADNORM_IMPLEMENT(key, function)                              \
   implement_at(c10::DispatchKey::key, [](torch::Library& m, auto op) { \
-    using Op = typename decltype(op)::type;                         \
-    if constexpr (requires(const Op& o) { o.function(); }) {        \
-      using D = detail::Dispatched<Op>;                             \
-      m.impl(name_of<Op>(), &D::template implement<&Op::function>); \
-    }                                                               \
+    using Op = typename decltype(op)::type;                            \
+    if constexpr (requires(const Op& o) { o.function(); }) {           \
+      using D = detail::Dispatched<Op>;                                \
+      m.impl(name_of<Op>(), &D::template implement<&Op::function>);    \
+    }                                                                  \
   })
     GRADNORM_IMPLEMENT(CPU, cpu);
     GRADNORM_IMPLEMENT(CUDA, cuda);
@@ -177,6 +185,7 @@ class Registration {
     GRADNORM_IMPLEMENT(AutocastCUDA, autocast_cuda);
     GRADNORM_IMPLEMENT(FuncTorchBatched, composite);
     GRADNORM_IMPLEMENT(Autograd, autograd);
+    GRADNORM_IMPLEMENT(CompositeImplicitAutograd, implicit);
 #undef GRADNORM_IMPLEMENT
     implement_at(c10::DispatchKey::Autograd, [](torch::Library& m, auto op) {
       using Op = typename decltype(op)::type;
@@ -207,7 +216,16 @@ class Registration {
 };
 
 // Which of the tensors that were differentiated need a gradient.
-using Needs = std::bitset<8>;
+struct Needs : std::bitset<8> {
+  template <size_t N>
+  operator Mask<N>() const {
+    Mask<N> mask;
+    for (size_t i = 0; i < N; ++i) {
+      mask[i] = test(i);
+    }
+    return mask;
+  }
+};
 
 // The first N tensors, as ops return them.
 template <size_t N>
@@ -237,49 +255,53 @@ variable_list to_list(const std::tuple<Tensors...>& tensors, const Mask<sizeof..
 
 namespace detail {
 
-// An autograd Function has no undefined outputs: its outputs are the defined ones of the results.
-struct Gathered {
-  int64_t defined = 0;  // a bit for each result
-  size_t count = 0;
+// An autograd Function has neither undefined operands nor undefined outputs: it is given the defined ones of
+// several tensors, and knows where these belong.
+struct Places {
+  int64_t defined = 0;  // a bit for each tensor
+  int64_t count = 0;
 
-  variable_list gather(variable_list results) {
-    count = results.size();
-    variable_list outputs;
-    for (size_t i = 0; i < count; ++i) {
-      if (results[i].defined()) {
+  variable_list gather(at::TensorList tensors) {
+    count = static_cast<int64_t>(tensors.size());
+    variable_list gathered;
+    for (int64_t i = 0; i < count; ++i) {
+      if (tensors[i].defined()) {
         defined |= int64_t{1} << i;
-        outputs.push_back(std::move(results[i]));
+        gathered.push_back(tensors[i]);
       }
     }
-    return outputs;
+    return gathered;
   }
-  variable_list scatter(const variable_list& outputs) const {
-    variable_list results(count);
-    auto next = outputs.begin();
-    for (size_t i = 0; i < count; ++i) {
-      if (defined >> i & 1) {
-        results[i] = *next++;
+  bool has(int64_t i) const {
+    return defined >> i & 1;
+  }
+  variable_list scatter(const variable_list& gathered) const {
+    variable_list tensors(count);
+    auto next = gathered.begin();
+    for (int64_t i = 0; i < count; ++i) {
+      if (has(i)) {
+        tensors[i] = *next++;
       }
     }
-    return results;
+    return tensors;
   }
 };
 
 template <class Derivative>
 struct Recorded : torch::autograd::Function<Recorded<Derivative>> {
+  using Settings = typename Derivative::Settings;
   using Compute = c10::function_ref<variable_list(variable_list& saved)>;
 
   static variable_list forward(
-      torch::autograd::AutogradContext* ctx, at::TensorList differentiated,
-      const typename Derivative::Settings& settings, Compute compute, Gathered* gathered) {
+      torch::autograd::AutogradContext* ctx, at::TensorList differentiated, const Places& operands,
+      const Settings& settings, Compute compute, Places* results) {
     ctx->set_materialize_grads(false);
     at::AutoDispatchBelowADInplaceOrView guard;
     variable_list saved;
-    const auto outputs = gathered->gather(compute(saved));
+    const auto outputs = results->gather(compute(saved));
     ctx->save_for_backward(std::move(saved));
-    ctx->saved_data["state"] = std::make_tuple(
-        settings, gathered->defined, static_cast<int64_t>(gathered->count),
-        static_cast<int64_t>(differentiated.size()));
+    ctx->saved_data["state"] =
+        std::make_tuple(settings, operands.defined, operands.count, results->defined, results->count);
     if constexpr (requires { Derivative::differentiable_results; }) {
       ctx->mark_non_differentiable(
           variable_list(outputs.begin() + Derivative::differentiable_results, outputs.end()));
@@ -288,21 +310,27 @@ struct Recorded : torch::autograd::Function<Recorded<Derivative>> {
   }
 
   static variable_list backward(torch::autograd::AutogradContext* ctx, const variable_list& outputs) {
-    const auto [settings, defined, count, operands] =
-        ctx->saved_data["state"]
-            .template to<std::tuple<typename Derivative::Settings, int64_t, int64_t, int64_t>>();
-    constexpr size_t others = 3;  // arguments of forward
-    const auto grads = Gathered{defined, static_cast<size_t>(count)}.scatter(outputs);
-    variable_list results;
-    if (std::any_of(grads.begin(), grads.end(), [](const Tensor& grad) { return grad.defined(); })) {
+    const auto [settings, defined, count, defined_results, result_count] =
+        ctx->saved_data["state"].template to<std::tuple<Settings, int64_t, int64_t, int64_t, int64_t>>();
+    const Places operands{defined, count}, results{defined_results, result_count};
+    variable_list gradients;
+    if (std::any_of(outputs.begin(), outputs.end(), [](const Tensor& grad) { return grad.defined(); })) {
       Needs needs;
-      for (int64_t i = 0; i < operands; ++i) {
-        needs[i] = ctx->needs_input_grad(i);
+      for (int64_t i = 0, next = 0; i < count; ++i) {
+        needs[i] = operands.has(i) && ctx->needs_input_grad(next++);
       }
-      results = Derivative::backward(grads, ctx->get_saved_variables(), needs, settings);
+      gradients = Derivative::backward(results.scatter(outputs), ctx->get_saved_variables(), needs, settings);
     }
-    results.resize(operands + others);
-    return results;
+    gradients.resize(count);
+    variable_list of_inputs;
+    for (int64_t i = 0; i < count; ++i) {
+      if (operands.has(i)) {
+        of_inputs.push_back(std::move(gradients[i]));
+      }
+    }
+    constexpr size_t others = 4;  // of forward's arguments
+    of_inputs.resize(of_inputs.size() + others);
+    return of_inputs;
   }
 };
 
@@ -310,7 +338,7 @@ struct Recorded : torch::autograd::Function<Recorded<Derivative>> {
 
 // What compute returns, recorded as a function of the tensors in differentiated, some of which may be
 // undefined. compute runs below autograd and may leave results undefined; it puts into its argument what is
-// saved for Derivative, which gives their gradients:
+// saved for Derivative, which gives their gradients. settings are read after it has run.
 //
 //   struct Derivative {
 //     using Settings = std::tuple<...>;  // what is saved beside tensors
@@ -327,28 +355,37 @@ variable_list record(
     variable_list unused;
     return compute(unused);
   }
-  detail::Gathered gathered;
+  detail::Places operands, results;
+  const auto given = operands.gather(differentiated);
   const auto outputs =
-      detail::Recorded<Derivative>::apply(differentiated, settings, compute, &gathered);
-  return gathered.scatter(outputs);
+      detail::Recorded<Derivative>::apply(at::TensorList(given), operands, settings, compute, &results);
+  return results.scatter(outputs);
 }
 
-// PyTorch's own op, replaced at the Autograd key while set_fused_double_backward is on by Self::autograd, which
-// takes the dispatch keys and then the op's arguments, and leaves to stock() what ours does not cover.
+// PyTorch's own op, replaced at the Autograd key while set_fused_double_backward is on by Self::autograd,
+// which takes the dispatch keys and then the op's arguments, and leaves to stock() what ours does not cover.
 template <class Self>
 struct Override {
   template <class Return, class... Args>
   static Return stock(c10::DispatchKeySet keys, const Args&... args) {
     return kernel->template call<Return>(keys, args...);
   }
-  static void install(torch::Library& aten_autograd, const std::string& op) {
-    if (!kernel) {
-      kernel.emplace(("aten::" + op).c_str());
-    }
-    aten_autograd.impl(op.c_str(), &Self::autograd);
+  static void install(AtenAutograd& aten, const std::string& op) {
+    keep(op);
+    aten.impl(op, &Self::autograd);
+  }
+  static void install_whole(AtenAutograd& aten, const std::string& op) {
+    keep(op);
+    aten.impl_whole(op, &Self::autograd);
   }
 
  private:
+  static void keep(const std::string& op) {
+    if (!kernel) {
+      kernel.emplace(("aten::" + op).c_str());
+    }
+  }
+
   static inline std::optional<StockKernel> kernel;
 };
 

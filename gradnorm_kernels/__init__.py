@@ -9,7 +9,7 @@
 
 from importlib.metadata import version as _version
 
-from . import _load, functional, kernels, modules, reference
+from . import _load, functional, kernels, modules
 from .fuse import fuse
 from .modules import *  # noqa: F403
 from .switch import is_fused_double_backward_enabled, set_fused_double_backward
@@ -19,7 +19,6 @@ __all__ = [
     "functional",
     "fuse",
     "is_fused_double_backward_enabled",
-    "reference",
     "set_fused_double_backward",
 ]
 

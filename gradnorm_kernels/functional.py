@@ -46,6 +46,7 @@ __all__ = [
     "qkv_attention",
     "relu",
     "relu6",
+    "rms_norm",
     "scaled_dot_product_attention",
     "sigmoid",
     "silu",
@@ -212,6 +213,32 @@ def layer_norm(
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return torch.nn.functional.layer_norm(input, normalized_shape, weight, bias, eps)  # type: ignore[arg-type]
     return torch.ops.gradnorm_kernels.layer_norm(input, normalized_shape, weight, bias, eps)
+
+
+def rms_norm(
+    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
+    r"""Root-mean-square normalisation over the last dimensions, as :func:`torch.nn.functional.rms_norm`:
+    :math:`x / \sqrt{\mathrm{E}[x^2] + \epsilon} \cdot w` (Zhang and Sennrich 2019, arXiv:1910.07467).
+
+    Forward, backward and double backward are one kernel each. The third order and ``torch.func`` transforms
+    are exact, through plain ATen ops; in a region compiled by ``torch.compile`` this is
+    ``torch.nn.functional.rms_norm``.
+
+    Args:
+        input, normalized_shape: as for :func:`layer_norm`.
+        weight: of shape ``normalized_shape``; any of the four dtypes.
+        eps: added to the mean square. Default: the machine epsilon of the dtype of arithmetic.
+
+    Returns:
+        A contiguous tensor of ``input``'s shape and dtype.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`layer_norm`.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return torch.nn.functional.rms_norm(input, normalized_shape, weight, eps)  # type: ignore[arg-type]
+    return torch.ops.gradnorm_kernels.rms_norm(input, normalized_shape, weight, eps)[0]
 
 
 def layer_norm_2d(

@@ -13,10 +13,8 @@ Model = TypeVar("Model", bound=nn.Module)
 Replacement = tuple[type[nn.Module], dict[str, Any]]
 
 # Why a class without a fused counterpart needs none, for the report of a dry run.
-_NOTHING_TO_GAIN = {
+_NOTHING_TO_GAIN: dict[type[nn.Module], str] = {
     nn.Linear: "its double backward is matrix products already",
-    nn.ReLU: "PyTorch's own double backward is at the floor",
-    nn.ReLU6: "PyTorch's own double backward is at the floor",
 }
 
 
@@ -33,11 +31,11 @@ def fuse(model: Model, *, dry_run: bool = False) -> Model:
     that hooks on them do not fire.
 
     Swapped are ``torch.nn``'s BatchNorm, Conv, ELU, GELU, GroupNorm, Hardsigmoid, Hardswish, InstanceNorm,
-    LayerNorm, LeakyReLU, Mish, SiLU, Sigmoid, Softmax, Softplus and Tanh, and timm's own activations,
-    ``LayerNorm``, ``LayerNorm2d``, ``LayerNormFp32``, ``GroupNorm``, ``GroupNorm1``, ``GroupNormAct``,
-    ``BatchNormAct2d``, ``Conv2dSame``, ``Attention`` and Swin's ``WindowAttention``. Other attention
-    modules of timm have ``fused_attn`` set to False, because PyTorch's fused attention cannot be
-    differentiated twice.
+    LayerNorm, LeakyReLU, Mish, RMSNorm, ReLU, ReLU6, SiLU, Sigmoid, Softmax, Softplus and Tanh, and timm's
+    own activations, ``LayerNorm``, ``LayerNorm2d``, ``LayerNormFp32``, ``RmsNorm``, ``RmsNorm2d``,
+    ``RmsNormFp32``, ``RmsNorm2dFp32``, ``GroupNorm``, ``GroupNorm1``, ``GroupNormAct``, ``BatchNormAct2d``,
+    ``Conv2dSame``, ``Attention`` and Swin's ``WindowAttention``. Other attention modules of timm have
+    ``fused_attn`` set to False, because PyTorch's fused attention cannot be differentiated twice.
 
     Args:
         model: any module; itself included in the search.

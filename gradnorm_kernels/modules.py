@@ -32,6 +32,7 @@ __all__ = [
     "FusedLayerNorm",
     "FusedLeakyReLU",
     "FusedMish",
+    "FusedRMSNorm",
     "FusedReLU",
     "FusedReLU6",
     "FusedSiLU",
@@ -101,14 +102,14 @@ class FusedLeakyReLU(nn.LeakyReLU):
 
 
 class FusedReLU(nn.ReLU):
-    """:class:`torch.nn.ReLU`, for uniformity: PyTorch's own double backward moves no more than this one."""
+    """:class:`torch.nn.ReLU` whose double backward writes no zeros."""
 
     def forward(self, input: Tensor) -> Tensor:
         return functional.relu(input)
 
 
 class FusedReLU6(nn.ReLU6):
-    """:class:`torch.nn.ReLU6`, for uniformity: PyTorch's own double backward moves no more than this one."""
+    """:class:`torch.nn.ReLU6` whose double backward writes no zeros."""
 
     def forward(self, input: Tensor) -> Tensor:
         return functional.relu6(input)
@@ -160,6 +161,13 @@ class FusedLayerNorm(nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         return functional.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+class FusedRMSNorm(nn.RMSNorm):
+    """:class:`torch.nn.RMSNorm` with fused forward, backward and double backward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.rms_norm(x, self.normalized_shape, self.weight, self.eps)
 
 
 class FusedGroupNorm(nn.GroupNorm):
@@ -267,7 +275,7 @@ class FusedConv3d(_FusedConv, nn.Conv3d):
         return functional.conv3d(input, weight, bias, self.stride, padding, self.dilation, self.groups)
 
 
-# What fuse() swaps. ReLU and ReLU6 are not here: PyTorch's own are at the floor, and can work in place.
+# What fuse() swaps.
 REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
     fused.__bases__[-1]: fused
     for fused in (
@@ -288,6 +296,9 @@ REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
         FusedLayerNorm,
         FusedLeakyReLU,
         FusedMish,
+        FusedRMSNorm,
+        FusedReLU,
+        FusedReLU6,
         FusedSiLU,
         FusedSigmoid,
         FusedSoftmax,

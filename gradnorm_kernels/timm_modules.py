@@ -8,7 +8,7 @@ from typing import Any
 
 import timm.layers
 import torch
-from timm.layers.norm import LayerNormFp32
+from timm.layers.norm import LayerNormFp32, RmsNorm2dFp32, RmsNormFp32
 from timm.layers.padding import pad_same
 from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention
 from torch import Tensor, nn
@@ -33,6 +33,27 @@ class FusedLayerNormFp32(LayerNormFp32):
 class FusedLayerNorm2d(timm.layers.LayerNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         return functional.layer_norm_2d(x, self.weight, self.bias, self.eps)
+
+
+class FusedRmsNorm(timm.layers.RmsNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.rms_norm(x, self.normalized_shape, self.weight, self.eps)
+
+
+class FusedRmsNormFp32(RmsNormFp32):
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight if self.weight is None else self.weight.float()
+        return functional.rms_norm(x.float(), self.normalized_shape, weight, self.eps).to(x.dtype)
+
+
+class FusedRmsNorm2d(timm.layers.RmsNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return FusedRmsNorm.forward(self, x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # type: ignore[arg-type]
+
+
+class FusedRmsNorm2dFp32(RmsNorm2dFp32):
+    def forward(self, x: Tensor) -> Tensor:
+        return FusedRmsNormFp32.forward(self, x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # type: ignore[arg-type]
 
 
 class FusedTimmGroupNorm(timm.layers.GroupNorm):
@@ -147,7 +168,11 @@ REPLACEMENTS: dict[type[nn.Module], tuple[type[nn.Module], dict[str, Any]]] = {
     timm.layers.GroupNormAct: (FusedGroupNormAct, {}),
     timm.layers.LayerNorm: (FusedTimmLayerNorm, {}),
     timm.layers.LayerNorm2d: (FusedLayerNorm2d, {}),
+    timm.layers.RmsNorm: (FusedRmsNorm, {}),
+    timm.layers.RmsNorm2d: (FusedRmsNorm2d, {}),
     LayerNormFp32: (FusedLayerNormFp32, {}),
+    RmsNorm2dFp32: (FusedRmsNorm2dFp32, {}),
+    RmsNormFp32: (FusedRmsNormFp32, {}),
     SwinTransformerBlock: (FusedSwinTransformerBlock, {}),
     WindowAttention: (FusedWindowAttention, {"fused_attn": False}),
 }

@@ -4,11 +4,16 @@ import os
 # Before torch reads it. The tensors here are small, and threads waiting for one another would take most of
 # the time; tests of several threads ask for them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Those do not spin while they wait: on a busy machine that takes many times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # No test needs the network, and none may wait for one that does not answer.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+
+# Its assertions say as much as a test file's.
+pytest.register_assert_rewrite("contract")
 
 
 def pytest_addoption(parser):
@@ -35,10 +40,22 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(is_slow)
 
 
+def poison():
+    """Fills uninitialised memory with NaN from now on, so that an element no kernel wrote is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """Fills uninitialised memory with NaN, so that an element no kernel wrote is seen."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.manual_seed(0)
+    poison()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

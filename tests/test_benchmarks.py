@@ -1,8 +1,11 @@
 """The benchmarks, on tensors and models too small to time: what they write, and what stops them."""
 
 import contextlib
+import functools
 import json
+import platform
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import gradnorm_kernels as gk
+from gradnorm_kernels._json import by_line
 from gradnorm_kernels.training import GradientNormLoss
 
 ROOT = Path(__file__).parents[1]
@@ -32,6 +36,28 @@ COMMITTED = json.loads((ROOT / "benchmarks" / "results" / "kernels-cpu.json").re
 @pytest.fixture(autouse=True)
 def small_limits(monkeypatch):
     monkeypatch.setattr(limits, "SIZES", {"cpu": (2**20, 64)})
+    # The other tests need the memory.
+    monkeypatch.setattr(measure, "keep_heap", lambda: True)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """What a benchmark writes."""
+
+    def run(program, *arguments):
+        file = tmp_path / "new" / "out.json"
+        try:
+            program.main([*arguments, "--json", str(file)])
+        except SystemExit:
+            assert not file.exists()
+            raise
+        return json.loads(file.read_text()) if file.exists() else None
+
+    return run
+
+
+def by_variant(written):
+    return {row["variant"]: row for row in written["rows"]}
 
 
 def label(case):
@@ -60,38 +86,81 @@ def test_every_case(case):
     exact = {which: run() for which, run in problem.double().passes(kernels.STOCK).items()}
     for which, run in problem.passes(functional).items():
         assert max(kernels.errors(run, exact[which])) < 1e-3
-        assert case.traffic.bytes(which, problem.leaves, problem.grad_output)
+        assert case.bytes(which, problem.leaves, problem.grad_output)
 
 
 @pytest.mark.parametrize("case", kernels.CASES, ids=label)
 def test_default_shapes(case):
-    """They suit the case, and its passes are those that are timed."""
+    """They suit the case."""
     for shape in case.cpu + case.cuda:
         leaves = case.make_leaves(shape, torch.float32, "meta")
-        assert case.call(kernels.STOCK, **leaves).numel()
-    assert {term.removeprefix("grad_") for term in case.traffic.backward.split("->")[1].split()} == set(
-        case.inputs
-    )
+        assert case.call(kernels.STOCK, leaves).numel()
 
 
-def test_bytes_to_move():
-    case, train = (
-        next(c for c in kernels.CASES if label(c) == name) for name in ("gelu none", "batch_norm train")
-    )
-    x = case.make_leaves((64, 197, 768), torch.float32, "meta")
-    for which, tensors in (("forward", 2), ("backward", 3), ("double_backward", 5)):
-        assert case.traffic.bytes(which, x, x["input"]) == 4 * tensors * x["input"].numel()
+@pytest.mark.parametrize(
+    ("name", "forward", "backward", "double_backward"),
+    [
+        ("gelu none", (2, 0), (3, 0), (5, 0)),
+        ("relu", (2, 0), (3, 0), (3, 0)),
+        ("softmax", (2, 0), (3, 0), (5, 0)),
+        ("layer_norm", (2, 2), (3, 1), (5, 2)),
+        ("batch_norm train", (3, 2), (5, 1), (8, 2)),
+        ("batch_norm eval", (2, 4), (2, 2), (3, 3)),
+        ("scaled_dot_product_attention vit", (4, 0), (7, 0), (11, 0)),
+    ],
+)
+def test_bytes_to_move(name, forward, backward, double_backward):
+    """Those of so many inputs and vectors of the channels."""
+    case = next(c for c in kernels.CASES if label(c) == name)
+    leaves = case.make_leaves(case.cpu[0], torch.float32, "meta")
+    first = leaves[case.inputs[0]]
+    vector = leaves.get("weight", torch.empty(0))
+    passes = {"forward": forward, "backward": backward, "double_backward": double_backward}
+    for which, (inputs, vectors) in passes.items():
+        assert case.bytes(which, leaves, first) == inputs * first.nbytes + vectors * vector.nbytes
 
-    leaves = train.make_leaves((8, 256, 56, 56), torch.float32, "meta")
-    elements = leaves["input"].numel()
-    assert train.traffic.bytes("double_backward", leaves, leaves["input"]) == 4 * (8 * elements + 2 * 256)
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc's heap")
+def test_memory_is_kept():
+    """In a process of its own, because it stays so: a copy makes no pages, as one did before."""
+    script = """
+import torch
+from benchmarks.measure import keep_heap, page_faults
+tensor = torch.ones(2**24)
+print(min(page_faults(tensor.clone) for _ in range(5)), keep_heap())
+print(min(page_faults(tensor.clone) for _ in range(5)))
+"""
+    out = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    before, kept, after = out.stdout.split()
+    assert int(after) < 16 < int(before) and kept == "True"
 
 
-def test_kernels_json(tmp_path, capsys):
-    file = tmp_path / "new" / "out.json"
-    kernels.main([*SMALL_KERNEL, "--op", "gelu", "--json", str(file)])
-    written = json.loads(file.read_text())
+@pytest.mark.parametrize(
+    ("slow", "shape", "refused"),
+    [(0.49, (1024, 1024), True), (0.51, (1024, 1024), False), (0.49, (1023, 256), False)],
+)
+def test_copies_of_one_size_that_differ_are_refused(monkeypatch, run, slow, shape, refused):
+    """By more than twice; a small copy's time is the call's, and bfloat16 has a rate of its own."""
+
+    def measured(case, shape, dtype, *_):
+        rate = (40 if dtype == "float32" else 10) * (slow if case.setting == "tanh" else 1)
+        row = {"op": case.op, "setting": case.setting, "pass": "forward", "dtype": dtype, "shape": [*shape]}
+        return [row | {"variant": "stock", "gigabytes_per_second": rate / 2, "fraction_of_copy": 0.5}]
+
+    monkeypatch.setattr(kernels, "measure", measured)
+    arguments = [*QUICK, "--op", "gelu", "--shape", *map(str, shape)]
+    if not refused:
+        assert run(kernels, *arguments)
+        return
+    wrong = "float32 ran at 19.6 GB/s beside gelu tanh forward .*, at 40.0 GB/s beside gelu none forward"
+    with pytest.raises(SystemExit, match=wrong):
+        run(kernels, *arguments)
+
+
+def test_kernels_json(run, capsys):
+    written = run(kernels, *SMALL_KERNEL, "--op", "gelu")
     assert written.keys() == COMMITTED.keys() and written["machine"].keys() >= COMMITTED["machine"].keys()
+    assert written["machine"]["heap_kept"]
     assert written["rounds"] == 2
     # Two settings, three passes, two dtypes, two variants.
     assert len(written["rows"]) == 24
@@ -101,71 +170,58 @@ def test_kernels_json(tmp_path, capsys):
         row["milliseconds_min"] <= row["milliseconds"] <= row["milliseconds_max"] for row in written["rows"]
     )
     out = capsys.readouterr().out
-    assert "gelu tanh (4, 9, 32)" in out and f"wrote {file}" in out
-
-
-def times_1_001(input, approximate="none"):
-    return F.gelu(input, approximate=approximate) * 1.001
-
-
-def not_a_number(input, approximate="none"):
-    return F.gelu(input, approximate=approximate) * float("nan")
+    assert "gelu tanh (4, 9, 32)" in out and "wrote " in out
 
 
 @pytest.mark.parametrize(
     ("wrong", "where"),
-    [(times_1_001, "forward"), (not_a_number, "forward"), (forgetful_gelu, "double_backward")],
+    [
+        (lambda input, approximate: F.gelu(input, approximate=approximate) * 1.001, "forward"),
+        (lambda input, approximate: F.gelu(input, approximate=approximate) * float("nan"), "forward"),
+        (forgetful_gelu, "double_backward"),
+    ],
 )
-def test_wrong_fused_op_stops_the_run(monkeypatch, tmp_path, wrong, where):
+def test_wrong_fused_op_stops_the_run(monkeypatch, run, wrong, where):
     monkeypatch.setattr(gk.functional, "gelu", wrong)
-    file = tmp_path / "out.json"
     with pytest.raises(SystemExit, match=f"^gelu none float32 {where}: fused is off by "):
-        kernels.main([*SMALL_KERNEL, "--op", "gelu", "--json", str(file)])
-    assert not file.exists()
+        run(kernels, *SMALL_KERNEL, "--op", "gelu")
 
 
 @pytest.mark.slow
-def test_compiled_variant(tmp_path):
-    file = tmp_path / "out.json"
+def test_compiled_variant(run):
     arguments = ["--op", "relu", "layer_norm", "--dtype", "float32", "--variants", "stock", "compiled"]
-    kernels.main([*SMALL_KERNEL, *arguments, "--json", str(file)])
-    rows = json.loads(file.read_text())["rows"]
+    rows = run(kernels, *SMALL_KERNEL, *arguments)["rows"]
     assert len(rows) == 12
     assert max(row["max_error"] for row in rows) < 1e-4
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("program", "arguments", "message"),
     [
-        (["--op", "no_such_op"], "--op"),
-        (["--variants", "fused"], "--variants: stock is what"),
-        (["--rounds", "0"], "--rounds: expected at least 1, got 0"),
+        (kernels, ["--op", "no_such_op"], "--op"),
+        (kernels, ["--op", "mish"], "--op: gradnorm_kernels.functional has no mish"),
+        (kernels, ["--variants", "fused"], "--variants: stock is what"),
+        (kernels, ["--rounds", "0"], "--rounds: expected at least 1, got 0"),
+        (steps, ["--device", "cuda"], "--device cuda: torch.cuda.is_available() is False"),
+        (steps, ["--batch", "0"], "--batch: expected at least 1, got 0"),
+        (steps, ["--first-step-limit", "0"], "--first-step-limit: expected more than 0, got 0"),
+        (steps, ["--dtype", "tf32"], "--dtype tf32: needs a GPU"),
+        (steps, ["--act", "nothing"], "--act: timm knows none called nothing"),
+        (steps, ["--variants", "other"], "--variants"),
     ],
 )
-def test_unsuitable_kernel_arguments(arguments, message, capsys):
+def test_unsuitable_arguments(monkeypatch, program, arguments, message, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delattr(gk.functional, "mish")
     with pytest.raises(SystemExit) as exit:
-        kernels.main(arguments)
+        program.main([*QUICK, *arguments])
     assert exit.value.code == 2
     assert message in capsys.readouterr().err
-
-
-def test_op_that_the_package_lacks(monkeypatch, capsys):
-    monkeypatch.delattr(gk.functional, "gelu")
-    with pytest.raises(SystemExit):
-        kernels.main([*SMALL_KERNEL, "--op", "gelu"])
-    assert "--op: gradnorm_kernels.functional has no gelu" in capsys.readouterr().err
 
 
 def test_shape_that_does_not_suit():
     with pytest.raises(SystemExit, match=r"conv2d depthwise 7x7 float32: --shape \(4,\)"):
         kernels.main([*QUICK, "--op", "conv2d", "--variants", "stock", "--shape", "4"])
-
-
-def test_gpu_that_is_not_there(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit):
-        steps.main(["--device", "cuda"])
-    assert "--device cuda: torch.cuda.is_available() is False" in capsys.readouterr().err
 
 
 def test_variants_take_turns():
@@ -176,10 +232,8 @@ def test_variants_take_turns():
     assert seconds == {"a": [3, 5], "b": [4, 6]}
 
 
-def test_steps_json(tmp_path, capsys):
-    file = tmp_path / "out.json"
-    steps.main([*SMALL_STEP, "--model", "resnet18", TRANSFORMER, "--json", str(file)])
-    written = json.loads(file.read_text())
+def test_steps_json(run, capsys):
+    written = run(steps, *SMALL_STEP, "--model", "resnet18", TRANSFORMER)
     assert written.keys() == COMMITTED.keys() | {"limits"}
     assert written["machine"].keys() >= COMMITTED["machine"].keys()
     assert [row["variant"] for row in written["rows"]] == ["stock", "fuse", "switch"] * 2
@@ -200,12 +254,10 @@ def test_steps_json(tmp_path, capsys):
     assert not gk.is_fused_double_backward_enabled()
 
 
-def test_profile(tmp_path, capsys):
-    file = tmp_path / "out.json"
-    options = ["--model", "resnet18", "--variants", "fuse", "--profile", "--json", str(file)]
-    steps.main([*SMALL_STEP, *options])
+def test_profile(run, capsys):
+    rows = run(steps, *SMALL_STEP, "--model", "resnet18", "--variants", "fuse", "--profile")["rows"]
     assert " x gradnorm_kernels::" in capsys.readouterr().out
-    for row in json.loads(file.read_text())["rows"]:
+    for row in rows:
         times = [op["milliseconds"] for op in row["profile"]]
         assert times == sorted(times, reverse=True) and times[0] > 0
         fused = any(op["op"].startswith("gradnorm_kernels::") for op in row["profile"])
@@ -228,15 +280,13 @@ def test_disagreeing_variant_stops_the_run(monkeypatch):
 
 
 @pytest.mark.parametrize("failing", ["stock", "fuse"])
-def test_out_of_memory_is_a_row(monkeypatch, tmp_path, capsys, failing):
+def test_out_of_memory_is_a_row(monkeypatch, run, capsys, failing):
     def exhausted(model, images, targets):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     variant = steps.Variant(lambda *_: exhausted, steps.PENALTY)
     monkeypatch.setitem(steps.VARIANTS, failing, variant)
-    file = tmp_path / "out.json"
-    steps.main([*SMALL_STEP, "--model", TRANSFORMER, "--json", str(file)])
-    rows = {row["variant"]: row for row in json.loads(file.read_text())["rows"]}
+    rows = by_variant(run(steps, *SMALL_STEP, "--model", TRANSFORMER))
     assert rows.keys() == {"stock", "fuse", "switch"}
     assert rows[failing]["error"] == "out of memory" and "milliseconds" not in rows[failing]
     assert rows["switch"]["milliseconds"] > 0
@@ -244,7 +294,7 @@ def test_out_of_memory_is_a_row(monkeypatch, tmp_path, capsys, failing):
     assert "out of memory" in capsys.readouterr().out
 
 
-def test_out_of_memory_beside_the_others(monkeypatch, tmp_path):
+def test_out_of_memory_beside_the_others(monkeypatch, run):
     """The variant that fails in a round of the timing is a row that says so; the others are timed."""
     alternate, rounds = steps.alternate, []
 
@@ -256,9 +306,7 @@ def test_out_of_memory_beside_the_others(monkeypatch, tmp_path):
         return alternate(runs, clock, *args, **kwargs)
 
     monkeypatch.setattr(steps, "alternate", exhausted_once)
-    file = tmp_path / "out.json"
-    steps.main([*SMALL_STEP, "--model", "resnet18", "--json", str(file)])
-    rows = {row["variant"]: row for row in json.loads(file.read_text())["rows"]}
+    rows = by_variant(run(steps, *SMALL_STEP, "--model", "resnet18"))
     assert rounds == [["stock", "fuse", "switch"], ["stock", "switch"]]
     assert rows["fuse"]["error"] == "out of memory" and rows["switch"]["time_over_stock"] > 0
 
@@ -294,23 +342,19 @@ def test_floor():
     assert found.floor(ops, "bfloat16") == 2 + 1.25
 
 
-def test_limits(tmp_path, capsys):
-    file = tmp_path / "out.json"
-    limits.main([*QUICK, "--json", str(file)])
-    [row] = json.loads(file.read_text())["rows"]
+def test_limits(run, capsys):
+    [row] = run(limits, *QUICK)["rows"]
     assert row["copy_bytes_per_second"] > 0 and row["flops_per_second"].keys() == {"float32", "bfloat16"}
     assert "GB/s" in capsys.readouterr().out
 
 
-def test_time_limit(tmp_path, capsys):
-    file = tmp_path / "out.json"
-    options = [*SMALL_STEP, "--variants", "stock", "--time-limit", "0", "--json", str(file)]
-    steps.main([*options, "--model", TRANSFORMER])
-    assert not file.exists()
+def test_time_limit(run, capsys):
+    options = ["--model", TRANSFORMER, "--variants", "stock", "--time-limit", "0"]
+    assert run(steps, *SMALL_STEP, *options) is None
     assert f"{TRANSFORMER} float32: not measured within 0 s" in capsys.readouterr().out
 
 
-def test_first_step_limit(monkeypatch, tmp_path):
+def test_first_step_limit(monkeypatch, run):
     """A compiler that does not end is left, though it takes every exception for its own."""
 
     def endless(model, images, targets):
@@ -319,11 +363,9 @@ def test_first_step_limit(monkeypatch, tmp_path):
                 time.sleep(60)
 
     monkeypatch.setitem(steps.VARIANTS, "compiled", steps.Variant(lambda *_: endless, steps.PENALTY))
-    file = tmp_path / "out.json"
-    options = [*SMALL_STEP, "--model", TRANSFORMER, "--variants", "compiled", "fuse", "--json", str(file)]
+    options = ["--model", TRANSFORMER, "--variants", "compiled", "fuse", "--first-step-limit", "3"]
     before = signal.getsignal(signal.SIGALRM)
-    steps.main([*options, "--first-step-limit", "3"])
-    stock, compiled, fuse = json.loads(file.read_text())["rows"]
+    stock, compiled, fuse = run(steps, *SMALL_STEP, *options)["rows"]
     assert compiled["error"] == "first step not done in 3 s" and "milliseconds" not in compiled
     assert stock["milliseconds"] > 0 and fuse["milliseconds"] > 0
     assert signal.getsignal(signal.SIGALRM) == before
@@ -339,46 +381,27 @@ def test_relative_difference():
     assert steps.relative_difference(stock[:1], stock) == float("inf")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--batch", "0"], "--batch: expected at least 1, got 0"),
-        (["--first-step-limit", "0"], "--first-step-limit: expected more than 0, got 0"),
-        (["--dtype", "tf32"], "--dtype tf32: needs a GPU"),
-        (["--act", "nothing"], "--act: timm knows none called nothing"),
-        (["--variants", "other"], "--variants"),
-    ],
-)
-def test_unsuitable_step_arguments(arguments, message, capsys):
-    with pytest.raises(SystemExit) as exit:
-        steps.main([*QUICK, *arguments])
-    assert exit.value.code == 2
-    assert message in capsys.readouterr().err
-
-
 def test_unknown_model():
     with pytest.raises(SystemExit, match="timm knows no model called nothing"):
         steps.main([*QUICK, "--model", "nothing"])
 
 
-def test_rivals(tmp_path, monkeypatch, capsys):
+def test_rivals(run, monkeypatch, capsys):
     """Compiled steps have stock's gradients; run by ATen, because generating code takes minutes."""
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **options: compile(f, backend="aot_eager", **options))
-    file = tmp_path / "out.json"
     exact = ["compiled", "compiled_func", "fuse_compiled"]
     if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
         exact = ["compiled_func"]
     others = ["forward_over_reverse", "finite_difference", "finite_difference_compiled", "natural", "pgd3"]
-    steps.main([*SMALL_STEP, "--model", TRANSFORMER, "--json", str(file), "--variants", *exact, *others])
-    rows = {row["variant"]: row for row in json.loads(file.read_text())["rows"]}
+    rows = by_variant(run(steps, *SMALL_STEP, "--model", TRANSFORMER, "--variants", *exact, *others))
     assert list(rows) == ["stock", *exact, *others]
     assert not any("error" in row for row in rows.values())
     assert all(rows[name]["gradient_difference"] < 1e-4 for name in exact)
     assert "gradient_difference" not in rows["pgd3"] and "pgd3" in capsys.readouterr().out
 
 
-def test_what_does_not_run_is_a_row(monkeypatch, tmp_path):
+def test_what_does_not_run_is_a_row(monkeypatch, run):
     """An approximation that is off, and a compiler that gives up."""
 
     def refuse(model, images, targets):
@@ -388,19 +411,15 @@ def test_what_does_not_run_is_a_row(monkeypatch, tmp_path):
     monkeypatch.setattr(steps, "DIFFERENCE", coarse)
     monkeypatch.setitem(steps.VARIANTS, "finite_difference", steps.Variant(steps.backward_step, coarse))
     monkeypatch.setitem(steps.VARIANTS, "compiled", steps.Variant(lambda *_: refuse, steps.PENALTY))
-    file = tmp_path / "out.json"
     variants = ["finite_difference", "compiled"]
-    steps.main([*SMALL_STEP, "--model", TRANSFORMER, "--json", str(file), "--variants", *variants])
-    rows = {row["variant"]: row for row in json.loads(file.read_text())["rows"]}
+    rows = by_variant(run(steps, *SMALL_STEP, "--model", TRANSFORMER, "--variants", *variants))
     assert "off stock's" in rows["finite_difference"]["error"]
     assert rows["compiled"]["error"] == "refused: not today"
     assert not any("milliseconds" in rows[name] for name in variants)
 
 
-def test_penalties(tmp_path, capsys):
-    file = tmp_path / "out.json"
-    penalties.main([*QUICK, "--json", str(file)])
-    written = json.loads(file.read_text())
+def test_penalties(run, capsys):
+    written = run(penalties, *QUICK)
     assert [row["code"] for row in written["rows"]] == [code for code in penalties.CODES for _ in range(2)]
     assert all(row["gradient_difference"] < 1e-3 for row in written["rows"] if row["variant"] == "switch")
     assert "force_field" in capsys.readouterr().out and not gk.is_fused_double_backward_enabled()
@@ -421,101 +440,134 @@ def test_a_penalty_that_disagrees_stops_the_run(monkeypatch):
         penalties.main(QUICK)
 
 
+MOVED = [
+    {"variant": variant, "phase": "forward", "op": "aten::mm", "bytes": moved, "launches": launches}
+    for variant, moved, launches in (("stock", 8e9, 20), ("fuse", 2e9, 5), ("compiled", 4e9, 10))
+]
+MACHINE = COMMITTED["machine"] | {"hardware": "a machine", "commit": "1234567"}
+TIMED = {
+    "model": "vit", "batch_norm": "train", "shape": [8, 3, 32, 32], "dtype": "float32", "variant": "stock",
+    "milliseconds": 12.34, "milliseconds_min": 11.0, "milliseconds_max": 13.0, "time_over_stock": 1.0,
+}  # fmt: skip
+
+
+def timed(variant, over_stock, **more):
+    return TIMED | {"variant": variant, "milliseconds": 12 * over_stock, "time_over_stock": over_stock} | more
+
+
 class TestReport:
     @pytest.fixture(autouse=True)
     def copies(self, monkeypatch, tmp_path, request):
         """Of what is written; the committed ones are only checked."""
         if "committed" not in request.node.name:
-            copy = tmp_path / "README.md"
-            copy.write_text(report.README.read_text())
-            monkeypatch.setattr(report, "README", copy)
+            for name in ("README", "PAGE"):
+                copy = tmp_path / f"{name}.md"
+                copy.write_text(getattr(report, name).read_text())
+                monkeypatch.setattr(report, name, copy)
+
+    @pytest.fixture
+    def page(self, tmp_path):
+        """The page of one file of results."""
+
+        def page(name, **contents):
+            (tmp_path / f"{name}.json").write_text(by_line(contents))
+            return report.page(tmp_path)
+
+        return page
 
     def test_the_page_is_that_of_the_committed_results(self):
         """Else: python -m benchmarks.report"""
         assert report.main(["--check"]) == 0
 
-    def test_a_page_that_differs(self, monkeypatch, tmp_path, capsys):
-        monkeypatch.setattr(report, "PAGE", tmp_path / "results.md")
-        assert report.main(["--check"]) == 1
-        assert "run python -m benchmarks.report" in capsys.readouterr().err
-        assert report.main([]) == 0 and report.main(["--check"]) == 0
-        for path in (report.PAGE, report.README):
-            path.write_text(path.read_text().replace("| model |", "| models |", 1))
-            assert report.main(["--check"]) == 1
-            assert f"{path} differs" in capsys.readouterr().err
-            report.main([])
+    def test_committed_results_have_a_row_a_line(self):
+        for path in report.RESULTS.iterdir():
+            text = path.read_text()
+            assert by_line(json.loads(text)) == text
 
-    def test_readme_blocks(self, tmp_path):
-        text = "\n".join(f"a\n<!-- {name} -->\nold\n<!-- /{name} -->\nz" for name in report.BLOCKS)
-        written = report.readme(text)
-        assert "old" not in written and written.count("a\n<!--") == written.count("-->\nz") == len(
-            report.BLOCKS
-        )
-        assert report.readme(written) == written
-        with pytest.raises(ValueError, match="expected a block from <!-- traffic --> to <!-- /traffic -->"):
-            report.readme(text.replace("<!-- traffic -->", ""))
+    def test_a_page_that_differs(self, capsys):
+        assert report.main(["--check"]) == 0
+        for path in (report.PAGE, report.README):
+            path.write_text(path.read_text().replace("| --- |", "| -- |", 1))
+            assert report.main(["--check"]) == 1
+            assert f"{path} differs: run python -m benchmarks.report" in capsys.readouterr().err
+            report.main([])
+        report.PAGE.unlink()
+        assert report.main(["--check"]) == 1 and report.main(["--summary"]) == 0
+        assert "steps, cpu:" in capsys.readouterr().out and report.main(["--check"]) == 0
+
+    def test_readme(self, page, tmp_path):
+        """A line a family: its first model that was timed, and one in the same mode that was counted."""
+        counted = {"batch": 3, "act": "gelu", "rows": MOVED}
+        page("traffic-a", model="resnet50", bn="eval", **counted)
+        page("traffic-b", model="resnet50", bn="train", **counted | {"rows": MOVED[:1]})
+        steps = [
+            timed("stock", 1),
+            timed("fuse", 0.5),
+            timed("stock", 1, dtype="bfloat16"),
+            timed("fuse", 0.1),
+        ]
+        rows = [steps[0] | {"model": "convnext"}, *({**row, "model": "vit_b"} for row in steps[:3])]
+        rows += [row | {"model": "resnet50d", "batch_norm": "eval"} for row in steps[:2]]
+        page("steps-cuda", machine=MACHINE, rounds=3, rows=rows)
+        text = "a\n<!-- result -->\nold\n<!-- /result -->\nz"
+        written = report.readme(text, tmp_path)
+        assert written.startswith("a\n<!-- result -->\n\ncpu: not measured.\n\na machine, ")
+        assert [line for line in written.splitlines() if line.startswith("|")][2:] == [
+            "| resnet50d, 8 at 32², float32 | 12.0 | 6.0 | 0.50"
+            " | 0.250 (resnet50, gelu, BatchNorm in eval mode, batch 3) |",
+            "| vit_b, 8 at 32², float32 | 12.0 | 6.0 | 0.50 | not counted |",
+        ]
+        assert report.readme(written, tmp_path) == written and "old" not in written
+        with pytest.raises(ValueError, match="expected a block from <!-- result --> to <!-- /result -->"):
+            report.readme(text.replace("<!-- result -->", ""))
 
     def test_what_is_not_there_is_not_measured(self, tmp_path):
         page = report.page(tmp_path)
         assert page.count("cpu: not measured.") == page.count("cuda: not measured.") == 4
 
-    def test_every_row_is_shown(self, tmp_path):
-        machine = COMMITTED["machine"] | {"hardware": "a machine", "commit": "1234567"}
-        row = {
-            "model": "vit", "shape": [8, 3, 32, 32], "dtype": "float32", "variant": "stock",
-            "milliseconds": 12.34, "milliseconds_min": 11.0, "milliseconds_max": 13.0, "time_over_stock": 1.0,
-        }  # fmt: skip
-        failed = {k: row[k] for k in ("model", "shape", "dtype")} | {
-            "variant": "fuse",
-            "error": "out of memory",
-        }
-        row["profile"] = [{"op": "aten::mm", "calls": 1234, "milliseconds": 5.678}]
-        steps = {"machine": machine, "rounds": 3, "rows": [row, failed]}
-        (tmp_path / "steps-cuda.json").write_text(json.dumps(steps))
+    @pytest.mark.parametrize("write", [by_line, functools.partial(json.dumps, indent=1)])
+    def test_every_row_is_shown(self, tmp_path, write):
+        """Of files as they were written before, too."""
+        failed = {key: TIMED[key] for key in ("model", "shape", "dtype")}
+        failed |= {"variant": "fuse", "error": "out of memory"}
+        profiled = TIMED | {"profile": [{"op": "aten::mm", "calls": 1234, "milliseconds": 5.678}]}
+        steps = {"machine": MACHINE, "rounds": 3, "rows": [profiled, failed]}
+        (tmp_path / "steps-cuda.json").write_text(write(steps))
         page = report.page(tmp_path)
         assert "a machine" in page and "commit 1234567" in page
         assert "| vit | 8 at 32² | float32 | stock | 12.3 | 11.0 to 13.0 | 1.000 |  |" in page
-        assert "| vit | 8 at 32² | float32 | fuse | out of memory |" in page
-        (tmp_path / "rivals-cuda.json").write_text(json.dumps(steps))
-        text = report.readme(report.README.read_text(), tmp_path)
-        assert "| vit | 8 at 32² | float32 | 12.3 | out of memory |  | not measured |  |" in text
-        assert "| vit float32 | 1.00 | out of memory |" in text
+        assert "| vit | 8 at 32² | float32 | fuse | out of memory |  |" in page
         assert "| vit | float32 | stock | `aten::mm` | 1,234 | 5.7 |" in page
 
-    def test_costs_relative_to_other_training(self, tmp_path):
-        row = {"model": "vit", "shape": [8, 3, 32, 32], "dtype": "float32", "milliseconds_min": 1.0}
-        row |= {"milliseconds_max": 99.0}
+    def test_what_is_slower_than_stock(self, page):
+        row = {"op": "gelu", "setting": "", "dtype": "float32", "shape": [2, 3], "milliseconds": 1.0}
+        row |= {"gigabytes_per_second": 2.0, "fraction_of_copy": 0.5}
         rows = [
-            row | {"variant": variant, "milliseconds": time, "time_over_stock": time / 12}
-            for variant, time in (("stock", 12.0), ("fuse", 6.0), ("natural", 3.0))
+            row | {"pass": which, "variant": variant, "time_over_stock": ratio if variant == "fused" else 1.0}
+            for which, ratio in (("forward", 1.04), ("backward", 1.06), ("double_backward", 0.2))
+            for variant in ("stock", "fused")
         ]
-        steps = {"machine": COMMITTED["machine"], "rounds": 3, "rows": rows}
-        (tmp_path / "steps-cpu.json").write_text(json.dumps(steps))
-        page = report.page(tmp_path)
-        bars = page.split("that of natural training = 1")[1].splitlines()[1:3]
-        assert [bar.split()[::4] for bar in bars] == [["vit", "4"], ["vit", "2"]]
-        assert "that of PGD-3 adversarial training = 1: not measured." in page
+        text = page("kernels-cpu", machine=MACHINE, rounds=3, rows=rows)
+        assert "| gelu | 2x3 | 1.04 | 1.06 | 0.20 | 1.0 | 1.0 | 2.0 | 0.50 |" in text
+        assert "than a twentieth: gelu, backward 1.06." in text
 
     @pytest.mark.parametrize("compiled", [True, False])
-    def test_traffic(self, tmp_path, compiled):
-        moved = {"stock": (8e9, 20), "fuse": (2e9, 5), "compiled": (4e9, 10)}
-        rows = [
-            {"variant": variant, "phase": "forward", "op": "aten::mm", "bytes": n, "launches": launches}
-            for variant, (n, launches) in moved.items()
-            if compiled or variant != "compiled"
-        ]
-        count = {"model": "resnet50", "batch": 3, "bn": "eval", "act": None, "rows": rows}
-        (tmp_path / "traffic-resnet50.json").write_text(json.dumps(count))
-        page = report.page(tmp_path)
+    def test_traffic(self, page, compiled):
+        count = {"model": "resnet50", "batch": 3, "bn": "eval", "act": None}
+        text = page("traffic-resnet50", **count, rows=MOVED if compiled else MOVED[:2])
         if compiled:
-            assert "| 3 | 8 | 2 | 4 | 0.250 | 0.500 | 20 | 5 | 10 | 0.250 | 0.500 |" in page
-            assert "| `aten::mm` | 8.0 | 2.0 | 4.0 |" in page
+            assert "| 3 | 8 | 2 | 4 | 0.250 | 0.500 | 20 | 5 | 10 | 0.250 | 0.500 |" in text
+            assert "| `aten::mm` | 8.0 | 2.0 | 4.0 |" in text
         else:
-            assert page.count("not counted") == 4 and "| `aten::mm` | 8.0 | 2.0 |" in page
+            assert text.count("not counted") == 4 and "| `aten::mm` | 8.0 | 2.0 |" in text
 
-    def test_studies(self, tmp_path):
+    def test_studies(self, page):
         watched = [{"eval_apgd_accuracy": 0.5}]
         row = {"clean": [0.9, 0.8], "robust": [0.5, 0.3], "histories": [watched, watched]}
+        rows = {
+            "natural": row | {"step_seconds": 0.01, "collapsed": [None, None]},
+            "FGSM": row | {"step_seconds": 0.02, "collapsed": [3, None]},
+        }
         study = {
             "study": "Long runs",
             "reference": "natural",
@@ -523,49 +575,28 @@ class TestReport:
             "attacked": 7,
             "config": {"model": "m", "data": None, "epochs": 2, "epsilon": 0.1},
             "conditions": "A machine.",
-            "rows": {
-                "natural": row | {"step_seconds": 0.01, "collapsed": [None, None]},
-                "FGSM": row | {"step_seconds": 0.02, "collapsed": [3, None]},
-            },
         }
-        (tmp_path / "study-stability.json").write_text(json.dumps(study))
-        page = report.page(tmp_path)
-        assert "fgsm at ε = 0.1 on 7 held-out images; 2 seeds a row. A machine." in page
-        del study["rows"]["natural"]
-        (tmp_path / "study-stability.json").write_text(json.dumps(study))
-        assert "| 20.0 | not measured |" in report.page(tmp_path)
+        text = page("study-stability", **study, rows=rows)
+        assert "fgsm at ε = 0.1 on 7 held-out images; 2 seeds a row. A machine." in text
         shares = "85.0% (80.0% to 90.0%) | 40.0% (30.0% to 50.0%)"
-        assert f"| FGSM | {shares} | 20.0 | 2.00 | 3, no |" in page
+        assert f"| FGSM | {shares} | 20.0 | 2.00 | 3, no |" in text
+        del rows["natural"]
+        assert "| 20.0 | not measured |" in page("study-stability", **study, rows=rows)
 
     def test_comparison(self):
         """Ratios of the rounds; of milliseconds where stock did not run."""
-        stock = {
-            "model": "vit",
-            "dtype": "float32",
-            "variant": "stock",
-            "milliseconds": 9.0,
-            "time_over_stock": 1,
-        }
+        refused = {key: TIMED[key] for key in ("model", "dtype")} | {"error": "refused"}
         rows = [
-            stock | {"peak_memory_bytes": 200},
-            stock | {"variant": "fuse", "time_over_stock": 0.5, "peak_memory_bytes": 100},
-            stock | {"variant": "compiled", "time_over_stock": 0.75},
-            stock | {"variant": "compiled_func", "error": "refused", "milliseconds": None},
-            stock | {"variant": "pgd3", "time_over_stock": 2.0},
+            timed("stock", 1, peak_memory_bytes=200),
+            timed("fuse", 0.5, peak_memory_bytes=100),
+            timed("compiled", 0.75),
+            refused | {"variant": "compiled_func"},
+            timed("pgd3", 2.0, milliseconds=9.0),
+            timed("natural", 0.25),
         ]
-        del rows[3]["milliseconds"], rows[3]["time_over_stock"]
         line = report.comparison(rows).splitlines()[-1]
+        assert line == "| vit | float32 | 2.00 | 1.50 | 0.50 | 0.50 | 0.25 | 4.00 | 2.00 |"
         missing = report.NOT_MEASURED
-        assert line == f"| vit | float32 | 2.00 | 1.50 | 0.50 | 0.50 | 0.25 | {missing} | {missing} |"
-        alone = [
-            {"model": "vit", "dtype": "float32", "variant": "stock", "error": "out of memory"},
-            stock | {"variant": "fuse", "milliseconds": 3.0, "time_over_stock": None},
-            stock | {"variant": "pgd3", "milliseconds": 12.0, "time_over_stock": None},
-        ]
-        line = report.comparison(alone).splitlines()[-1]
-        assert f"| {missing} | 0.25 |" in line
-
-    def test_summary(self, monkeypatch, tmp_path, capsys):
-        monkeypatch.setattr(report, "PAGE", tmp_path / "results.md")
-        assert report.main(["--summary"]) == 0
-        assert "steps, cpu:" in capsys.readouterr().out
+        alone = [timed("fuse", 0.25, time_over_stock=None), timed("pgd3", 1, time_over_stock=None)]
+        line = report.comparison([refused | {"variant": "stock"}, *alone]).splitlines()[-1]
+        assert f"| {missing} | 0.25 | {missing} | {missing} |" in line

@@ -8,12 +8,7 @@ from torch._dynamo.testing import EagerAndRecordGraphs
 
 import gradnorm_kernels as gk
 
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def make_net(activation):
@@ -87,25 +82,6 @@ def test_compiled_module_differentiates_twice_outside(batch):
     (gradient,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="double backward"):
         gradient.sum().backward()
-
-
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_the_ops_themselves_trace(dynamic):
-    """Called by name inside a compiled region, the ops become plain ATen ops too."""
-
-    def step(v, g, x):
-        ops = torch.ops.gradnorm_kernels
-        return ops.gelu(x), ops.gelu_backward(g, x), *ops.gelu_double_backward(v, g, x)
-
-    for shape in ((4, 3), (5, 7)):
-        operands = [torch.randn(shape).requires_grad_() for _ in range(3)]
-        compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=dynamic)(*operands)
-        for ours, wanted in zip(compiled, step(*operands), strict=True):
-            torch.testing.assert_close(ours, wanted)
-        gradients = torch.autograd.grad(sum(c.sum() for c in compiled), operands)
-        expected = torch.autograd.grad(sum(c.sum() for c in step(*operands)), operands)
-        for ours, wanted in zip(gradients, expected, strict=True):
-            torch.testing.assert_close(ours, wanted)
 
 
 def test_switching_inside_a_compiled_function_works_at_every_call():

@@ -72,9 +72,8 @@ def distributed_data_parallel(batch, part):
         objective(model, *part, epoch=1).total.backward()
         tolerance = 1e-5 if name == "finite_difference" else 1e-10
         for p, wanted in zip(model.parameters(), whole_batch_gradients(objective, batch), strict=True):
-            torch.testing.assert_close(
-                p.grad, wanted, rtol=tolerance, atol=tolerance * wanted.abs().max().item()
-            )
+            largest = wanted.abs().max().item()
+            torch.testing.assert_close(p.grad, wanted, rtol=tolerance, atol=tolerance * largest)
 
 
 def fully_sharded(batch, part):
@@ -132,30 +131,17 @@ def test_fully_sharded():
 def test_a_run_of_two_processes_equals_that_of_one(options, tmp_path):
     """Weights, averaged weights and metrics, after interleaved evaluation too."""
     pytest.importorskip("timm")
-    from gradnorm_kernels.training.trainer import CHECKPOINT, load_checkpoint
+    from gradnorm_kernels.training.files import load_checkpoint
 
-    settings = [
-        "epochs=2",
-        "batch_size=356",
-        "ramp_epochs=0",
-        "lr=1e-4",
-        "warmup_epochs=0",
-        "epsilon=0.1",
-        *options,
-    ]
-    command = ["-m", "gradnorm_kernels", "train", "digits", "--set", *settings, "--output"]
+    settings = ["epochs=2", "batch_size=356", "ramp_epochs=0", "lr=1e-4", "warmup_epochs=0", "epsilon=0.1"]
+    command = ["-m", "gradnorm_kernels", "train", "digits", "--set", *settings, *options, "--output"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node=2",
-        f"--master-port={free_port()}",
-    ]
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
     states = []
-    for name, run in (("one", [sys.executable]), ("two", torchrun)):
-        subprocess.run([*run, *command, str(tmp_path / name)], env=environment, check=True, timeout=300)
-        states.append(load_checkpoint(tmp_path / name / CHECKPOINT))
+    for name, launcher in (("one", []), ("two", torchrun)):
+        run = [sys.executable, *launcher, *command, str(tmp_path / name)]
+        subprocess.run(run, env=environment, check=True, timeout=300)
+        states.append(load_checkpoint(tmp_path / name))
     one, two = states
     for part in ("model", "ema"):
         for key, value in one[part].items():

@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("timm", reason="training needs: pip install 'gradnorm_kernels[train]'")
 
 from gradnorm_kernels.training import study as study_module
-from gradnorm_kernels.training.config import TrainingError
+from gradnorm_kernels.training.options import TrainingError
 from gradnorm_kernels.training.study import STUDIES, study
 
 QUICK = {"epochs": 2, "batch_size": 359, "ramp_epochs": 0.0}

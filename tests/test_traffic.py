@@ -39,10 +39,14 @@ def test_fused_steps_stay_below_their_ceilings(name):
     assert launches <= most_launches
 
 
-def count(run):
-    counter = traffic.Traffic()
-    with counter:
+def counted(run):
+    with traffic.Traffic() as counter:
         run()
+    return counter
+
+
+def count(run):
+    counter = counted(run)
     return counter.bytes.total(), counter.launches.total()
 
 
@@ -60,9 +64,7 @@ def test_floating_point_operations():
     """Of matrix products and convolutions; an attention's are those of the products that it replaces."""
 
     def flops(run):
-        with traffic.Traffic() as counter:
-            run()
-        return sum(flops for _, flops in counter.ops)
+        return sum(flops for _, flops in counted(run).ops)
 
     x = torch.empty(10, 8, device="meta")
     matrix = torch.empty(8, 4, device="meta")
@@ -85,23 +87,21 @@ def test_gelus_double_backward(approximate, elements, launches):
     x = torch.empty(1000, device="meta", requires_grad=True)
     g, v = torch.empty_like(x, requires_grad=True), torch.empty_like(x)
 
-    def counted(functional):
+    def double_backward(functional):
         output = functional.gelu(x, approximate=approximate)
         (grad_input,) = torch.autograd.grad(output, x, g, create_graph=True)
         moved, launched = count(lambda: torch.autograd.grad(grad_input, (g, x), v))
         return moved / 4000, launched
 
-    stock = counted(torch.nn.functional)
+    stock = double_backward(torch.nn.functional)
     assert stock == (elements, launches) if approximate == "none" else stock >= (elements, launches)
-    assert counted(gk.functional) == (5, 1)
+    assert double_backward(gk.functional) == (5, 1)
 
 
 def test_views_and_allocations_cost_nothing():
     x = torch.empty(10, 8, device="meta")
-    assert count(lambda: (torch.empty_like(x), x.expand(3, 10, 8), x.detach(), x.t(), x.view(80)[None])) == (
-        0,
-        0,
-    )
+    free = count(lambda: (torch.empty_like(x), x.expand(3, 10, 8), x.detach(), x.t(), x.view(80)[None]))
+    assert free == (0, 0)
 
 
 def test_ops_of_several_passes_are_counted_several_times():
@@ -110,9 +110,7 @@ def test_ops_of_several_passes_are_counted_several_times():
     weight = torch.empty(3, device="meta", requires_grad=True)
     output = gk.functional.batch_norm(x, None, None, weight, training=True)
     (grad_input,) = torch.autograd.grad(output, x, g, create_graph=True)
-    counter = traffic.Traffic()
-    with counter:
-        torch.autograd.grad(grad_input, (g, x), torch.empty_like(x))
+    counter = counted(lambda: torch.autograd.grad(grad_input, (g, x), torch.empty_like(x)))
     op = "gradnorm_kernels::batch_norm_double_backward"
     assert counter.launches["forward", op] == 3
     elements = counter.bytes["forward", op] / 4 / x.numel()
@@ -130,8 +128,7 @@ def test_attention_over_more_than_a_window_is_read_twice(tokens, columns, launch
         attention = gk.functional.scaled_dot_product_attention
     output = attention(*tensors)
     n, grad_output = output.numel() * 4, torch.empty_like(output, requires_grad=True)
-    counter = traffic.Traffic()
-    with counter:
+    with traffic.Traffic() as counter:
         grads = torch.autograd.grad(output, tensors, grad_output, create_graph=True)
         counter.phase = "backward"
         torch.autograd.grad(grads, [grad_output, *tensors], [torch.empty_like(t) for t in tensors])
@@ -144,8 +141,7 @@ def test_one_layer_by_hand():
     x = torch.empty(16, 8, device="meta", requires_grad=True)
     weight = torch.empty(8, 8, device="meta", requires_grad=True)
     n, w = 16 * 8 * 4, 8 * 8 * 4
-    counter = traffic.Traffic()
-    with counter:
+    with traffic.Traffic() as counter:
         hidden = x @ weight
         output = gk.functional.gelu(hidden)
         counter.phase = "input gradient"
@@ -193,25 +189,9 @@ def test_what_cannot_be_compiled():
 
 def test_command_line(tmp_path):
     out = tmp_path / "traffic.json"
-    command = [
-        "-m",
-        "benchmarks.traffic",
-        "--model",
-        "resnet18",
-        "--act",
-        "gelu",
-        "--batch",
-        "2",
-        "--bn",
-        "eval",
-    ]
-    run = subprocess.run(
-        [sys.executable, *command, "--variants", "stock", "fuse", "switch", "--json", out],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    options = "--model resnet18 --act gelu --batch 2 --bn eval --variants stock fuse switch --json"
+    command = [sys.executable, "-m", "benchmarks.traffic", *options.split(), out]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "fuse / stock: bytes 0." in run.stdout and "switch / stock: bytes 0." in run.stdout
     result = json.loads(out.read_text())
     assert {row["variant"] for row in result["rows"]} == {"stock", "fuse", "switch"}

@@ -1,5 +1,6 @@
 """The objective against a transcription, runs that resume to the bit, data that name their faults."""
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -19,19 +20,13 @@ pytest.importorskip("timm", reason="training needs: pip install 'gradnorm_kernel
 from PIL import Image
 
 from gradnorm_kernels import FusedGeLU
-from gradnorm_kernels.training import trainer as trainer_module
-from gradnorm_kernels.training.config import MAY_CHANGE, TrainConfig, TrainingError, load_recipe
+from gradnorm_kernels.training import models
+from gradnorm_kernels.training.config import MAY_CHANGE, Interrupted, TrainConfig, load_recipe
 from gradnorm_kernels.training.data import Data, load_data, seed_everything
-from gradnorm_kernels.training.models import Normalize, create_model, input_spec
-from gradnorm_kernels.training.trainer import (
-    CHECKPOINT,
-    Interrupted,
-    Trainer,
-    load_checkpoint,
-    load_model,
-    resumed_config,
-    train,
-)
+from gradnorm_kernels.training.files import CHECKPOINT, load_checkpoint, resumed_config, write_file
+from gradnorm_kernels.training.models import Normalize, create_model, input_spec, load_model
+from gradnorm_kernels.training.options import TrainingError
+from gradnorm_kernels.training.trainer import Trainer, train
 
 # Four steps an epoch, the least in which the middle of an epoch differs from its ends.
 QUICK = TrainConfig(epochs=3, batch_size=359, lr=4e-3, warmup_epochs=1.0, epsilon=0.1)
@@ -50,6 +45,11 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def quick_trainer(**changes):
+    config = replace(QUICK, **changes)
+    return Trainer(config, load_data(config))
 
 
 class TestModels:
@@ -122,7 +122,7 @@ def differences(directory, reference):
     """What differs between two runs, to the bit, but for the timings and what may change."""
     states = []
     for path in (directory, reference):
-        state = load_checkpoint(path / CHECKPOINT)
+        state = load_checkpoint(path)
         lines = (path / "metrics.jsonl").read_text().splitlines()
         assert [json.loads(line) for line in lines] == state["history"]
         assert [line["epoch"] for line in state["history"]] == list(range(1, len(lines) + 1))
@@ -165,18 +165,19 @@ def uninterrupted(tmp_path_factory):
     return directory
 
 
-def interrupt_at(monkeypatch, call, owner=Trainer, method="step"):
-    """Sends SIGINT to this process in the call-th call (from 1) of the owner's method."""
-    original, calls = getattr(owner, method), 0
+def train_and_interrupt(config, directory, call, owner=Trainer, method="step"):
+    """Trains until SIGINT arrives in the call-th call (from 1) of the owner's method."""
+    original, calls = getattr(owner, method), itertools.count(1)
 
     def interrupting(*args, **kwargs):
-        nonlocal calls
-        calls += 1
-        if calls == call:
+        if next(calls) == call:
             signal.raise_signal(signal.SIGINT)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(owner, method, interrupting)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, method, interrupting)
+        with pytest.raises(Interrupted, match=str(directory / CHECKPOINT)):
+            train(config, directory)
 
 
 class TestRun:
@@ -186,14 +187,13 @@ class TestRun:
         assert lines[2]["loss"] < lines[0]["loss"]
         # The ramp's value in the last step of each epoch, and the cosine's end after the last.
         assert [line["alpha"] for line in lines] == pytest.approx([0.75 / 5, 1.75 / 5, 2.75 / 5])
-        assert lines[0]["lr"] == pytest.approx(QUICK.lr, rel=0.3) and lines[2]["lr"] == pytest.approx(
-            QUICK.min_lr
-        )
+        assert lines[0]["lr"] == pytest.approx(QUICK.lr, rel=0.3)
+        assert lines[2]["lr"] == pytest.approx(QUICK.min_lr)
         assert all(line["seconds"] > 0 and line["gradient_norm"] > 0 for line in lines)
         assert json.loads((uninterrupted / "config.json").read_text()) == asdict(QUICK)
 
     def test_averaged_weights_are_evaluated_and_loaded(self, uninterrupted):
-        state = load_checkpoint(uninterrupted / CHECKPOINT)
+        state = load_checkpoint(uninterrupted)
         key = "model.head.weight"
         assert not torch.equal(state["ema"][key], state["model"][key])
         model = load_model(uninterrupted)
@@ -211,38 +211,31 @@ class TestRun:
 
     # Of four steps an epoch: the first one of all, one in the middle, an epoch's last, and the run's last.
     @pytest.mark.parametrize("step", [1, 6, 8, 12])
-    def test_resumes_after_an_interrupt(self, step, uninterrupted, tmp_path, monkeypatch):
-        with monkeypatch.context() as patch:
-            interrupt_at(patch, step)
-            with pytest.raises(Interrupted, match=str(tmp_path / CHECKPOINT)):
-                train(QUICK, tmp_path)
-        assert load_checkpoint(tmp_path / CHECKPOINT)["step_in_epoch"] == (step - 1) % 4 + 1
+    def test_resumes_after_an_interrupt(self, step, uninterrupted, tmp_path):
+        train_and_interrupt(QUICK, tmp_path, step)
+        assert load_checkpoint(tmp_path)["step_in_epoch"] == (step - 1) % 4 + 1
         train(resumed_config(tmp_path, {}), tmp_path, resume=True)
         assert not differences(tmp_path, uninterrupted)
 
-    def test_resumes_after_an_interrupt_while_evaluating(self, uninterrupted, tmp_path, monkeypatch):
-        with monkeypatch.context() as patch:
-            interrupt_at(patch, 2, Data, "evaluation_batches")
-            with pytest.raises(Interrupted):
-                train(QUICK, tmp_path)
-        saved = load_checkpoint(tmp_path / CHECKPOINT)
+    def test_resumes_after_an_interrupt_while_evaluating(self, uninterrupted, tmp_path):
+        train_and_interrupt(QUICK, tmp_path, 2, Data, "evaluation_batches")
+        saved = load_checkpoint(tmp_path)
         assert (saved["epoch"], saved["step_in_epoch"]) == (1, 4)
         train(QUICK, tmp_path, resume=True)
         assert not differences(tmp_path, uninterrupted)
 
     def test_resumes_after_a_crash(self, uninterrupted, tmp_path, monkeypatch):
         """The steps after the last checkpoint are done again."""
-        with monkeypatch.context() as patch:
-            original = Trainer._record
+        original = Trainer._record
 
-            def crash(self, *args):
-                if (self.epoch, self.step_in_epoch) == (1, 2):
-                    raise OSError("power cut")
-                original(self, *args)
+        def crash(self, *args):
+            if (self.epoch, self.step_in_epoch) == (1, 2):
+                raise OSError("power cut")
+            original(self, *args)
 
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="power cut"):
             patch.setattr(Trainer, "_record", crash)
-            with pytest.raises(OSError, match="power cut"):
-                train(QUICK, tmp_path)
+            train(QUICK, tmp_path)
         train(QUICK, tmp_path, resume=True)
         assert not differences(tmp_path, uninterrupted)
         train(QUICK, tmp_path, resume=True)  # a finished run has nothing left to do
@@ -256,16 +249,11 @@ class TestRun:
             model.model.head_drop = nn.Dropout(0.5)
             return model
 
-        monkeypatch.setattr(trainer_module, "create_model", with_dropout)
-        config = TrainConfig(
-            data=str(image_folder), image_size=16, batch_size=4, **RECIPE, workers=1, mode="train",
-            epochs=2, lr=4e-3, warmup_epochs=0.5, ramp_epochs=1.0,
-        )  # fmt: skip
+        monkeypatch.setattr(models, "create_model", with_dropout)
+        options = {"workers": 1, "mode": "train", "epochs": 2, "lr": 4e-3, "warmup_epochs": 0.5, **RECIPE}
+        config = on_folder(image_folder, **options, ramp_epochs=1.0)
         train(config, tmp_path / "reference")
-        with monkeypatch.context() as patch:
-            interrupt_at(patch, 6)
-            with pytest.raises(Interrupted):
-                train(config, tmp_path / "resumed")
+        train_and_interrupt(config, tmp_path / "resumed", 6)
         torch.manual_seed(12345)
         np.random.seed(12345)
         train(replace(config, workers=0), tmp_path / "resumed", resume=True)
@@ -273,14 +261,7 @@ class TestRun:
 
     def test_second_interrupt_aborts(self, tmp_path, monkeypatch):
         before = signal.getsignal(signal.SIGINT)
-        original = Trainer.step
-
-        def twice(*args):
-            signal.raise_signal(signal.SIGINT)
-            signal.raise_signal(signal.SIGINT)
-            return original(*args)
-
-        monkeypatch.setattr(Trainer, "step", twice)
+        monkeypatch.setattr(Trainer, "step", lambda *_: [signal.raise_signal(signal.SIGINT) for _ in "12"])
         with pytest.raises(KeyboardInterrupt):
             train(QUICK, tmp_path)
         assert not (tmp_path / CHECKPOINT).exists()
@@ -306,49 +287,40 @@ class TestRun:
         with pytest.raises(TrainingError, match=f"cannot read the checkpoint {path}"):
             train(QUICK, tmp_path, resume=True)
 
-    def test_not_finite_loss_stops(self, tmp_path, monkeypatch):
-        original = Trainer.step
-
-        def explode(self, images, targets):
-            loss, norm = original(self, images, targets)
-            if self.epoch == 1:
-                loss = loss._replace(total=loss.total * float("nan"))
-            return loss, norm
-
-        monkeypatch.setattr(Trainer, "step", explode)
-        with pytest.raises(TrainingError, match=r"loss nan .* not finite, in epoch 2, step 1.*lower lr"):
-            train(QUICK, tmp_path)
-        kept = load_checkpoint(tmp_path / CHECKPOINT)
-        assert kept["epoch"] == 1 and all(torch.isfinite(v).all() for v in kept["model"].values())
-
     def test_not_finite_gradient_stops(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(
-            trainer_module.nn.utils, "clip_grad_norm_", lambda *args: torch.tensor(float("inf"))
-        )
+        monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda *args: torch.tensor(float("inf")))
         with pytest.raises(TrainingError, match="gradient's norm inf, not finite, in epoch 1, step 1"):
             train(QUICK, tmp_path)
         assert not (tmp_path / CHECKPOINT).exists()
 
-    def test_not_finite_weights_are_not_kept(self, tmp_path, monkeypatch):
-        """What an epoch's last update broke, no loss of that epoch shows."""
+    @pytest.mark.parametrize(
+        ("what", "message"),
+        [
+            ("loss", r"loss nan .* not finite, in epoch 2, step 1.*lower lr"),
+            # What an epoch's last update broke, no loss of that epoch shows.
+            ("weights", r"weights not finite before the update, in epoch 3, step 1"),
+        ],
+    )
+    def test_what_is_not_finite_is_not_kept(self, what, message, tmp_path, monkeypatch):
         original = Trainer.step
 
-        def explode(self, images, targets):
-            done = original(self, images, targets)
-            if (self.epoch, self.step_in_epoch) == (1, 3):
+        def explode(self, *batch):
+            loss, norm = original(self, *batch)
+            if what == "loss" and self.epoch == 1:
+                loss = loss._replace(total=loss.total * float("nan"))
+            if what == "weights" and (self.epoch, self.step_in_epoch) == (1, 3):
                 next(self.model.parameters()).data.fill_(float("nan"))
-            return done
+            return loss, norm
 
         monkeypatch.setattr(Trainer, "step", explode)
-        with pytest.raises(TrainingError, match=r"weights not finite before the update, in epoch 3, step 1"):
+        with pytest.raises(TrainingError, match=message):
             train(QUICK, tmp_path)
-        kept = load_checkpoint(tmp_path / CHECKPOINT)
-        assert kept["epoch"] == 1 and all(v.isfinite().all() for v in kept["model"].values())
+        kept = load_checkpoint(tmp_path)
+        assert kept["epoch"] == 1 and all(value.isfinite().all() for value in kept["model"].values())
 
     def test_not_finite_logits_of_the_edge_objective(self, tmp_path, monkeypatch):
         """Whose class is drawn from them."""
-        config = replace(QUICK, objective="edge", mode="train")
-        trainer = Trainer(config, load_data(config))
+        trainer = quick_trainer(objective="edge", mode="train")
         for parameter in trainer.model.parameters():
             parameter.data.fill_(float("nan"))
         with pytest.raises(TrainingError, match="loss nan"):
@@ -371,30 +343,28 @@ class TestRun:
         config = replace(QUICK, epochs=1)
         train(config, tmp_path)
         before = (tmp_path / CHECKPOINT).read_bytes()
-        monkeypatch.setattr(trainer_module.torch, "save", fail_half_way)
+        monkeypatch.setattr(torch, "save", fail_half_way)
         with pytest.raises(OSError, match="disk full"):
-            trainer_module.write_file(tmp_path / CHECKPOINT, lambda file: torch.save({}, file))
+            write_file(tmp_path / CHECKPOINT, lambda file: torch.save({}, file))
         # Not compared in the assertion: see different_leaves.
         unchanged = (tmp_path / CHECKPOINT).read_bytes() == before
         assert unchanged
 
     @pytest.mark.parametrize("fused", ["auto", "on", "off"])
     def test_fused_flag(self, fused):
-        trainer = Trainer(replace(QUICK, fused=fused), load_data(QUICK))
-        kinds = [type(module) for module in trainer.model.modules()]
-        assert kinds.count(FusedGeLU) == (0 if fused == "off" else 6)
-        kinds = [type(module) for module in trainer.ema.module.modules()]
-        assert kinds.count(FusedGeLU) == (0 if fused == "off" else 6)
+        trainer = quick_trainer(fused=fused)
+        for model in (trainer.model, trainer.ema.module):
+            kinds = [type(module) for module in model.modules()]
+            assert kinds.count(FusedGeLU) == (0 if fused == "off" else 6)
 
     def test_nothing_to_fuse_is_reported(self, monkeypatch):
-        config = replace(QUICK, fused="on")
-        monkeypatch.setattr(trainer_module, "fuse", lambda model: model)
+        monkeypatch.setattr(models, "fuse", lambda model: model)
         with pytest.raises(TrainingError, match="fused: there is nothing to fuse"):
-            Trainer(config, load_data(config))
+            quick_trainer(fused="on")
 
     @pytest.mark.parametrize("mode", ["train", "eval"])
     def test_mode(self, mode):
-        trainer = Trainer(replace(QUICK, mode=mode), load_data(QUICK))
+        trainer = quick_trainer(mode=mode)
         assert trainer.model.training == (mode == "train") and not trainer.ema.module.training
 
     @pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGKILL])
@@ -416,17 +386,14 @@ Trainer.step = slow_step
 sys.exit(main({arguments!r}))
 """
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        with subprocess.Popen(
-            [sys.executable, "-c", script], cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=environment
-        ) as process:
-            steps = 0
-            for line in process.stderr:
-                steps += line.startswith("step")
-                if steps == 6:
-                    process.send_signal(kill)
-                    break
+        command = [sys.executable, "-c", script]
+        options = {"cwd": tmp_path, "stderr": subprocess.PIPE, "text": True, "env": environment}
+        with subprocess.Popen(command, **options) as process:
+            steps = (line for line in process.stderr if line.startswith("step"))
+            next(itertools.islice(steps, 5, None))  # the sixth
+            process.send_signal(kill)
             _, message = process.communicate(timeout=60)
-        saved = load_checkpoint(tmp_path / CHECKPOINT)
+        saved = load_checkpoint(tmp_path)
         if kill == signal.SIGINT:
             assert process.returncode == 130
             assert "stopped in epoch 2 after step 2" in message
@@ -442,10 +409,10 @@ sys.exit(main({arguments!r}))
         """Whatever moment the process dies at, the checkpoint there is whole."""
         config = replace(QUICK, epochs=1)
         train(config, tmp_path)
-        before = load_checkpoint(tmp_path / CHECKPOINT)
+        before = load_checkpoint(tmp_path)
         script = f"""
 import os, pathlib, torch
-from gradnorm_kernels.training.trainer import write_file
+from gradnorm_kernels.training.files import write_file
 path = pathlib.Path({str(tmp_path / CHECKPOINT)!r})
 def write(file):
     file.write(b"half a checkpoint")
@@ -455,69 +422,52 @@ write_file(path, write)
 """
         done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path)
         assert done.returncode == -signal.SIGKILL
-        assert not different_leaves(load_checkpoint(tmp_path / CHECKPOINT), before)
+        assert not different_leaves(load_checkpoint(tmp_path), before)
 
 
 class TestOptions:
     def test_accumulated_parts_give_the_whole_batchs_gradient(self):
         gradients = []
         for parts in (1, 7):
-            config = replace(QUICK, batch_size=350, accumulate=parts, ramp_epochs=0.0, clip_norm=None)
-            data = load_data(config)
-            trainer = Trainer(config, data)
+            trainer = quick_trainer(batch_size=350, accumulate=parts, ramp_epochs=0.0, clip_norm=None)
             # The head starts at 0, where the norm has no gradient.
             nn.init.normal_(trainer.model.model.head.weight)
-            batch = data.soften(*next(data.training_batches(epoch=0, start=0)))
-            loss, norm = trainer.step(*batch)
-            gradients.append(
-                [loss.total, norm, loss.parts["gradient_norm"], *(p.grad for p in trainer.model.parameters())]
-            )
-        for whole, accumulated in zip(*gradients, strict=True):
-            torch.testing.assert_close(accumulated, whole, rtol=1e-4, atol=1e-6)
+            loss, norm = trainer.step(*trainer.data.first_batch())
+            found = loss.total, norm, loss.parts["gradient_norm"]
+            gradients.append([*found, *(p.grad for p in trainer.model.parameters())])
+        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
     def test_bfloat16_keeps_the_penalty_finite_and_close(self):
-        losses = {}
+        losses = []
         for precision in ("float32", "bfloat16"):
-            config = replace(QUICK, precision=precision, ramp_epochs=0.0)
-            data = load_data(config)
-            trainer = Trainer(config, data)
+            trainer = quick_trainer(precision=precision, ramp_epochs=0.0)
             nn.init.normal_(trainer.model.model.head.weight)
-            loss = trainer.loss(*data.soften(*next(data.training_batches(epoch=0, start=0))))
-            assert all(
-                p.dtype == torch.float32 and p.grad.isfinite().all() for p in trainer.model.parameters()
-            )
-            losses[precision] = loss
-        assert losses["bfloat16"].parts["gradient_norm"].dtype == torch.float32
-        for name, part in losses["float32"].parts.items():
-            torch.testing.assert_close(losses["bfloat16"].parts[name], part, rtol=0.05, atol=0)
-            assert not torch.equal(losses["bfloat16"].parts[name], part)
+            losses.append(trainer.loss(*trainer.data.first_batch()))
+            parameters = list(trainer.model.parameters())
+            assert all(p.dtype == torch.float32 and p.grad.isfinite().all() for p in parameters)
+        whole, half = losses
+        assert half.parts["gradient_norm"].dtype == torch.float32
+        for name, part in whole.parts.items():
+            torch.testing.assert_close(half.parts[name], part, rtol=0.05, atol=0)
+            assert not torch.equal(half.parts[name], part)
 
     @pytest.mark.parametrize("precision", ["tf32", "float32"])
-    def test_tf32_lasts_for_a_step(self, precision, monkeypatch):
-        config = replace(QUICK, precision=precision)
-        trainer = Trainer(config, load_data(config))
-        before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-        seen = []
-        original = trainer.model.forward
+    def test_tf32_lasts_for_a_step(self, precision):
+        def switches():
+            return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
 
-        def forward(images):
-            seen.append((torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32))
-            return original(images)
-
-        monkeypatch.setattr(trainer.model, "forward", forward)
-        trainer.step(*next(trainer.data.training_batches(epoch=0, start=0)))
-        assert set(seen) == {(True, True) if precision == "tf32" else before}
-        assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == before
+        trainer, before, seen = quick_trainer(precision=precision), switches(), set()
+        trainer.model.register_forward_pre_hook(lambda *_: seen.add(switches()))
+        trainer.step(*trainer.data.first_batch())
+        assert seen == {(True, True) if precision == "tf32" else before} and switches() == before
 
     def test_channels_last(self):
-        config = replace(QUICK, channels_last=True, model="preact_resnet10", batch_size=16, epochs=1)
-        trainer = Trainer(config, load_data(config))
+        trainer = quick_trainer(channels_last=True, model="preact_resnet10", batch_size=16, epochs=1)
         layouts = []
-        hook = trainer.model.model.blocks[0].conv1.register_forward_pre_hook(
+        trainer.model.model.blocks[0].conv1.register_forward_pre_hook(
             lambda module, inputs: layouts.append(inputs[0].is_contiguous(memory_format=torch.channels_last))
         )
         trainer.loss(torch.rand(16, 1, 8, 8), torch.randint(10, (16,)))
-        hook.remove()
         assert layouts == [True]
 
     @pytest.mark.skipif(
@@ -530,23 +480,18 @@ class TestOptions:
         monkeypatch.setattr(torch, "compile", lambda f, **options: compile(f, backend="aot_eager", **options))
         steps = []
         for compiled in (False, True):
-            config = replace(QUICK, compile=compiled)
-            data = load_data(config)
-            trainer = Trainer(config, data)
-            batch = data.soften(*next(data.training_batches(epoch=0, start=0)))
+            trainer = quick_trainer(compile=compiled)
+            batch = trainer.data.first_batch()
             for trainer.epoch in range(5):
                 loss, _ = trainer.step(*batch)
             steps.append([loss.total, *trainer.model.state_dict().values()])
-        for eager, whole in zip(*steps, strict=True):
-            torch.testing.assert_close(whole, eager, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(*steps, rtol=1e-4, atol=1e-6)
 
     def test_a_step_that_does_not_compile_is_reported(self):
-        config = replace(QUICK, compile=True)
-        data = load_data(config)
-        trainer = Trainer(config, data)
+        trainer = quick_trainer(compile=True)
         trainer.model.register_forward_pre_hook(lambda *args: torch._dynamo.graph_break())
         with pytest.raises(TrainingError, match="compile: "):
-            trainer.loss(*data.soften(*next(data.training_batches(epoch=0, start=0))))
+            trainer.loss(*trainer.data.first_batch())
 
     def test_watched_robustness(self, tmp_path):
         lines = train(replace(QUICK, epochs=2, robust_every=2, robust_images=20), tmp_path)
@@ -556,28 +501,26 @@ class TestOptions:
     def test_init(self, uninterrupted, tmp_path):
         """From a run's averaged weights, from a state_dict, and with another number of classes."""
         averaged = load_model(uninterrupted).model.state_dict()
-        spec = input_spec("gelu_mixer", 1, 8)
-        for path in (uninterrupted / CHECKPOINT, tmp_path / "weights.pth"):
-            torch.save(averaged, tmp_path / "weights.pth")
-            own = create_model("gelu_mixer", spec, 10, init=str(path)).model.state_dict()
-            assert all(torch.equal(own[key], value) for key, value in averaged.items())
-            other = create_model("gelu_mixer", spec, 3, init=str(path)).model.state_dict()
+        spec, saved = input_spec("gelu_mixer", 1, 8), tmp_path / "weights.pth"
+
+        def started(path, classes=10):
+            return create_model("gelu_mixer", spec, classes, init=str(path)).model.state_dict()
+
+        wrapped = {f"module._orig_mod.{key}": value for key, value in averaged.items()}
+        assert not different_leaves(started(uninterrupted / CHECKPOINT), averaged)
+        for weights in (averaged, wrapped, {"epoch": 3, "state_dict": averaged}):
+            torch.save(weights, saved)
+            assert not different_leaves(started(saved), averaged)
+        for path in (uninterrupted / CHECKPOINT, saved):
+            other = started(path, classes=3)
             assert other["head.weight"].shape[0] == 3
-            assert torch.equal(
-                other["blocks.0.mlp_channels.fc1.weight"], own["blocks.0.mlp_channels.fc1.weight"]
-            )
-            for wrapped in (
-                {f"module._orig_mod.{key}": value for key, value in averaged.items()},
-                {"epoch": 3, "state_dict": averaged},
-            ):
-                torch.save(wrapped, tmp_path / "wrapped.pth")
-                same = create_model("gelu_mixer", spec, 10, init=str(tmp_path / "wrapped.pth")).model
-                assert all(torch.equal(same.state_dict()[key], value) for key, value in averaged.items())
+            key = "blocks.0.mlp_channels.fc1.weight"
+            assert torch.equal(other[key], averaged[key])
         with pytest.raises(TrainingError, match="does not fit the model"):
-            create_model("preact_resnet10", spec, 10, init=str(path))
-        (tmp_path / "weights.pth").write_bytes(b"no weights")
+            create_model("preact_resnet10", spec, 10, init=str(saved))
+        saved.write_bytes(b"no weights")
         with pytest.raises(TrainingError, match="init: cannot read"):
-            create_model("gelu_mixer", spec, 10, init=str(path))
+            started(saved)
 
     def test_weights_are_loaded_without_running_code(self, tmp_path):
         class Payload:
@@ -610,12 +553,10 @@ class TestOptions:
         """Every ReLU-like module gives way, the gates of squeeze-and-excitation stay."""
         before = create_model(name, input_spec(name, 3, 32), 4)
         after = create_model(name, input_spec(name, 3, 32), 4, act=act)
-        kinds = (nn.ReLU, nn.SiLU, nn.GELU)
-        swapped = [
-            (a, b) for a, b in zip(before.modules(), after.modules(), strict=True) if isinstance(a, kinds)
-        ]
+        pairs = zip(before.modules(), after.modules(), strict=True)
+        swapped = [b for a, b in pairs if isinstance(a, nn.ReLU | nn.SiLU | nn.GELU)]
         assert swapped
-        for _, module in swapped:
+        for module in swapped:
             assert type(module) is kind
             assert all(getattr(module, key) == value for key, value in attributes.items())
         gates = [sum(isinstance(m, nn.Sigmoid) for m in model.modules()) for model in (before, after)]
@@ -633,6 +574,10 @@ class TestOptions:
         monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
         with pytest.raises(TrainingError, match="run: pip install tensorboard"):
             train(replace(QUICK, tensorboard=True), tmp_path)
+
+
+def on_folder(folder, **options):
+    return TrainConfig(**{"data": str(folder), "image_size": 16, "batch_size": 4, "workers": 0, **options})
 
 
 @pytest.fixture
@@ -658,7 +603,7 @@ class TestData:
 
     @pytest.mark.parametrize("augmentation", [RECIPE, {"crop_min": 0.5, "hflip": 0.5}, {}])
     def test_batches_depend_on_seed_epoch_and_index_alone(self, augmentation, image_folder):
-        config = TrainConfig(data=str(image_folder), batch_size=4, image_size=16, workers=0, **augmentation)
+        config = on_folder(image_folder, **augmentation)
         reference = [image for image, _ in load_data(config).training_batches(epoch=1, start=0)]
         assert len(reference) == 4
         for workers in (0, 2):
@@ -674,8 +619,8 @@ class TestData:
 
     def test_workers_survive_an_interrupt(self, image_folder):
         """Ctrl-C reaches them too, while the training process waits for the batch of its last step."""
-        config = TrainConfig(data=str(image_folder), batch_size=2, image_size=16, workers=1)
-        batches = load_data(config).training_batches(epoch=0, start=0)
+        data = load_data(on_folder(image_folder, batch_size=2, workers=1))
+        batches = data.training_batches(epoch=0, start=0)
         next(batches)
         for worker in multiprocessing.active_children():
             os.kill(worker.pid, signal.SIGINT)
@@ -686,14 +631,14 @@ class TestData:
         """Not normalised, and at their own size untouched."""
         (image_folder / "val" / "dark" / "0.jpg").unlink()
         Image.new("RGB", (16, 16), (51, 102, 255)).save(image_folder / "val" / "dark" / "0.png")
-        data = load_data(TrainConfig(data=str(image_folder), batch_size=4, image_size=16, workers=0))
+        data = load_data(on_folder(image_folder))
         image, target = data.evaluation[0]
         assert target == 0
         torch.testing.assert_close(image[:, 3, 5], torch.tensor([0.2, 0.4, 1.0]))
 
     def test_soft_targets(self, image_folder):
         images, labels = torch.rand(4, 3, 16, 16), torch.tensor([0, 1, 1, 1])
-        config = TrainConfig(data=str(image_folder), batch_size=4, image_size=16)
+        config = on_folder(image_folder)
         same, targets = load_data(config).soften(images.clone(), labels)
         assert torch.equal(same, images)
         torch.testing.assert_close(targets[0], torch.tensor([0.95, 0.05]))
@@ -704,9 +649,9 @@ class TestData:
         assert 0.05 < targets[0, 0] < 0.95
 
     def test_trains_on_an_image_folder(self, image_folder, tmp_path):
-        config = TrainConfig(
-            data=str(image_folder), model="resnet10t", act="gelu", image_size=32, hflip=0.5,
-            batch_size=8, epochs=2, workers=1, mode="train", warmup_epochs=0.0, ramp_epochs=0.0,
+        config = on_folder(
+            image_folder, model="resnet10t", act="gelu", image_size=32, hflip=0.5, batch_size=8, epochs=2,
+            workers=1, mode="train", warmup_epochs=0.0, ramp_epochs=0.0,
         )  # fmt: skip
         lines = train(config, tmp_path / "run")
         assert len(lines) == 2 and lines[1]["gradient_norm"] > 0
@@ -714,17 +659,14 @@ class TestData:
 
     @pytest.mark.parametrize(
         "damage",
-        [
-            lambda data: data[: len(data) // 2],  # a truncated file
-            lambda data: b"no image",
-            lambda data: b"",
-        ],
+        # The first truncates the file.
+        [lambda data: data[: len(data) // 2], lambda data: b"no image", lambda data: b""],
     )
     @pytest.mark.parametrize("workers", [0, 1])
     def test_corrupt_image_is_named(self, damage, workers, image_folder, tmp_path):
         path = image_folder / "train" / "dark" / "3.jpg"
         path.write_bytes(damage(path.read_bytes()))
-        config = TrainConfig(data=str(image_folder), batch_size=8, image_size=16, workers=workers)
+        config = on_folder(image_folder, batch_size=8, workers=workers)
         with pytest.raises(TrainingError, match=f"cannot read the image {path}"):
             train(config, tmp_path / "run")
 
@@ -737,11 +679,11 @@ class TestData:
             (lambda root: [p.unlink() for p in (root / "train").glob("*/*")], "0 images .*{root}/train"),
             (lambda root: [p.unlink() for p in (root / "val").glob("*/*")], "0 images .*{root}/val"),
             (
-                lambda root: (root / "val" / "dark").rename(root / "val" / "other"),
-                r"{root}/train lacks the classes \['other'\]",
+                lambda root: (root / "val/dark").rename(root / "val/other"),
+                r"{root}/train lacks .* \['other'\]",
             ),
             (
-                lambda root: Image.new("RGB", (9, 9)).save(root / "train" / "stray.png"),
+                lambda root: Image.new("RGB", (9, 9)).save(root / "train/a.png"),
                 "{root}/train holds images outside",
             ),
         ],
@@ -749,33 +691,30 @@ class TestData:
     def test_unusable_folder_is_named(self, change, message, image_folder):
         change(image_folder)
         with pytest.raises(TrainingError, match="data: .*" + message.format(root=image_folder)):
-            load_data(TrainConfig(data=str(image_folder), image_size=16, batch_size=4))
+            load_data(on_folder(image_folder))
 
     def test_classes_of_the_held_out_folder_are_those_of_training(self, image_folder):
         """A held-out folder without the first class must not shift the others' indices."""
         for path in (image_folder / "val" / "dark").iterdir():
             path.unlink()
-        data = load_data(TrainConfig(data=str(image_folder), image_size=16, batch_size=4, workers=0))
+        data = load_data(on_folder(image_folder))
         assert {target for _, target in data.evaluation} == {1}
 
     def test_evaluation_sample_is_of_every_class(self, image_folder):
         """A folder is sorted by class, and its first images would be of the first class."""
-        data = load_data(TrainConfig(data=str(image_folder), image_size=16, batch_size=4, workers=0))
+        data = load_data(on_folder(image_folder))
         images, labels = data.evaluation_sample(3)
         again, _ = data.evaluation_sample(3)
         assert len(images) == 3 and set(labels.tolist()) == {0, 1} and torch.equal(images, again)
         assert data.evaluation_sample(99)[1].tolist() == [0, 0, 0, 1, 1, 1]
 
     def test_unusable_augmentation_is_named(self, image_folder):
-        config = TrainConfig(data=str(image_folder), image_size=16, batch_size=4, auto_augment="rand-x9")
         with pytest.raises(TrainingError, match=r"^auto_augment: timm cannot use rand-x9"):
-            load_data(config)
+            load_data(on_folder(image_folder, auto_augment="rand-x9"))
 
     def test_recipe_needs_an_even_batch(self, image_folder):
-        with pytest.raises(
-            TrainingError, match="batch_size: mixup and cutmix need an even one a process, got 5"
-        ):
-            load_data(TrainConfig(data=str(image_folder), batch_size=5, image_size=16, **RECIPE))
+        with pytest.raises(TrainingError, match=r"batch_size: mixup and cutmix need an even one .*, got 5"):
+            load_data(on_folder(image_folder, batch_size=5, **RECIPE))
 
 
 def test_demo(tmp_path):

@@ -3,21 +3,22 @@
 #include "elementwise.h"
 
 namespace gradnorm_kernels::CPU_CAPABILITY {
+namespace activation {
 namespace {
 
 // An activation that lacks the function of a pass is not asked for it.
 
-void forward(at::TensorIteratorBase& iter, const Activation& activation) {
+void forward(at::TensorIteratorBase& iter, const Activation& any) {
   std::visit(
       [&](const auto& act) {
         if constexpr (has_f<decltype(act)>) {
           elementwise<1, 1>(iter, [act](const auto& in) { return std::array{act.f(in[0])}; });
         }
       },
-      activation);
+      any);
 }
 
-void backward(at::TensorIteratorBase& iter, const Activation& activation) {
+void backward(at::TensorIteratorBase& iter, const Activation& any) {
   std::visit(
       [&](const auto& act) {
         elementwise<1, 2>(iter, [act](const auto& in) {
@@ -25,10 +26,10 @@ void backward(at::TensorIteratorBase& iter, const Activation& activation) {
           return std::array{act.df(grad_output, operand)};
         });
       },
-      activation);
+      any);
 }
 
-void double_backward(at::TensorIteratorBase& iter, const Activation& activation) {
+void double_backward(at::TensorIteratorBase& iter, const Activation& any) {
   std::visit(
       [&](const auto& act) {
         if constexpr (has_d2f<decltype(act)>) {
@@ -38,11 +39,13 @@ void double_backward(at::TensorIteratorBase& iter, const Activation& activation)
           });
         }
       },
-      activation);
+      any);
 }
 
 }  // namespace
+}  // namespace activation
 
-const ActivationKernels activation_kernels{forward, backward, double_backward};
+const ActivationKernels activation_kernels{
+    activation::forward, activation::backward, activation::double_backward};
 
 }  // namespace gradnorm_kernels::CPU_CAPABILITY

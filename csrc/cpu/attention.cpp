@@ -3,28 +3,22 @@
 // for a BLAS call each.
 #include "attention.h"
 
-#include <ATen/Dispatch.h>
-#include <ATen/OpMathType.h>
-#include <ATen/cpu/vec/functional.h>
-#include <ATen/cpu/vec/vec.h>
-
-#include <algorithm>
 #include <limits>
 #include <memory>
-#include <vector>
 
-#include "../elementary.h"
 #include "denormals.h"
+#include "pack.h"
 #include "parallel.h"
 
 namespace gradnorm_kernels::CPU_CAPABILITY {
+namespace attention {
 namespace {
 
 using at::Tensor;
-using at::vec::Vectorized;
 
-template <class T>
-constexpr int64_t kWidth = Vectorized<T>::size();
+// T and A are the types of memory and of arithmetic.
+template <class A>
+constexpr int64_t kWidth = Pack<A>::size;
 
 template <class T>
 int64_t whole_vectors(int64_t n) {
@@ -55,11 +49,7 @@ struct Rows {
   }
 };
 template <class T>
-Left<T> plain(Rows<T> m) {
-  return {m.data, m.row, 1};
-}
-template <class T>
-Left<T> plain(Rows<const T> m) {
+Left<std::remove_const_t<T>> plain(Rows<T> m) {
   return {m.data, m.row, 1};
 }
 template <class T>
@@ -69,35 +59,30 @@ Left<T> transposed(Rows<T> m) {
 
 // The largest block whose sums stay in registers.
 constexpr int kBlockRows = 6;
-constexpr int kBlockVectors = sizeof(Vectorized<float>) >= 64 ? 4 : 2;
+constexpr int kBlockVectors = sizeof(Pack<float>) >= 64 ? 4 : 2;
 
 // c is of whole vectors: with a count of columns, the sums would go through memory, and every store branch.
 template <class T, int R, int N, bool add>
 void multiply_block(int64_t depth, T alpha, Left<T> a, Rows<const T> b, Rows<T> c) {
-  using V = Vectorized<T>;
-  V sums[R][N];
-  for (int i = 0; i < R; ++i) {
-    for (int j = 0; j < N; ++j) {
-      sums[i][j] = V(static_cast<T>(0));
-    }
-  }
+  using P = Pack<T>;
+  P sums[R][N];
   for (int64_t k = 0; k < depth; ++k) {
-    V right[N];
+    P right[N];
     for (int j = 0; j < N; ++j) {
-      right[j] = V::loadu(b.at(k) + j * kWidth<T>);
+      right[j] = P::load(b.at(k) + j * P::size, P::size);
     }
     for (int i = 0; i < R; ++i) {
-      const V left(a.data[i * a.row + k * a.column]);
+      const P left(a.data[i * a.row + k * a.column]);
       for (int j = 0; j < N; ++j) {
-        sums[i][j] = at::vec::fmadd(left, right[j], sums[i][j]);
+        sums[i][j] = fmadd(left, right[j], sums[i][j]);
       }
     }
   }
   for (int i = 0; i < R; ++i) {
     for (int j = 0; j < N; ++j) {
-      T* const out = c.at(i) + j * kWidth<T>;
-      const V product = sums[i][j] * V(alpha);
-      (add ? product + V::loadu(out) : product).store(out);
+      T* const out = c.at(i) + j * P::size;
+      const P product = sums[i][j] * P(alpha);
+      (add ? product + P::load(out, P::size) : product).store(out, P::size);
     }
   }
 }
@@ -165,109 +150,86 @@ void multiply(
 
 // Rows of scores. Each row is padded to whole vectors; what the padding holds is never read.
 
-template <class T, class Body>
-void for_each_vector(int64_t n, const Body& body) {
-  int64_t start = 0;
-  for (; start + kWidth<T> <= n; start += kWidth<T>) {
-    body(start, kWidth<T>);
-  }
-  if (start < n) {
-    body(start, n - start);
-  }
-}
-template <class T>
-Vectorized<T> load(const T* row, int64_t start, int64_t count) {
-  return Vectorized<T>::loadu(row + start, count);
-}
-template <class T>
-T sum_lanes(const Vectorized<T>& v) {
-  return at::vec::vec_reduce_all<T>([](Vectorized<T>& a, Vectorized<T>& b) { return a + b; }, v);
-}
-template <class T>
-T max_lanes(const Vectorized<T>& v) {
-  return at::vec::vec_reduce_all<T>(
-      [](Vectorized<T>& a, Vectorized<T>& b) { return at::vec::maximum(a, b); }, v);
-}
-
 // row = softmax(row + mask), all 0 where nothing is attended to.
-template <class T>
-void softmax_row(T* row, const T* mask, int64_t n) {
-  using V = Vectorized<T>;
-  constexpr T infinity = std::numeric_limits<T>::infinity();
-  V highest(-infinity);
-  for_each_vector<T>(n, [&](int64_t start, int64_t count) {
-    V x = load(row, start, count);
+template <class A>
+void softmax_row(A* row, const A* mask, int64_t n) {
+  using P = Pack<A>;
+  constexpr A infinity = std::numeric_limits<A>::infinity();
+  P highest(-infinity);
+  for_each_pack<P>(n, [&](int64_t start, auto count) {
+    P x = P::load(row + start, count);
     if (mask) {
-      x = x + load(mask, start, count);
+      x = x + P::load(mask + start, count);
     }
-    x = V::set(V(-infinity), x, count);
-    x.store(row + start);
-    highest = at::vec::maximum(highest, x);
+    x = x.first(count, -infinity);
+    x.store(row + start, P::size);
+    highest = maximum(highest, x);
   });
-  const T shift = max_lanes(highest);
+  const A shift = highest.max();
   if (shift == -infinity) {
-    std::fill_n(row, n, static_cast<T>(0));
+    std::fill_n(row, n, static_cast<A>(0));
     return;
   }
-  V total(static_cast<T>(0));
-  for (int64_t start = 0; start < n; start += kWidth<T>) {
-    const V x = (V::loadu(row + start) - V(shift)).exp();
-    x.store(row + start);
+  P total;
+  for (int64_t start = 0; start < n; start += P::size) {
+    const P x = P::map([](const auto& part) { return part.exp(); }, P::load(row + start, P::size) - P(shift));
+    x.store(row + start, P::size);
     total = total + x;
   }
-  const V factor(static_cast<T>(1) / sum_lanes(total));
-  for (int64_t start = 0; start < n; start += kWidth<T>) {
-    (V::loadu(row + start) * factor).store(row + start);
+  const P factor(static_cast<A>(1) / total.sum());
+  for (int64_t start = 0; start < n; start += P::size) {
+    (P::load(row + start, P::size) * factor).store(row + start, P::size);
   }
 }
 
-template <class T>
-void store_and_accumulate(const Vectorized<T>& value, T* row, T* sums, int64_t start, int64_t count) {
+// Adds to sums, unless they are null, as well.
+template <class A, class Count>
+void store_and_accumulate(const Pack<A>& value, A* row, A* sums, int64_t start, Count count) {
   value.store(row + start, count);
   if (sums) {
-    (load(sums, start, count) + value).store(sums + start, count);
+    (Pack<A>::load(sums + start, count) + value).store(sums + start, count);
   }
 }
 
 // dp = dS = p (dp - delta), with delta = sum(p dp).
-template <class T>
-void backward_row(const T* p, T* dp, T* mask_sums, int64_t n) {
-  using V = Vectorized<T>;
-  V total(static_cast<T>(0));
-  for_each_vector<T>(n, [&](int64_t start, int64_t count) {
-    total = at::vec::fmadd(load(p, start, count), load(dp, start, count), total);
+template <class A>
+void backward_row(const A* p, A* dp, A* mask_sums, int64_t n) {
+  using P = Pack<A>;
+  P total;
+  for_each_pack<P>(n, [&](int64_t start, auto count) {
+    total = fmadd(P::load(p + start, count), P::load(dp + start, count), total);
   });
-  const V delta(sum_lanes(total));
-  for_each_vector<T>(n, [&](int64_t start, int64_t count) {
-    const V grad = load(p, start, count) * (load(dp, start, count) - delta);
+  const P delta(total.sum());
+  for_each_pack<P>(n, [&](int64_t start, auto count) {
+    const P grad = P::load(p + start, count) * (P::load(dp + start, count) - delta);
     store_and_accumulate(grad, dp, mask_sums, start, count);
   });
 }
 
 // With alpha = sum(p a) and delta = sum(p dp): dp = dS = p (dp - delta), a = B = p (a - alpha), and c = E =
 // p (c' - sum(p c')) of c' = a (dp - delta) - alpha dp + c.
-template <class T>
-void double_backward_row(const T* p, T* dp, T* a, T* c, T* mask_sums, int64_t n) {
-  using V = Vectorized<T>;
-  V total_a(static_cast<T>(0)), total_dp(static_cast<T>(0)), total_c(static_cast<T>(0));
-  for_each_vector<T>(n, [&](int64_t start, int64_t count) {
-    const V probability = load(p, start, count);
-    total_a = at::vec::fmadd(probability, load(a, start, count), total_a);
-    total_dp = at::vec::fmadd(probability, load(dp, start, count), total_dp);
+template <class A>
+void double_backward_row(const A* p, A* dp, A* a, A* c, A* mask_sums, int64_t n) {
+  using P = Pack<A>;
+  P total_a, total_dp, total_c;
+  for_each_pack<P>(n, [&](int64_t start, auto count) {
+    const P probability = P::load(p + start, count);
+    total_a = fmadd(probability, P::load(a + start, count), total_a);
+    total_dp = fmadd(probability, P::load(dp + start, count), total_dp);
   });
-  const V alpha(sum_lanes(total_a)), delta(sum_lanes(total_dp));
-  for_each_vector<T>(n, [&](int64_t start, int64_t count) {
-    const V probability = load(p, start, count), x = load(a, start, count), g = load(dp, start, count);
-    const V centred = g - delta;
-    const V slope = at::vec::fmadd(x, centred, load(c, start, count)) - alpha * g;
-    total_c = at::vec::fmadd(probability, slope, total_c);
+  const P alpha(total_a.sum()), delta(total_dp.sum());
+  for_each_pack<P>(n, [&](int64_t start, auto count) {
+    const P probability = P::load(p + start, count), x = P::load(a + start, count);
+    const P g = P::load(dp + start, count), centred = g - delta;
+    const P slope = fmadd(x, centred, P::load(c + start, count)) - alpha * g;
+    total_c = fmadd(probability, slope, total_c);
     slope.store(c + start, count);
     (probability * centred).store(dp + start, count);
     (probability * (x - alpha)).store(a + start, count);
   });
-  const V gamma(sum_lanes(total_c));
-  for_each_vector<T>(n, [&](int64_t start, int64_t count) {
-    const V grad = load(p, start, count) * (load(c, start, count) - gamma);
+  const P gamma(total_c.sum());
+  for_each_pack<P>(n, [&](int64_t start, auto count) {
+    const P grad = P::load(p + start, count) * (P::load(c + start, count) - gamma);
     store_and_accumulate(grad, c, mask_sums, start, count);
   });
 }
@@ -275,13 +237,14 @@ void double_backward_row(const T* p, T* dp, T* a, T* c, T* mask_sums, int64_t n)
 // Operands.
 
 template <class T>
-class Batch {
- public:
+struct Batch {
+  int64_t rows = 0, columns = 0;
+
   explicit Batch(const Tensor& t) {
     if (t.defined()) {
       data_ = const_cast<T*>(static_cast<const T*>(t.const_data_ptr()));
-      rows_ = t.size(3);
-      columns_ = t.size(4);
+      rows = t.size(3);
+      columns = t.size(4);
       row_ = t.stride(3);
       for (int d = 0; d < 3; ++d) {
         sizes_[d] = t.size(d);
@@ -292,12 +255,6 @@ class Batch {
   explicit operator bool() const {
     return data_ != nullptr;
   }
-  int64_t rows() const {
-    return rows_;
-  }
-  int64_t columns() const {
-    return columns_;
-  }
   Rows<T> at(int64_t item) const {
     const int64_t last = item % sizes_[2], middle = item / sizes_[2] % sizes_[1];
     const int64_t first = item / (sizes_[2] * sizes_[1]);
@@ -306,7 +263,7 @@ class Batch {
 
  private:
   T* data_ = nullptr;
-  int64_t rows_ = 0, columns_ = 0, row_ = 0;
+  int64_t row_ = 0;
   int64_t sizes_[3] = {}, strides_[3] = {};
 };
 
@@ -331,10 +288,10 @@ class Source {
  public:
   Source(const Tensor& t, bool transpose)
       : batch_(t),
-        width_(whole_vectors<A>(batch_.columns())),
-        height_(whole_vectors<A>(batch_.rows())),
-        copy_(scratch<A>(batch_ && needs_copy(), batch_.rows() * width_)),
-        transpose_(scratch<A>(batch_ && transpose, batch_.columns() * height_)) {}
+        width_(whole_vectors<A>(batch_.columns)),
+        height_(whole_vectors<A>(batch_.rows)),
+        copy_(scratch<A>(batch_ && needs_copy(), batch_.rows * width_)),
+        transpose_(scratch<A>(batch_ && transpose, batch_.columns * height_)) {}
 
   explicit operator bool() const {
     return static_cast<bool>(batch_);
@@ -345,8 +302,8 @@ class Source {
     }
     const Rows<T> rows = batch_.at(item);
     if (copy_) {
-      for (int64_t i = 0; i < batch_.rows(); ++i) {
-        at::vec::convert(rows.at(i), copy_.get() + i * width_, batch_.columns());
+      for (int64_t i = 0; i < batch_.rows; ++i) {
+        at::vec::convert(rows.at(i), copy_.get() + i * width_, batch_.columns);
       }
       matrix_ = {copy_.get(), width_};
     } else if constexpr (std::is_same_v<T, A>) {
@@ -362,8 +319,8 @@ class Source {
       return;
     }
     const Rows<T> rows = batch_.at(item);
-    for (int64_t i = 0; i < batch_.rows(); ++i) {
-      for (int64_t j = 0; j < batch_.columns(); j += kLine) {
+    for (int64_t i = 0; i < batch_.rows; ++i) {
+      for (int64_t j = 0; j < batch_.columns; j += kLine) {
         prefetch_line(rows.at(i) + j);
       }
     }
@@ -379,14 +336,13 @@ class Source {
   static constexpr int64_t kLine = 64 / sizeof(T);
 
   bool needs_copy() const {
-    return !std::is_same_v<T, A> || width_ != batch_.columns();
+    return !std::is_same_v<T, A> || width_ != batch_.columns;
   }
   void transpose() {
     constexpr int64_t block = 16;
-    for (int64_t i = 0; i < batch_.rows(); i += block) {
-      for (int64_t j = 0; j < batch_.columns(); j += block) {
-        const int64_t height = std::min(block, batch_.rows() - i),
-                      width = std::min(block, batch_.columns() - j);
+    for (int64_t i = 0; i < batch_.rows; i += block) {
+      for (int64_t j = 0; j < batch_.columns; j += block) {
+        const int64_t height = std::min(block, batch_.rows - i), width = std::min(block, batch_.columns - j);
         const A* const from = matrix_.at(i) + j;
         A* const to = transpose_.get() + j * height_ + i;
         if (height == block && width == block) {
@@ -413,7 +369,7 @@ template <class T, class A>
 class Target {
  public:
   explicit Target(const Tensor& t)
-      : batch_(t), copy_(scratch<A>(batch_ && !std::is_same_v<T, A>, batch_.rows() * batch_.columns())) {}
+      : batch_(t), copy_(scratch<A>(batch_ && !std::is_same_v<T, A>, batch_.rows * batch_.columns)) {}
 
   explicit operator bool() const {
     return static_cast<bool>(batch_);
@@ -427,13 +383,13 @@ class Target {
     if constexpr (std::is_same_v<T, A>) {
       return target_.from(first);
     } else {
-      return Rows<A>{copy_.get(), batch_.columns()}.from(first);
+      return Rows<A>{copy_.get(), batch_.columns}.from(first);
     }
   }
   void finish() {
     if (copy_) {
-      for (int64_t i = 0; i < batch_.rows(); ++i) {
-        at::vec::convert(copy_.get() + i * batch_.columns(), target_.at(i), batch_.columns());
+      for (int64_t i = 0; i < batch_.rows; ++i) {
+        at::vec::convert(copy_.get() + i * batch_.columns, target_.at(i), batch_.columns);
       }
     }
   }
@@ -570,6 +526,7 @@ class Worker {
 
   void double_backward_tile(int64_t item, int64_t start, int64_t n, A* mask_sums) {
     const bool add = start > 0;
+    using P = Pack<A>;
     const Rows<A> p = buffer(0), ds = buffer(1), a = buffer(2), c = buffer(3);
     if (grad_grad_query_) {
       make_scores(n, a, depth_, scale_, grad_grad_query_.rows(start), key_);
@@ -589,8 +546,8 @@ class Worker {
     for (int64_t i = 0; i < n; ++i) {
       if (grad_grad_mask_) {
         const A* const extra = grad_grad_mask_.at(item).at(start + i);
-        for_each_vector<A>(keys_, [&](int64_t j, int64_t count) {
-          (load(a.at(i), j, count) + load(extra, j, count)).store(a.at(i) + j, count);
+        for_each_pack<P>(keys_, [&](int64_t j, auto count) {
+          (P::load(a.at(i) + j, count) + P::load(extra + j, count)).store(a.at(i) + j, count);
         });
       }
       double_backward_row(
@@ -635,13 +592,14 @@ void run(const AttentionProblem& p) {
   const int64_t parts = sums ? p.grad_attn_mask.size(0) : 1;
   const int64_t tiles = sums ? p.grad_attn_mask.size(1) : items;
   const int64_t repeats = tiles == 0 ? 0 : items / tiles;
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, p.query.scalar_type(), "attention", [&] {
-    using A = at::opmath_type<scalar_t>;
+  dispatch(p.query.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    using A = at::opmath_type<T>;
     const int64_t tile_size = p.query.size(3) * p.key.size(3);
     A* const mask_sums = sums ? p.grad_attn_mask.mutable_data_ptr<A>() : nullptr;
     gradnorm_kernels::parallel_for(0, parts * tiles, 1, [&](int64_t begin, int64_t end) {
       const FlushDenormals flush;
-      Worker<scalar_t, pass> worker(p);
+      Worker<T, pass> worker(p);
       for (int64_t task = begin; task < end; ++task) {
         const int64_t part = task / tiles, tile = task % tiles;
         A* const own = sums ? mask_sums + task * tile_size : nullptr;
@@ -659,8 +617,10 @@ void run(const AttentionProblem& p) {
 }
 
 }  // namespace
+}  // namespace attention
 
 const AttentionKernels attention_kernels{
-    run<Pass::kForward>, run<Pass::kBackward>, run<Pass::kDoubleBackward>};
+    attention::run<attention::Pass::kForward>, attention::run<attention::Pass::kBackward>,
+    attention::run<attention::Pass::kDoubleBackward>};
 
 }  // namespace gradnorm_kernels::CPU_CAPABILITY

@@ -3,6 +3,7 @@
 #include "per_channel.h"
 
 namespace gradnorm_kernels::CPU_CAPABILITY {
+namespace batch_norm {
 namespace {
 
 template <class T>
@@ -39,10 +40,11 @@ void scale_impl(
 void scale(
     c10::ScalarType dtype, const ChannelLayout& layout, const void* input, const void* factor,
     const double* scale, const double* shift, void* output, double* sum, double* product_sum) {
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "batch_norm", [&] {
-    scale_impl<scalar_t>(
-        layout, static_cast<const scalar_t*>(input), static_cast<const scalar_t*>(factor), scale, shift,
-        static_cast<scalar_t*>(output), sum, product_sum);
+  dispatch(dtype, [&](auto type) {
+    using T = decltype(type);
+    scale_impl(
+        layout, static_cast<const T*>(input), static_cast<const T*>(factor), scale, shift,
+        static_cast<T*>(output), sum, product_sum);
   });
 }
 
@@ -136,18 +138,18 @@ void double_backward(
     c10::ScalarType dtype, const ChannelLayout& layout, const ChannelParameters& parameters, bool training,
     const void* grad_grad_input, const void* grad_output, const void* input, void* grad_grad_output,
     void* grad_input, double* grad_weight) {
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "batch_norm_double_backward", [&] {
-    (training ? train_impl<scalar_t> : eval_impl<scalar_t>)(layout, parameters,
-                                                            static_cast<const scalar_t*>(grad_grad_input),
-                                                            static_cast<const scalar_t*>(grad_output),
-                                                            static_cast<const scalar_t*>(input),
-                                                            static_cast<scalar_t*>(grad_grad_output),
-                                                            static_cast<scalar_t*>(grad_input), grad_weight);
+  dispatch(dtype, [&](auto type) {
+    using T = decltype(type);
+    (training ? train_impl<T> : eval_impl<T>)(layout, parameters, static_cast<const T*>(grad_grad_input),
+                                              static_cast<const T*>(grad_output),
+                                              static_cast<const T*>(input), static_cast<T*>(grad_grad_output),
+                                              static_cast<T*>(grad_input), grad_weight);
   });
 }
 
 }  // namespace
+}  // namespace batch_norm
 
-const BatchNormKernels batch_norm_kernels{scale, double_backward};
+const BatchNormKernels batch_norm_kernels{batch_norm::scale, batch_norm::double_backward};
 
 }  // namespace gradnorm_kernels::CPU_CAPABILITY

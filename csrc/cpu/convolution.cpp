@@ -1,22 +1,17 @@
 #include "convolution.h"
 
-#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-#include <ATen/cpu/vec/functional.h>
 #include <c10/core/CPUAllocator.h>
 
-#include <algorithm>
 #include <memory>
-#include <utility>
 #include <vector>
 
+#include "pack.h"
 #include "parallel.h"
 
 namespace gradnorm_kernels::CPU_CAPABILITY {
+namespace convolution {
 namespace {
-
-template <class T>
-using Vec = at::vec::Vectorized<T>;
 
 // Tasks to aim at. Where channels are too few, images are summed in parts, and these in a fixed order: the
 // result does not depend on the number of threads.
@@ -110,7 +105,7 @@ void pack(const Plan& plan, const Plan::Copy& copy, const T* image, int64_t chan
       const T* pixel = image + y * copy.width * plan.channels + channel;
       T* vector = target + copy.left * plan.width;
       for (int64_t x = 0; x < copy.columns; ++x, pixel += plan.channels, vector += plan.width) {
-        (lanes == plan.width ? Vec<T>::loadu(pixel) : Vec<T>::loadu(pixel, lanes)).store(vector);
+        Pack<T>::load(pixel, lanes).store(vector, Pack<T>::size);
       }
       continue;
     }
@@ -131,26 +126,27 @@ void pack(const Plan& plan, const Plan::Copy& copy, const T* image, int64_t chan
 template <class T, int64_t taps>
 void accumulate(
     const Plan& plan, const int64_t* offsets, int64_t rows, const T* gradient, const T* input, T* sums) {
-  constexpr int64_t width = Vec<T>::size();
+  using Vec = typename Pack<T>::Vector;
+  constexpr int64_t width = Vec::size();
   const int64_t whole = plan.vectors - (plan.tail != 0);
-  const auto mask = Vec<T>::arange(T(0), T(1)) < Vec<T>(T(plan.tail));
-  std::array<Vec<T>, taps> total;
+  const auto mask = Vec::arange(T(0), T(1)) < Vec(T(plan.tail));
+  std::array<Vec, taps> total;
   for (int64_t tap = 0; tap < taps; ++tap) {
-    total[tap] = Vec<T>::loadu(sums + tap * width);
+    total[tap] = Vec::loadu(sums + tap * width);
   }
   for (int64_t y = 0; y < rows; ++y) {
     for (int64_t i = 0; i < whole; ++i) {
-      const auto g = Vec<T>::loadu(gradient + i * width);
+      const auto g = Vec::loadu(gradient + i * width);
       for (int64_t tap = 0; tap < taps; ++tap) {
-        const auto x = Vec<T>::loadu(input + i * plan.step + offsets[tap]);
+        const auto x = Vec::loadu(input + i * plan.step + offsets[tap]);
         total[tap] = at::vec::fmadd(g, x, total[tap]);
       }
     }
     if (plan.tail) {
-      const auto g = Vec<T>::loadu(gradient + whole * width);
+      const auto g = Vec::loadu(gradient + whole * width);
       for (int64_t tap = 0; tap < taps; ++tap) {
         // Pixels that meet no gradient at this tap may be infinite, and are not to be multiplied by 0.
-        const auto x = Vec<T>::loadu(input + whole * plan.step + offsets[tap]) & mask;
+        const auto x = Vec::loadu(input + whole * plan.step + offsets[tap]) & mask;
         total[tap] = at::vec::fmadd(g, x, total[tap]);
       }
     }
@@ -222,8 +218,7 @@ void sum_parts(const Plan& plan, const T* grad_output, const T* input, int64_t i
             result[c * taps + tap] = lanes[c];
           }
         } else {
-          result[tap] = at::vec::vec_reduce_all<T>(
-              [](const Vec<T>& a, const Vec<T>& b) { return a + b; }, Vec<T>::loadu(lanes));
+          result[tap] = Pack<T>::load(lanes, Pack<T>::size).sum();
         }
       }
     }
@@ -234,7 +229,7 @@ at::Tensor depthwise_grad_weight(
     const at::Tensor& grad_output, const at::Tensor& input, bool channels_last, at::IntArrayRef kernel_size,
     const ConvolutionGeometry& geometry) {
   return AT_DISPATCH_FLOATING_TYPES(input.scalar_type(), "depthwise_grad_weight", [&] {
-    const Plan plan(grad_output, input, channels_last, kernel_size, geometry, Vec<scalar_t>::size());
+    const Plan plan(grad_output, input, channels_last, kernel_size, geometry, Pack<scalar_t>::size);
     const at::Tensor parts =
         at::empty({plan.parts, plan.channels, kernel_size[0], kernel_size[1]}, input.options());
     sum_parts(
@@ -245,7 +240,8 @@ at::Tensor depthwise_grad_weight(
 }
 
 }  // namespace
+}  // namespace convolution
 
-const ConvolutionKernels convolution_kernels{depthwise_grad_weight};
+const ConvolutionKernels convolution_kernels{convolution::depthwise_grad_weight};
 
 }  // namespace gradnorm_kernels::CPU_CAPABILITY

@@ -1,6 +1,6 @@
 // CPU kernels are compiled once per instruction set (see setup.py and CMakeLists.txt): each build defines
 // CPU_CAPABILITY, PyTorch's own name for it, and lives in the namespace of that name. setup.py compiles each
-// build as one file: no two families may use one name for different things.
+// build as one file: in there each family has a namespace for what is its own.
 #pragma once
 
 #include <ATen/Version.h>

@@ -1,62 +1,10 @@
 #include "group_norm.h"
 
-#include <ATen/Dispatch.h>
-#include <ATen/OpMathType.h>
-#include <ATen/Parallel.h>
-#include <ATen/cpu/vec/functional.h>
-
-#include <algorithm>
-#include <array>
-#include <vector>
-
-#include "parallel.h"
+#include "per_channel.h"
 
 namespace gradnorm_kernels::CPU_CAPABILITY {
+namespace group_norm {
 namespace {
-
-// One vector of T, as the one or two vectors that arithmetic is done in.
-template <class T>
-struct Lanes {
-  using Scalar = at::opmath_type<T>;
-  using Vec = at::vec::Vectorized<Scalar>;
-  using Packed = at::vec::Vectorized<T>;
-  static constexpr int64_t width = Packed::size();
-  static constexpr int64_t parts = width / Vec::size();
-  using Values = std::array<Vec, parts>;
-
-  // Zero from the element count on.
-  static Values load(const T* data, int64_t count) {
-    const Packed packed = count == width ? Packed::loadu(data) : Packed::loadu(data, count);
-    if constexpr (parts == 1) {
-      return {packed};
-    } else {
-      const auto [low, high] = at::vec::convert_to_float<T>(packed);
-      return {low, high};
-    }
-  }
-  static void store(const Values& values, T* data, int64_t count) {
-    if constexpr (parts == 1) {
-      values[0].store(data, count);
-    } else {
-      at::vec::convert_from_float<T>(values[0], values[1]).store(data, count);
-    }
-  }
-};
-
-// A scalar, or an array along the channels, as the operand of part k of the lanes.
-template <class Vec>
-struct AlongChannels {
-  const typename Vec::value_type* data;
-  int64_t count;
-
-  Vec operator[](int64_t k) const {
-    const int64_t left = count - k * Vec::size();
-    if (left >= Vec::size()) {
-      return Vec::loadu(data + k * Vec::size());
-    }
-    return left > 0 ? Vec::loadu(data + k * Vec::size(), left) : Vec(0);
-  }
-};
 
 // With v, g and x the grad_grad_input, grad_output and input, a = weight g, b = (x - mean) rstd, p and q the
 // grad_grad_weight and grad_grad_bias, and <> the mean over a group:
@@ -72,9 +20,7 @@ enum Coefficient { kMean, kOutV, kOutXInG, kOut1, kInV, kInX, kIn1, kCoefficient
 
 template <class T>
 class DoubleBackward {
-  using L = Lanes<T>;
-  using Vec = typename L::Vec;
-  using Scalar = typename L::Scalar;
+  using Scalar = at::opmath_type<T>;
 
  public:
   explicit DoubleBackward(const GroupNormDoubleBackward& args)
@@ -86,11 +32,11 @@ class DoubleBackward {
         x_(args.input.const_data_ptr<T>()),
         mean_(args.mean.const_data_ptr<Scalar>()),
         rstd_(args.rstd.const_data_ptr<Scalar>()),
-        weight_(data<const Scalar>(args.weight)),
-        grad_grad_weight_(data<const Scalar>(args.grad_grad_weight)),
-        grad_grad_bias_(data<const Scalar>(args.grad_grad_bias)),
-        grad_grad_output_(data<T>(args.grad_grad_output)),
-        grad_input_(data<T>(args.grad_input)),
+        weight_(const_data<Scalar>(args.weight)),
+        grad_grad_weight_(const_data<Scalar>(args.grad_grad_weight)),
+        grad_grad_bias_(const_data<Scalar>(args.grad_grad_bias)),
+        grad_grad_output_(mutable_data<T>(args.grad_grad_output)),
+        grad_input_(mutable_data<T>(args.grad_input)),
         stride_(args.channels + 16) {
     units_ = channels_last_ ? args.batch : args.batch * args.num_groups;
     pieces_ = channels_last_ ? (args.inner + kRows - 1) / kRows : args.channels / args.num_groups;
@@ -148,14 +94,6 @@ class DoubleBackward {
   static constexpr int64_t kBlock = 512;   // of a channel's elements, which then join a total in double
   static constexpr int64_t kGrain = 8192;  // elements that are worth a thread
 
-  template <class U>
-  static U* data(const at::Tensor& tensor) {
-    if constexpr (std::is_const_v<U>) {
-      return tensor.defined() ? tensor.const_data_ptr<std::remove_const_t<U>>() : nullptr;
-    } else {
-      return tensor.defined() ? tensor.mutable_data_ptr<U>() : nullptr;
-    }
-  }
   static double value(const Scalar* data, int64_t i, double otherwise) {
     return data ? data[i] : otherwise;
   }
@@ -201,83 +139,37 @@ class DoubleBackward {
     });
   }
 
-  void sum(int64_t unit, int64_t piece, Scalar* scratch) const {
+  // Calls fn for the elements of a piece, with the first coefficients and with sums from 0.
+  template <size_t Inputs, size_t Outputs, size_t Coefficients, size_t Sums, class Fn>
+  void visit(
+      const ChannelLoop<T, Inputs, Outputs, Coefficients, Sums>& loop, int64_t unit, int64_t piece,
+      Scalar* scratch, const Fn& fn) const {
+    const Scalar* const from = coefficients(scratch, kMean);
     if (channels_last_) {
-      sum_rows(unit, piece, scratch);
-    } else {
-      sum_channel(unit / args_.num_groups, unit % args_.num_groups * pieces_ + piece, scratch);
+      Scalar* const to = sums(scratch, piece);
+      std::fill_n(to, Sums * stride_, Scalar(0));
+      const int64_t row = piece * kRows, rows = std::min(kRows, args_.inner - row);
+      loop.across((unit * args_.inner + row) * args_.channels, rows, args_.channels, from, to, stride_, fn);
+      return;
+    }
+    const int64_t n_channel = unit * pieces_ + piece, channel = n_channel % args_.channels;
+    std::array<double, Sums> totals{};
+    loop.along(n_channel * args_.inner, args_.inner, kBlock, from + channel, stride_, totals.data(), 1, fn);
+    for (size_t k = 0; k < Sums; ++k) {
+      sums(scratch, 0)[k * stride_ + channel] = static_cast<Scalar>(totals[k]);
     }
   }
 
-  static void accumulate(
-      std::array<Vec, kSums>& sums, const Vec& v, const Vec& g, const Vec& x, const Vec& mean) {
-    const Vec centered = x - mean;
-    sums[kG] = sums[kG] + g;
-    sums[kV] = sums[kV] + v;
-    sums[kVG] = at::vec::fmadd(v, g, sums[kVG]);
-    sums[kGX] = at::vec::fmadd(g, centered, sums[kGX]);
-    sums[kVX] = at::vec::fmadd(v, centered, sums[kVX]);
-  }
-
-  void sum_channel(int64_t n, int64_t channel, Scalar* scratch) const {
-    const int64_t offset = (n * args_.channels + channel) * args_.inner;
-    const Vec mean(coefficients(scratch, kMean)[channel]);
-    std::array<double, kSums> totals{};
-    for (int64_t begin = 0; begin < args_.inner; begin += kBlock) {
-      const int64_t end = std::min(args_.inner, begin + kBlock);
-      std::array<Vec, kSums> block;
-      block.fill(Vec(0));
-      for (int64_t i = begin; i < end; i += L::width) {
-        const int64_t count = std::min(L::width, end - i);
-        const auto v = L::load(v_ + offset + i, count);
-        const auto g = L::load(g_ + offset + i, count);
-        const auto x = L::load(x_ + offset + i, count);
-        for (int64_t k = 0; k < L::parts; ++k) {
-          accumulate(block, v[k], g[k], x[k], mean);
-        }
-      }
-      for (int s = 0; s < kSums; ++s) {
-        totals[s] += at::vec::vec_reduce_all<Scalar>([](Vec a, Vec b) { return a + b; }, block[s]);
-      }
-    }
-    for (int s = 0; s < kSums; ++s) {
-      sums(scratch, 0)[s * stride_ + channel] = static_cast<Scalar>(totals[s]);
-    }
-  }
-
-  // Calls visit(index of the first element, its channel, number of channels) for each vector of the piece.
-  template <class Visit>
-  void for_each_vector_of_rows(int64_t n, int64_t piece, const Visit& visit) const {
-    const int64_t end = std::min(args_.inner, (piece + 1) * kRows);
-    for (int64_t row = piece * kRows; row < end; ++row) {
-      for (int64_t channel = 0; channel < args_.channels; channel += L::width) {
-        visit(
-            (n * args_.inner + row) * args_.channels + channel, channel,
-            std::min(L::width, args_.channels - channel));
-      }
-    }
-  }
-
-  void sum_rows(int64_t n, int64_t piece, Scalar* scratch) const {
-    Scalar* const sums = this->sums(scratch, piece);
-    const Scalar* const means = coefficients(scratch, kMean);
-    std::fill_n(sums, kSums * stride_, Scalar(0));
-    for_each_vector_of_rows(n, piece, [&](int64_t i, int64_t channel, int64_t count) {
-      const auto v = L::load(v_ + i, count);
-      const auto g = L::load(g_ + i, count);
-      const auto x = L::load(x_ + i, count);
-      const AlongChannels<Vec> mean{means + channel, count};
-      for (int64_t k = 0; k < L::parts; ++k) {
-        std::array<Vec, kSums> totals;
-        for (int s = 0; s < kSums; ++s) {
-          totals[s] = AlongChannels<Vec>{sums + s * stride_ + channel, count}[k];
-        }
-        accumulate(totals, v[k], g[k], x[k], mean[k]);
-        const int64_t left = std::clamp<int64_t>(count - k * Vec::size(), 0, Vec::size());
-        for (int s = 0; s < kSums; ++s) {
-          totals[s].store(sums + s * stride_ + channel + k * Vec::size(), left);
-        }
-      }
+  void sum(int64_t unit, int64_t piece, Scalar* scratch) const {
+    const ChannelLoop<T, 3, 0, 1, kSums> loop{{v_, g_, x_}, {}};
+    visit(loop, unit, piece, scratch, [](const auto& in, const auto& coefficients, auto&, auto& sums) {
+      const auto& [v, g, x] = in;
+      const auto centred = x - coefficients[kMean];
+      sums[kG] = sums[kG] + g;
+      sums[kV] = sums[kV] + v;
+      sums[kVG] = at::vec::fmadd(v, g, sums[kVG]);
+      sums[kGX] = at::vec::fmadd(g, centred, sums[kGX]);
+      sums[kVX] = at::vec::fmadd(v, centred, sums[kVX]);
     });
   }
 
@@ -349,56 +241,26 @@ class DoubleBackward {
 
   template <bool Out, bool In>
   void apply(int64_t unit, int64_t piece, Scalar* scratch) const {
-    if (channels_last_) {
-      const int64_t n = unit;
-      const Scalar* const first = coefficients(scratch, kMean);
-      for_each_vector_of_rows(n, piece, [&](int64_t i, int64_t channel, int64_t count) {
-        apply_to_vector<Out, In>(i, count, [&](Coefficient coefficient) {
-          return AlongChannels<Vec>{first + coefficient * stride_ + channel, count};
-        });
-      });
-      return;
+    ChannelLoop<T, 3, Out + In, kCoefficients, 0> loop{{v_, g_, x_}, {}};
+    if constexpr (Out) {
+      loop.outputs[0] = grad_grad_output_;
     }
-    const int64_t n = unit / args_.num_groups;
-    const int64_t channel = unit % args_.num_groups * pieces_ + piece;
-    const int64_t offset = (n * args_.channels + channel) * args_.inner;
-    std::array<typename L::Values, kCoefficients> all;
-    for (int c = 0; c < kCoefficients; ++c) {
-      all[c].fill(Vec(coefficients(scratch, Coefficient(c))[channel]));
-    }
-    for (int64_t i = 0; i < args_.inner; i += L::width) {
-      apply_to_vector<Out, In>(
-          offset + i, std::min(L::width, args_.inner - i),
-          [&](Coefficient coefficient) -> const auto& { return all[coefficient]; });
-    }
-  }
-
-  template <bool Out, bool In, class Coefficients>
-  void apply_to_vector(int64_t i, int64_t count, const Coefficients& coefficient) const {
-    using at::vec::fmadd;
-    const auto v = L::load(v_ + i, count);
-    const auto x = L::load(x_ + i, count);
-    typename L::Values g, out, in;
     if constexpr (In) {
-      g = L::load(g_ + i, count);
+      loop.outputs[Out] = grad_input_;
     }
-    for (int64_t k = 0; k < L::parts; ++k) {
-      const Vec centered = x[k] - coefficient(kMean)[k];
+    visit(loop, unit, piece, scratch, [](const auto& in, const auto& coefficients, auto& out, auto&) {
+      using at::vec::fmadd;
+      const auto& [v, g, x] = in;
+      const auto centred = x - coefficients[kMean];
       if constexpr (Out) {
-        const Vec rest = fmadd(centered, coefficient(kOutXInG)[k], coefficient(kOut1)[k]);
-        out[k] = fmadd(v[k], coefficient(kOutV)[k], rest);
+        const auto rest = fmadd(centred, coefficients[kOutXInG], coefficients[kOut1]);
+        out[0] = fmadd(v, coefficients[kOutV], rest);
       }
       if constexpr (In) {
-        const Vec rest = fmadd(centered, coefficient(kInX)[k], coefficient(kIn1)[k]);
-        in[k] = fmadd(g[k], coefficient(kOutXInG)[k], fmadd(v[k], coefficient(kInV)[k], rest));
+        const auto rest = fmadd(centred, coefficients[kInX], coefficients[kIn1]);
+        out[Out] = fmadd(g, coefficients[kOutXInG], fmadd(v, coefficients[kInV], rest));
       }
-    }
-    if constexpr (Out) {
-      L::store(out, grad_grad_output_ + i, count);
-    }
-    if constexpr (In) {
-      L::store(in, grad_input_ + i, count);
-    }
+    });
   }
 
   void sum_over_batch() const {
@@ -425,13 +287,12 @@ class DoubleBackward {
 };
 
 void double_backward(const GroupNormDoubleBackward& args) {
-  AT_DISPATCH_FLOATING_TYPES_AND2(
-      at::kHalf, at::kBFloat16, args.input.scalar_type(), "group_norm_double_backward",
-      [&] { DoubleBackward<scalar_t>(args).run(); });
+  dispatch(args.input.scalar_type(), [&](auto type) { DoubleBackward<decltype(type)>(args).run(); });
 }
 
 }  // namespace
+}  // namespace group_norm
 
-const GroupNormKernels group_norm_kernels{double_backward};
+const GroupNormKernels group_norm_kernels{group_norm::double_backward};
 
 }  // namespace gradnorm_kernels::CPU_CAPABILITY

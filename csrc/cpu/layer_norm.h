@@ -9,9 +9,11 @@ namespace gradnorm_kernels {
 using at::Tensor;
 
 // A contiguous tensor as [outer, columns, inner], normalised over its columns. inner is 1 where these are the
-// last dimensions, and height * width for the channels of NCHW.
+// last dimensions, and height * width for the channels of NCHW. Not centred is an RMS norm, which has no mean
+// and no bias: what stands for them and their gradients below is undefined.
 struct NormalizedRows {
   int64_t outer, columns, inner;
+  bool centred = true;
 
   // A kernel's unit of work: one row, or a tile of neighbouring rows that are interleaved in memory.
   static constexpr int64_t kTile = 128;
@@ -45,7 +47,8 @@ struct LayerNormKernels {
   };
   void (*backward)(const Backward&, const NormalizedRows&);
 
-  // grad_grad_weight and grad_grad_bias are both defined, or neither is.
+  // grad_grad_weight and grad_grad_bias are both defined, or neither is; grad_grad_bias is not if not
+  // centred.
   struct DoubleBackward {
     Tensor grad_grad_output, grad_input, grad_weight;
     Tensor grad_grad_input, grad_grad_weight, grad_grad_bias, grad_output, input, mean, rstd, weight;

@@ -1,54 +1,112 @@
 // One vectorised loop for every CPU kernel that is elementwise but for coefficients and sums of each channel.
 #pragma once
 
-#include <ATen/Dispatch.h>
-#include <ATen/OpMathType.h>
 #include <ATen/Parallel.h>
-#include <ATen/cpu/vec/functional.h>
 
-#include <algorithm>
-#include <array>
-#include <functional>
 #include <vector>
 
 #include "batch_norm.h"
+#include "pack.h"
 #include "parallel.h"
 
-namespace gradnorm_kernels {
-namespace CPU_CAPABILITY {
+namespace gradnorm_kernels::CPU_CAPABILITY {
 
-// count elements, at most one vector of opmath_t, as that; the lanes beyond them are 0.
-template <class T>
-at::vec::Vectorized<at::opmath_type<T>> load(const T* data, int64_t count) {
-  const auto vector = at::vec::Vectorized<T>::loadu(data, count);
-  if constexpr (c10::is_reduced_floating_point_v<T>) {
-    return std::get<0>(at::vec::convert_to_float<T>(vector));
-  } else {
-    return vector;
-  }
-}
-
-template <class T>
-void store(T* data, const at::vec::Vectorized<at::opmath_type<T>>& vector, int64_t count) {
-  if constexpr (c10::is_reduced_floating_point_v<T>) {
-    at::vec::convert_from_float<T>(vector, vector).store(data, count);
-  } else {
-    vector.store(data, count);
-  }
-}
-
-// A pass over the channels [begin, end) of some tensors.
-//
-// Fn is called with vectors of the inputs, of the channel's coefficients, and of the outputs and sums, of
+// Fn is called with vectors of the inputs, of the channels' coefficients, and of the outputs and sums, of
 // which it writes the former and adds to the latter. What it adds must be 0 where the inputs are.
 template <class T, size_t Inputs, size_t Outputs, size_t Coefficients, size_t Sums>
+struct ChannelLoop {
+  using P = Pack<T>;
+  using Scalar = typename P::Scalar;
+  std::array<const T*, Inputs> inputs;
+  std::array<T*, Outputs> outputs;
+
+  // Of n neighbouring elements of one channel, whose coefficients and totals are `stride` and `total_stride`
+  // apart. Sums are taken in opmath_t over `run` elements, and added to the totals.
+  template <class Fn>
+  void along(
+      int64_t offset, int64_t n, int64_t run, const Scalar* coefficients, int64_t stride, double* totals,
+      int64_t total_stride, const Fn& fn) const {
+    // A copy, which lives in registers: for all the compiler knows, a store may change the original.
+    const ChannelLoop loop = *this;
+    std::array<P, Coefficients> own;
+    for (size_t k = 0; k < Coefficients; ++k) {
+      own[k] = P(coefficients[k * stride]);
+    }
+    for (int64_t start = 0; start < n; start += run) {
+      std::array<P, Sums> sums;
+      for_each_pack<P, P::Vector::size()>(std::min(run, n - start), [&](int64_t i, auto count) {
+        loop.template apply<true>(offset + start + i, count, own, sums, fn);
+      });
+      for (size_t k = 0; k < Sums; ++k) {
+        totals[k * total_stride] += sums[k].sum();
+      }
+    }
+  }
+
+  // Of rows of all channels. Coefficients and sums are arrays along the channels, `stride` apart.
+  template <class Fn>
+  void across(
+      int64_t offset, int64_t rows, int64_t channels, const Scalar* coefficients, Scalar* sums,
+      int64_t stride, const Fn& fn) const {
+    const ChannelLoop loop = *this;
+    // So many rows have coefficients and sums in registers.
+    constexpr int64_t together = 4;
+    for (int64_t first = 0; first < rows; first += together) {
+      const int64_t end = std::min(first + together, rows);
+      for_each_pack<P, P::Vector::size()>(channels, [&](int64_t c, auto count) {
+        std::array<P, Coefficients> own;
+        for (size_t k = 0; k < Coefficients; ++k) {
+          own[k] = P::load(coefficients + k * stride + c, count);
+        }
+        std::array<P, Sums> totals;
+        for (size_t k = 0; k < Sums; ++k) {
+          totals[k] = P::load(sums + k * stride + c, count);
+        }
+        for (int64_t row = first; row < end; ++row) {
+          loop.template apply<false>(offset + row * channels + c, count, own, totals, fn);
+        }
+        for (size_t k = 0; k < Sums; ++k) {
+          totals[k].store(sums + k * stride + c, count);
+        }
+      });
+    }
+  }
+
+ private:
+  template <bool one_channel, class Count, class Fn>
+  void apply(
+      int64_t offset, Count count, const std::array<P, Coefficients>& coefficients, std::array<P, Sums>& sums,
+      const Fn& fn) const {
+    std::array<P, Inputs> in;
+    for (size_t k = 0; k < Inputs; ++k) {
+      in[k] = P::load(inputs[k] + offset, count);
+    }
+    std::array<P, Outputs> out;
+    const auto apply_to_part = [&](size_t k) C10_ALWAYS_INLINE_ATTRIBUTE {
+      const size_t own = one_channel ? 0 : k;
+      auto out_part = part_of(out, k);
+      auto sums_part = part_of(sums, own);
+      fn(part_of(in, k), part_of(coefficients, own), out_part, sums_part);
+      set_part(out, k, out_part);
+      set_part(sums, own, sums_part);
+    };
+    if constexpr (std::is_same_v<Count, std::integral_constant<int64_t, P::size>>) {
+      P::for_each_part(apply_to_part);
+    } else {
+      apply_to_part(0);  // no more than one vector
+    }
+    for (size_t k = 0; k < Outputs; ++k) {
+      out[k].store(outputs[k] + offset, count);
+    }
+  }
+};
+
+// A pass over the channels [begin, end) of some tensors.
+template <class T, size_t Inputs, size_t Outputs, size_t Coefficients, size_t Sums>
 class ChannelPass {
-  using V = at::vec::Vectorized<at::opmath_type<T>>;
-  template <size_t N>
-  using Vectors = std::array<V, N>;
-  static constexpr int64_t kWidth = V::size();
-  // Elements added in opmath_t before a sum is continued in double.
-  static constexpr int64_t kRun = 32 * kWidth;
+  using P = Pack<T>;
+  using Scalar = typename P::Scalar;
+  using Loop = ChannelLoop<T, Inputs, Outputs, Coefficients, Sums>;
 
  public:
   ChannelPass(const ChannelLayout& layout, int64_t begin, int64_t end)
@@ -61,7 +119,7 @@ class ChannelPass {
   // Of channel begin + c.
   void set(int64_t c, const std::array<double, Coefficients>& values) {
     for (size_t k = 0; k < Coefficients; ++k) {
-      coefficients_[k * channels_ + c] = static_cast<at::opmath_type<T>>(values[k]);
+      coefficients_[k * channels_ + c] = static_cast<Scalar>(values[k]);
     }
   }
   double sum(int64_t c, size_t k) const {
@@ -70,55 +128,23 @@ class ChannelPass {
 
   template <class Fn>
   void run(const std::array<const T*, Inputs>& inputs, const std::array<T*, Outputs>& outputs, const Fn& fn) {
+    const Loop loop{inputs, outputs};
     if (layout_.inner == 1) {
-      run_across_channels(inputs, outputs, fn);
+      run_across_channels(loop, fn);
     } else {
-      run_along_inner(inputs, outputs, fn);
+      run_along_inner(loop, fn);
     }
   }
 
  private:
   template <class Fn>
-  static void apply(
-      const std::array<const T*, Inputs>& inputs, const std::array<T*, Outputs>& outputs, int64_t offset,
-      int64_t count, const Vectors<Coefficients>& coefficients, Vectors<Sums>& sums, const Fn& fn) {
-    Vectors<Inputs> in;
-    for (size_t k = 0; k < Inputs; ++k) {
-      in[k] = load(inputs[k] + offset, count);
-    }
-    Vectors<Outputs> out;
-    fn(in, coefficients, out, sums);
-    for (size_t k = 0; k < Outputs; ++k) {
-      store(outputs[k] + offset, out[k], count);
-    }
-  }
-
-  template <class Fn>
-  void run_along_inner(
-      const std::array<const T*, Inputs>& inputs, const std::array<T*, Outputs>& outputs, const Fn& fn) {
-    Vectors<Coefficients> coefficients;
+  void run_along_inner(const Loop& loop, const Fn& fn) {
+    constexpr int64_t in_opmath = 32 * P::Vector::size();
     for (int64_t n = 0; n < layout_.outer; ++n) {
       for (int64_t c = 0; c < channels_; ++c) {
-        for (size_t k = 0; k < Coefficients; ++k) {
-          coefficients[k] = V(coefficients_[k * channels_ + c]);
-        }
-        const int64_t row = (n * layout_.channels + begin_ + c) * layout_.inner, end = row + layout_.inner;
-        for (int64_t i = row; i < end;) {
-          Vectors<Sums> sums;
-          sums.fill(V(0));
-          const int64_t stop = std::min(i + kRun, end);
-          for (; i + kWidth <= stop; i += kWidth) {
-            apply(inputs, outputs, i, kWidth, coefficients, sums, fn);
-          }
-          if (i < stop) {
-            apply(inputs, outputs, i, stop - i, coefficients, sums, fn);
-            i = stop;
-          }
-          for (size_t k = 0; k < Sums; ++k) {
-            sums_[k * channels_ + c] += at::vec::vec_reduce_all<at::opmath_type<T>>(
-                [](const V& a, const V& b) { return a + b; }, sums[k]);
-          }
-        }
+        loop.along(
+            (n * layout_.channels + begin_ + c) * layout_.inner, layout_.inner, in_opmath,
+            coefficients_.data() + c, channels_, sums_.data() + c, channels_, fn);
       }
     }
   }
@@ -126,78 +152,35 @@ class ChannelPass {
   // The rows are cut into chunks by their number alone: however many threads there are, the bits are the
   // same.
   template <class Fn>
-  void run_across_channels(
-      const std::array<const T*, Inputs>& inputs, const std::array<T*, Outputs>& outputs, const Fn& fn) {
-    constexpr int64_t least_rows = 128, most_chunks = 256;
+  void run_across_channels(const Loop& loop, const Fn& fn) {
+    constexpr int64_t least_rows = 128, most_chunks = 256, in_opmath = 32;
     const int64_t chunks = std::clamp(layout_.outer / least_rows, static_cast<int64_t>(1), most_chunks);
-    std::vector<double> partial(chunks * Sums * channels_);
+    std::vector<double> partial(chunks * sums_.size());
     gradnorm_kernels::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
+      std::vector<Scalar> running(sums_.size());
       for (int64_t chunk = first; chunk < last; ++chunk) {
-        add_rows(
-            layout_.outer * chunk / chunks, layout_.outer * (chunk + 1) / chunks, inputs, outputs,
-            partial.data() + chunk * Sums * channels_, fn);
+        const int64_t end = layout_.outer * (chunk + 1) / chunks;
+        for (int64_t row = layout_.outer * chunk / chunks; row < end; row += in_opmath) {
+          loop.across(
+              row * channels_, std::min(in_opmath, end - row), channels_, coefficients_.data(),
+              running.data(), channels_, fn);
+          for (size_t i = 0; i < running.size(); ++i) {
+            partial[chunk * running.size() + i] += running[i];
+            running[i] = 0;
+          }
+        }
       }
     });
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      const double* terms = partial.data() + chunk * Sums * channels_;
       for (size_t i = 0; i < sums_.size(); ++i) {
-        sums_[i] += terms[i];
+        sums_[i] += partial[chunk * sums_.size() + i];
       }
-    }
-  }
-
-  template <class Fn>
-  void add_rows(
-      int64_t begin, int64_t end, const std::array<const T*, Inputs>& inputs,
-      const std::array<T*, Outputs>& outputs, double* total, const Fn& fn) const {
-    // Coefficients and sums stay in registers for that many rows.
-    constexpr int64_t together = 4;
-    std::vector<at::opmath_type<T>> running(Sums * channels_);
-    int64_t pending = 0;
-    for (int64_t row = begin; row < end; row += together) {
-      const int64_t stop = std::min(row + together, end);
-      for (int64_t c = 0; c < channels_; c += kWidth) {
-        const int64_t count = std::min(kWidth, channels_ - c);
-        if (count == kWidth) {
-          add_column(row, stop, c, kWidth, inputs, outputs, running.data(), fn);
-        } else {
-          add_column(row, stop, c, count, inputs, outputs, running.data(), fn);
-        }
-      }
-      pending += together;
-      if (Sums > 0 && (pending >= 32 || stop == end)) {
-        for (size_t i = 0; i < running.size(); ++i) {
-          total[i] += running[i];
-          running[i] = 0;
-        }
-        pending = 0;
-      }
-    }
-  }
-
-  template <class Fn>
-  void add_column(
-      int64_t row, int64_t stop, int64_t c, int64_t count, const std::array<const T*, Inputs>& inputs,
-      const std::array<T*, Outputs>& outputs, at::opmath_type<T>* running, const Fn& fn) const {
-    Vectors<Coefficients> coefficients;
-    for (size_t k = 0; k < Coefficients; ++k) {
-      coefficients[k] = V::loadu(coefficients_.data() + k * channels_ + c, count);
-    }
-    Vectors<Sums> sums;
-    for (size_t k = 0; k < Sums; ++k) {
-      sums[k] = V::loadu(running + k * channels_ + c, count);
-    }
-    for (; row < stop; ++row) {
-      apply(inputs, outputs, row * channels_ + c, count, coefficients, sums, fn);
-    }
-    for (size_t k = 0; k < Sums; ++k) {
-      sums[k].store(running + k * channels_ + c, count);
     }
   }
 
   const ChannelLayout& layout_;
   int64_t begin_, channels_;
-  std::vector<at::opmath_type<T>> coefficients_;
+  std::vector<Scalar> coefficients_;
   std::vector<double> sums_;
 };
 
@@ -220,5 +203,4 @@ void for_channel_blocks(const ChannelLayout& layout, const Fn& fn) {
   });
 }
 
-}  // namespace CPU_CAPABILITY
-}  // namespace gradnorm_kernels
+}  // namespace gradnorm_kernels::CPU_CAPABILITY

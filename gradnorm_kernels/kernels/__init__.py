@@ -12,7 +12,14 @@ import torch
 # The ops that each module here implements, under their own names.
 _OPS = {
     "batch_norm": ("batch_norm_backward", "batch_norm_double_backward"),
-    "layer_norm": ("layer_norm_2d", "layer_norm_2d_backward", "layer_norm_double_backward"),
+    "layer_norm": (
+        "layer_norm_2d",
+        "layer_norm_2d_backward",
+        "layer_norm_double_backward",
+        "rms_norm",
+        "rms_norm_backward",
+        "rms_norm_double_backward",
+    ),
     "softmax": ("softmax_double_backward", "softmax_with_bias"),
     "activation": tuple(
         name + suffix

@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import FP_FUSION, Specialization, pointer_type, widen
+from .common import FP_FUSION, on_meta, widen
 
 # Kernels. A tensor is a flat array here: the launcher sees to it that all arrays of a launch share
 # one memory layout. `parameters` is spelled out because Triton's generated launcher has a local
@@ -472,20 +471,11 @@ def _in_one_layout(
 
     The op's Meta kernel says what the output looks like, and rejects inputs that do not match.
     """
-    overload = getattr(torch.ops.gradnorm_kernels, op).default
-    device = inputs[-1].device
-    names = [argument.name for argument in overload._schema.arguments[: len(inputs)]]
-    for name, tensor in zip(names, inputs, strict=True):
-        if tensor.device != device:
-            raise RuntimeError(
-                f"{op}: expected {name} to be on the device of {names[-1]} ({device}), got {tensor.device}"
-            )
-    on_meta = (torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in inputs)
-    meta = overload(*on_meta, *settings, **options)
+    meta = on_meta(op, inputs, *settings, **options)
     meta = meta[0] if isinstance(meta, tuple) else meta
 
     def empty() -> Tensor:
-        return torch.empty_strided(meta.shape, meta.stride(), dtype=meta.dtype, device=device)
+        return torch.empty_strided(meta.shape, meta.stride(), dtype=meta.dtype, device=inputs[-1].device)
 
     def in_layout(tensor: Tensor) -> Tensor:
         dims = zip(tensor.shape, meta.shape, tensor.stride(), meta.stride(), strict=False)
@@ -553,22 +543,3 @@ for _name, _activation in ACTIVATIONS.items():
     _op, _selector = ("gelu", _select_gelu) if _name.startswith("gelu_") else (_name, _select(_name))
     for _pass in passes(_activation):
         globals()[_op + _pass.suffix] = _make_op(_pass, _op + _pass.suffix, _selector)
-
-
-def specializations() -> Iterator[Specialization]:
-    """Every kernel x activation x dtype, for aligned tensors of a multiple of 16 elements."""
-    every = ((name, pass_) for name, activation in ACTIVATIONS.items() for pass_ in passes(activation))
-    for (activation, pass_), dtype in itertools.product(every, _BLOCK):
-        constants = _constants(pass_, ACTIVATIONS[activation], dtype)
-        pointer = pointer_type(dtype)
-        arguments = tuple(name for name in pass_.kernel.arg_names if name not in constants)
-        yield Specialization(
-            f"{pass_.kernel.__name__}-{activation}-{pointer[1:]}",
-            pass_.kernel,
-            {name: "i32" if name == "n" else pointer for name in arguments}
-            | dict.fromkeys(constants, "constexpr"),
-            constants,
-            arguments,
-            _OPTIONS,
-            wide_accesses=(pass_.reads, pass_.writes),
-        )

@@ -11,7 +11,6 @@ Sums over a channel are sums of what the programs found, in a fixed order: the s
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import FP_FUSION, Specialization, pointer_type, widen
+from .common import FP_FUSION, contiguous, load, load_parameter, opmath
 
 
 @triton.jit
@@ -59,19 +58,6 @@ def _channel(channels, interleaved: tl.constexpr, columns: tl.constexpr):
 
 
 @triton.jit
-def _per_channel(ptr, channel, exists, otherwise: tl.constexpr):
-    if ptr is None:
-        return otherwise
-    else:  # Triton would compile what follows the if in any case.
-        return widen(tl.load(ptr + channel, mask=exists, other=0))
-
-
-@triton.jit
-def _load(ptr, offsets, mask):
-    return widen(tl.load(ptr + offsets, mask=mask, other=0))
-
-
-@triton.jit
 def _zeros(like, rows: tl.constexpr, columns: tl.constexpr):
     dtype: tl.constexpr = tl.float64 if like.dtype.element_ty == tl.float64 else tl.float32
     return tl.zeros([rows, columns], dtype)
@@ -102,33 +88,28 @@ def batch_norm_sums_kernel(
     rows: tl.constexpr,
     columns: tl.constexpr,
 ):
-    """Sums over each channel of v = grad_grad_input, g = grad_output, v (x - mean), g (x - mean) and v g.
+    """Sums over each channel of v = grad_grad_input, v (x - mean), g = grad_output, g (x - mean) and v g.
 
     Moves 3n elements: reads 3.
     """
     channel, exists = _channel(channels, interleaved, columns)
-    mean = _per_channel(mean_ptr, channel, exists, 0)
-    v_sum = _zeros(input_ptr, rows, columns)
-    g_sum = v_sum
-    vd_sum = v_sum
-    gd_sum = v_sum
-    vg_sum = v_sum
+    mean = load_parameter(mean_ptr, channel, exists, 0)
+    zeros = _zeros(input_ptr, rows, columns)
+    v_sum, vd_sum, g_sum, gd_sum, vg_sum = zeros, zeros, zeros, zeros, zeros
     for tile in range(tl.program_id(1), tiles, tl.num_programs(1)):
         offsets, mask = _tile(tile, outer, channels, units, unit, interleaved, rows, columns)
-        v = _load(grad_grad_input_ptr, offsets, mask)
-        g = _load(grad_output_ptr, offsets, mask)
-        d = _load(input_ptr, offsets, mask) - mean
+        v = load(grad_grad_input_ptr, offsets, mask)
+        g = load(grad_output_ptr, offsets, mask)
+        d = load(input_ptr, offsets, mask) - mean
         v_sum += v
-        g_sum += g
         vd_sum += v * d
+        g_sum += g
         gd_sum += g * d
         vg_sum += v * g
-    sums_ptr += tl.program_id(1).to(tl.int64) * 5 * channels
-    _store_sum(sums_ptr, v_sum, channel, exists, interleaved)
-    _store_sum(sums_ptr + channels, g_sum, channel, exists, interleaved)
-    _store_sum(sums_ptr + 2 * channels, vd_sum, channel, exists, interleaved)
-    _store_sum(sums_ptr + 3 * channels, gd_sum, channel, exists, interleaved)
-    _store_sum(sums_ptr + 4 * channels, vg_sum, channel, exists, interleaved)
+    sums = (v_sum, vd_sum, g_sum, gd_sum, vg_sum)
+    for i in tl.static_range(5):
+        ptr = sums_ptr + (tl.program_id(1).to(tl.int64) * 5 + i) * channels
+        _store_sum(ptr, sums[i], channel, exists, interleaved)
 
 
 @triton.jit
@@ -156,33 +137,28 @@ def batch_norm_bwd_bwd_kernel(
     rows: tl.constexpr,
     columns: tl.constexpr,
 ):
-    """With w = weight, u = grad_grad_weight, d = x - mean, r the inverse standard deviation, h = d r, <> the
-    mean over a channel, and P a = a - <a> - h <a h>,
-
-        grad_grad_output = w r P v + u h + grad_grad_bias
-        grad_input       = u r P g - w r^2 (<g h> P v + <v h> P g + h <g P v>)
-        grad_weight      = sum(g P v) r
-
-    in training, where spread is r and sums holds the five sums. In evaluation mode, where spread is the
-    variance, P is the identity and <> is 0; each program writes its share of grad_weight.
+    """grad_grad_output, grad_input and grad_weight. In training spread is r, and sums holds the five sums. In
+    evaluation mode spread is the variance, P is the identity and < > is 0; each program writes its share of
+    grad_weight.
 
     Moves 5n elements: reads 3, writes 2.
     """
     channel, exists = _channel(channels, interleaved, columns)
-    mean = _per_channel(mean_ptr, channel, exists, 0)
-    r = _per_channel(spread_ptr, channel, exists, 1)
+    mean = load_parameter(mean_ptr, channel, exists, 0)
+    r = load_parameter(spread_ptr, channel, exists, 1)
     if not training:
         r = tl.rsqrt(r + eps)
-    wr = _per_channel(weight_ptr, channel, exists, 1) * r
-    ur = _per_channel(grad_grad_weight_ptr, channel, exists, 0) * r
-    t = _per_channel(grad_grad_bias_ptr, channel, exists, 0)
+    wr = load_parameter(weight_ptr, channel, exists, 1) * r
+    ur = load_parameter(grad_grad_weight_ptr, channel, exists, 0) * r
+    t = load_parameter(grad_grad_bias_ptr, channel, exists, 0)
     if training:
+        # normalization_double_backward, with as few factors as a channel can have: it takes more registers.
         count = tl.cast(outer, r.dtype) * units * unit
-        v_mean = _per_channel(sums_ptr, channel, exists, 0) / count
-        g_mean = _per_channel(sums_ptr + channels, channel, exists, 0) / count
-        vh_mean = _per_channel(sums_ptr + 2 * channels, channel, exists, 0) / count * r
-        gh_mean = _per_channel(sums_ptr + 3 * channels, channel, exists, 0) / count * r
-        vg_mean = _per_channel(sums_ptr + 4 * channels, channel, exists, 0) / count
+        v_mean = load(sums_ptr, channel, exists) / count
+        vh_mean = load(sums_ptr + channels, channel, exists) / count * r
+        g_mean = load(sums_ptr + 2 * channels, channel, exists) / count
+        gh_mean = load(sums_ptr + 3 * channels, channel, exists) / count * r
+        vg_mean = load(sums_ptr + 4 * channels, channel, exists) / count
         gpv_mean = vg_mean - v_mean * g_mean - vh_mean * gh_mean
         of_v = -wr * r * gh_mean
         of_g = ur - wr * r * vh_mean
@@ -198,9 +174,9 @@ def batch_norm_bwd_bwd_kernel(
         vg_sum = _zeros(input_ptr, rows, columns)
     for tile in range(tl.program_id(1), tiles, tl.num_programs(1)):
         offsets, mask = _tile(tile, outer, channels, units, unit, interleaved, rows, columns)
-        v = _load(grad_grad_input_ptr, offsets, mask)
-        g = _load(grad_output_ptr, offsets, mask)
-        d = _load(input_ptr, offsets, mask) - mean
+        v = load(grad_grad_input_ptr, offsets, mask)
+        g = load(grad_output_ptr, offsets, mask)
+        d = load(input_ptr, offsets, mask) - mean
         grad_grad_output = v * wr + (d * out_of_d + out_of_1)
         if training:
             grad_input = v * of_v + (g * of_g + (d * of_d + of_1))
@@ -239,19 +215,19 @@ def batch_norm_scale_kernel(
     Moves 2n elements, reads 1 and writes 1; or 3n, reads 2 and writes 1.
     """
     channel, exists = _channel(channels, interleaved, columns)
-    r = tl.rsqrt(_per_channel(var_ptr, channel, exists, 1) + eps)
-    scale = _per_channel(weight_ptr, channel, exists, 1) * r
-    mean = _per_channel(mean_ptr, channel, exists, 0)
+    r = tl.rsqrt(load_parameter(var_ptr, channel, exists, 1) + eps)
+    scale = load_parameter(weight_ptr, channel, exists, 1) * r
+    mean = load_parameter(mean_ptr, channel, exists, 0)
     if factor_ptr is not None:
         sum = _zeros(input_ptr, rows, columns)
         product_sum = sum
     for tile in range(tl.program_id(1), tiles, tl.num_programs(1)):
         offsets, mask = _tile(tile, outer, channels, units, unit, interleaved, rows, columns)
-        x = _load(input_ptr, offsets, mask)
+        x = load(input_ptr, offsets, mask)
         tl.store(output_ptr + offsets, x * scale, mask=mask)
         if factor_ptr is not None:
             sum += x
-            product_sum += x * (_load(factor_ptr, offsets, mask) - mean)
+            product_sum += x * (load(factor_ptr, offsets, mask) - mean)
     if factor_ptr is not None:
         sums_ptr += tl.program_id(1).to(tl.int64) * channels
         _store_sum(sums_ptr, sum, channel, exists, interleaved)
@@ -306,14 +282,6 @@ def _in_layout(tensor: Tensor, interleaved: bool) -> Tensor:
     return tensor.movedim(1, -1).contiguous().movedim(-1, 1) if interleaved else tensor.contiguous()
 
 
-def _contiguous(*per_channel: Tensor | None) -> tuple[Tensor | None, ...]:
-    return tuple(None if t is None else t.contiguous() for t in per_channel)
-
-
-def _opmath(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _scale(
     input: Tensor,
     factor: Tensor | None,
@@ -327,8 +295,8 @@ def _scale(
     (2, programs, channels)."""
     layout = _Layout.of(input, interleaved)
     output = torch.empty_like(input)
-    sums = input.new_empty((2, layout.grid[1], input.shape[1]), dtype=_opmath(input.dtype))
-    weight, mean, var_ = _contiguous(weight, mean, var)
+    sums = input.new_empty((2, layout.grid[1], input.shape[1]), dtype=opmath(input.dtype))
+    weight, mean, var_ = contiguous(weight, mean, var)
     with torch.cuda.device_of(input):  # does nothing for a CPU tensor (Triton's interpreter)
         batch_norm_scale_kernel[layout.grid](
             input,
@@ -374,7 +342,7 @@ def batch_norm_backward(
             output_mask,
         )
     assert running_var is not None  # checked at the Autograd key
-    dtype = _opmath(grad_output.dtype) if weight is None else weight.dtype
+    dtype = opmath(grad_output.dtype) if weight is None else weight.dtype
     with_input, with_weight, with_bias = output_mask
     if grad_output.numel() == 0:
         grad_input = torch.empty_like(grad_output)
@@ -410,7 +378,7 @@ def batch_norm_double_backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """In training three launches that move 8n elements: one for sums of each program, their sum, and one that
     reads all again. In evaluation mode two, that move 3n elements without input, and 5n with it."""
-    dtype = _opmath(grad_output.dtype) if weight is None else weight.dtype
+    dtype = opmath(grad_output.dtype) if weight is None else weight.dtype
     channels = grad_output.shape[1]
     if grad_output.numel() == 0:
         grad_input = None if input is None else torch.empty_like(input)
@@ -430,12 +398,12 @@ def batch_norm_double_backward(
     x = _in_layout(input, interleaved)
     layout = _Layout.of(x, interleaved)
     mean, spread = (save_mean, save_invstd) if training else (running_mean, running_var)
-    u, t, weight, mean, spread = _contiguous(grad_grad_weight, grad_grad_bias, weight, mean, spread)
+    u, t, weight, mean, spread = contiguous(grad_grad_weight, grad_grad_bias, weight, mean, spread)
     grad_grad_output, grad_input = torch.empty_like(g), torch.empty_like(x)
-    opmath = _opmath(x.dtype)
+    dtype_of_sums = opmath(x.dtype)
     with torch.cuda.device_of(x):
         if training:
-            partial_sums = x.new_empty((layout.grid[1], 5, channels), dtype=opmath)
+            partial_sums = x.new_empty((layout.grid[1], 5, channels), dtype=dtype_of_sums)
             batch_norm_sums_kernel[layout.grid](
                 v, g, x, mean, partial_sums, *layout.sizes, **layout.constants, **_SUMS_OPTIONS
             )
@@ -443,7 +411,7 @@ def batch_norm_double_backward(
             grad_weight = x.new_empty(channels, dtype=dtype)
         else:
             per_channel = None
-            grad_weight = x.new_empty((layout.grid[1], channels), dtype=opmath)
+            grad_weight = x.new_empty((layout.grid[1], channels), dtype=dtype_of_sums)
         batch_norm_bwd_bwd_kernel[layout.grid](
             v,
             u,
@@ -466,44 +434,3 @@ def batch_norm_double_backward(
         if not training:
             grad_weight = grad_weight.sum(0).to(dtype)
     return grad_grad_output, grad_input, None if grad_grad_input is None else grad_weight
-
-
-def specializations() -> Iterator[Specialization]:
-    """The kernels of a gradient-norm step of ResNet-50 at batch 64, in training and in evaluation mode."""
-    large, small = (64, 256, 56, 56), (64, 2048, 7, 7)
-    sums: tuple[Any, dict[str, Any]] = (batch_norm_sums_kernel, {})
-    double_backward = (batch_norm_bwd_bwd_kernel, {"eps": 1e-5, "training": True})
-    scale = (batch_norm_scale_kernel, {"eps": 1e-5})
-    # Their gradients are not differentiated, or not in this call.
-    absent = {"grad_grad_weight_ptr", "grad_grad_bias_ptr", "mean_ptr"}
-    per_channel = {"mean_ptr", "spread_ptr", "var_ptr", "weight_ptr", "sums_ptr", "grad_weight_ptr"}
-    for (kernel, settings), shape, interleaved, dtype in (
-        (sums, large, False, torch.bfloat16),
-        (sums, large, True, torch.float32),
-        (double_backward, large, False, torch.bfloat16),
-        (double_backward, large, True, torch.float32),
-        (double_backward, small, False, torch.float32),
-        (scale, large, False, torch.bfloat16),
-        (scale, large, True, torch.float32),
-    ):
-        layout = _Layout.of(torch.empty(shape, device="meta"), interleaved)
-        sizes = dict(zip(("outer", "channels", "units", "tiles"), layout.sizes, strict=True))
-        missing = absent - ({"mean_ptr"} if kernel is not batch_norm_scale_kernel else set())
-        constants: dict[str, Any] = {**dict.fromkeys(missing), **settings, **layout.constants}
-        constants |= {name: 1 for name, size in sizes.items() if size == 1}
-        constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-        types = {
-            name: pointer_type(torch.float32 if name in per_channel else dtype)
-            if name.endswith("_ptr")
-            else "i32"
-            for name in kernel.arg_names
-            if name not in constants
-        }
-        yield Specialization(
-            f"{kernel.__name__}-{'x'.join(map(str, shape))}{'-channels_last' * interleaved}-{str(dtype)[6:]}",
-            kernel,
-            types | dict.fromkeys(constants, "constexpr"),
-            constants,
-            tuple(name for name in types if sizes.get(name, 0) % 16 == 0),
-            _SUMS_OPTIONS if kernel is batch_norm_sums_kernel else _OPTIONS,
-        )

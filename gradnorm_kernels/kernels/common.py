@@ -5,45 +5,172 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Fused multiply-add is asked for by name because Triton's default differs between versions.
 FP_FUSION = {"enable_fp_fusion": True}
 
 
+def opmath(dtype: torch.dtype) -> torch.dtype:
+    """What arithmetic on this dtype is done in: float32 at least."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@triton.jit
+def opmath_of(ptr):
+    dtype: tl.constexpr = tl.float64 if ptr.dtype.element_ty == tl.float64 else tl.float32
+    return dtype
+
+
 @triton.jit
 def widen(value):
-    """To the dtype arithmetic is done in: float32 at least."""
+    """To the dtype arithmetic is done in."""
     return value.to(tl.float64 if value.dtype == tl.float64 else tl.float32)
 
 
-class Specialization(NamedTuple):
-    """A kernel as a launch has it compiled, in the terms of Triton's ASTSource.
+@triton.jit
+def load(ptr, offsets, mask):
+    """0 outside the mask."""
+    return widen(tl.load(ptr + offsets, mask=mask, other=0.0))
 
-    Each module of kernels lists its own in ``specializations()``, at the shapes of the models that it is
-    for, and the tests compile them all.
+
+@triton.jit
+def load_parameter(ptr, offsets, mask, absent: tl.constexpr):
+    if ptr is None:
+        return absent
+    else:  # Triton would compile what follows the if in any case.
+        return load(ptr, offsets, mask)
+
+
+# Normalisations: with < > the mean over what is normalised, h the normalised input and r the factor that made
+# it so, output = w h + b.
+
+
+@triton.jit
+def project(a, mean, mean_h, h):
+    """P a = a - <a> - h <a h>. Of one that is not centred (RMS norm), <a> is 0 wherever it stands."""
+    return a - mean - h * mean_h
+
+
+@triton.jit
+def normalization_terms(v, g, h, w, u, centred: tl.constexpr):
+    """Those whose means normalization_double_backward takes; None is one that has no part in it."""
+    a = w * g
+    return (
+        v if centred else None,
+        v * h,
+        a if centred else None,
+        a * h,
+        v * a,
+        u * g if centred and u is not None else None,
+        u * g * h if u is not None else None,
+    )
+
+
+@triton.jit
+def _plus(total, term):
+    if term is None:
+        return total
+    else:
+        return total + term
+
+
+@triton.jit
+def add_terms(totals, terms):
+    return (
+        _plus(totals[0], terms[0]),
+        _plus(totals[1], terms[1]),
+        _plus(totals[2], terms[2]),
+        _plus(totals[3], terms[3]),
+        _plus(totals[4], terms[4]),
+        _plus(totals[5], terms[5]),
+        _plus(totals[6], terms[6]),
+    )
+
+
+@triton.jit
+def normalization_double_backward(means, v, g, h, r, w, u, t):
+    """With v, u and t the gradients of the gradients of input, weight and bias, g the output's, and a = w g:
+
+        grad_grad_output = w r P v + u h + t
+        grad_input       = r P(u g) - r^2 (h <v P a> + <a h> P v + <v h> P a)
+
+    and g r P v, whose sum is grad_weight. means are those of normalization_terms. u and t may be None.
     """
+    v_mean, v_h, a_mean, a_h, v_a, ug_mean, ug_h = means
+    projected = r * project(v, v_mean, v_h, h)
+    grad_grad_output = w * projected
+    # r is large where the input hardly varies: it multiplies differences, and no two terms that cancel. The
+    # multiples of h are added up first, and those of g.
+    of_h = r * (3.0 * a_h * v_h + a_mean * v_mean - v_a)
+    of_a = -r * v_h
+    if u is None:
+        grad_input = of_h * h - r * a_h * (v - v_mean) + of_a * (w * g - a_mean)
+    else:
+        grad_grad_output += u * h
+        of_g = u + of_a * w
+        grad_input = (of_h - ug_h) * h - r * a_h * (v - v_mean) + (of_g * g - (ug_mean + of_a * a_mean))
+    if t is not None:
+        grad_grad_output += t
+    return grad_grad_output, r * grad_input, g * projected
 
-    name: str
-    kernel: Any
-    signature: dict[str, str]
-    constants: dict[str, Any]
-    divisible_by_16: tuple[str, ...]
-    options: dict[str, Any]
-    # Arrays that it reads and writes in 128-bit accesses only; None where it may use narrower ones.
-    wide_accesses: tuple[int, int] | None = None
+
+# Launchers.
 
 
-def pointer_type(dtype: torch.dtype) -> str:
-    """Triton's name for a pointer to elements of dtype."""
-    return {
-        torch.float16: "*fp16",
-        torch.bfloat16: "*bf16",
-        torch.float32: "*fp32",
-        torch.float64: "*fp64",
-    }[dtype]
+def contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(None if t is None else t.contiguous() for t in tensors)
+
+
+def empty_like(tensor: Tensor, wanted: bool = True) -> Tensor | None:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format) if wanted else None
+
+
+def on_meta(op: str, tensors: tuple[Tensor, ...], *settings: Any, **options: Any) -> Any:
+    """What the op's Meta kernel gives for such tensors, or what is raised for them or for their devices."""
+    overload = getattr(torch.ops.gradnorm_kernels, op).default
+    names = [argument.name for argument in overload._schema.arguments[: len(tensors)]]
+    device = tensors[-1].device
+    for name, tensor in zip(names, tensors, strict=True):
+        if tensor.device != device:
+            devices = f"{names[-1]} ({device}), got {tensor.device}"
+            raise RuntimeError(f"{op}: expected {name} to be on the device of {devices}")
+    meta = (torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in tensors)
+    return overload(*meta, *settings, **options)
+
+
+def check_operands(
+    op: str,
+    input: Tensor,
+    others: Mapping[str, Tensor | None],
+    parameters: Mapping[str, Tensor | None],
+    columns: int,
+) -> None:
+    """The others are like the input, and the parameters have an element for each of the columns."""
+    if input.dtype not in DTYPES:
+        names = ", ".join(str(dtype)[6:] for dtype in DTYPES)
+        raise TypeError(f"{op}: expected input to be one of {names}, got {input.dtype}")
+    for name, tensor in others.items():
+        if tensor is None:
+            continue
+        if tensor.dtype != input.dtype:
+            raise TypeError(
+                f"{op}: expected {name} to have the dtype of input ({input.dtype}), got {tensor.dtype}"
+            )
+        if tensor.shape != input.shape:
+            shapes = f"({list(input.shape)}), got {list(tensor.shape)}"
+            raise ValueError(f"{op}: expected {name} to have the shape of input {shapes}")
+    for name, parameter in parameters.items():
+        if parameter is not None and parameter.numel() != columns:
+            raise ValueError(f"{op}: expected {name} to have {columns} elements, got {list(parameter.shape)}")
+    for name, any_tensor in {**others, **parameters}.items():
+        if any_tensor is not None and any_tensor.device != input.device:
+            devices = f"({input.device}), got {any_tensor.device}"
+            raise RuntimeError(f"{op}: expected {name} to be on the device of input {devices}")

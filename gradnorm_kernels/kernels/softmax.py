@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import DTYPES, FP_FUSION, Specialization, pointer_type, widen
+from .common import DTYPES, FP_FUSION, load, on_meta, widen
 
 
 @triton.jit
@@ -41,11 +40,10 @@ def _load_sum(input_ptrs, bias_ptrs, mask):
 
 @triton.jit
 def _load_three(grad_grad_input_ptr, grad_output_ptr, output_ptr, offsets, mask):
-    """0 outside the mask."""
     return (
-        widen(tl.load(grad_grad_input_ptr + offsets, mask=mask, other=0.0)),
-        widen(tl.load(grad_output_ptr + offsets, mask=mask, other=0.0)),
-        widen(tl.load(output_ptr + offsets, mask=mask, other=0.0)),
+        load(grad_grad_input_ptr, offsets, mask),
+        load(grad_output_ptr, offsets, mask),
+        load(output_ptr, offsets, mask),
     )
 
 
@@ -266,17 +264,6 @@ def _launch(kernel: Any, plan: Plan, *tensors: Tensor) -> None:
         kernel[(plan.programs,)](*tensors, *plan.integers.values(), **plan.constants, **plan.options)
 
 
-def _raise_for(op: str, tensors: tuple[Tensor, ...], *settings: Any) -> None:
-    """What the op's Meta kernel raises for these tensors, or for their devices."""
-    overload = getattr(torch.ops.gradnorm_kernels, op).default
-    for argument, tensor in zip(overload._schema.arguments, tensors, strict=False):
-        if tensor.device != tensors[-1].device:
-            raise RuntimeError(
-                f"{op}: expected {argument.name} to be on {tensors[-1].device}, got {tensor.device}"
-            )
-    overload(*(t.to("meta") for t in tensors), *settings)
-
-
 def softmax_double_backward(
     grad_grad_input: Tensor, grad_output: Tensor, output: Tensor, dim: int, to_input: bool
 ) -> tuple[Tensor, Tensor]:
@@ -290,7 +277,7 @@ def softmax_double_backward(
         or output.dtype not in DTYPES
         or grad_grad_input.dtype not in DTYPES
     ):
-        _raise_for("softmax_double_backward", tensors, dim, to_input)
+        on_meta("softmax_double_backward", tensors, dim, to_input)
     grad_grad_output = torch.empty_like(output, memory_format=torch.contiguous_format)
     grad = torch.empty_like(grad_grad_input if to_input else output, memory_format=torch.contiguous_format)
     if output.numel() > 0:
@@ -309,7 +296,7 @@ def softmax_with_bias(input: Tensor, bias: Tensor, dtype: torch.dtype | None = N
         or not 0 < input.ndim >= bias.ndim
         or any(size not in (1, n) for size, n in zip(bias.shape[::-1], input.shape[::-1], strict=False))
     ):
-        _raise_for("softmax_with_bias", (input, bias), dtype)
+        on_meta("softmax_with_bias", (input, bias), dtype)
     result = dtype or torch.promote_types(input.dtype, bias.dtype)
     output = torch.empty_like(input, dtype=result, memory_format=torch.contiguous_format)
     if input.numel() == 0:
@@ -327,47 +314,3 @@ def softmax_with_bias(input: Tensor, bias: Tensor, dtype: torch.dtype | None = N
     assert plan is not None
     _launch(softmax_fwd_kernel, plan, input.contiguous(), bias.contiguous(), output)
     return output
-
-
-def _specialization(name: str, kernel: Any, plan: Plan, dtype: torch.dtype, **options: Any) -> Specialization:
-    """As a launch compiles it: Triton makes a constant of 1, and knows multiples of 16."""
-    constants = plan.constants | {key: value for key, value in plan.integers.items() if value == 1}
-    pointers = [argument for argument in kernel.arg_names if argument.endswith("_ptr")]
-    multiples = [key for key, value in plan.integers.items() if value % 16 == 0]
-    signature = dict.fromkeys(pointers, pointer_type(dtype)) | dict.fromkeys(plan.integers, "i32")
-    return Specialization(
-        f"{kernel.__name__}-{name}-{pointer_type(dtype)[1:]}",
-        kernel,
-        {key: "constexpr" if key in constants else signature[key] for key in kernel.arg_names},
-        constants,
-        (*pointers, *multiples),
-        plan.options,
-        **options,
-    )
-
-
-# Scores and biases of batch 64 at 224 x 224: windows of 49 in Swin-B's first stage, 197 tokens in ViT-B.
-SWIN_SCORES, SWIN_BIAS = (64, 64, 4, 49, 49), (64, 4, 49, 49)
-VIT_SCORES = (64, 12, 197, 197)
-
-
-def specializations() -> Iterator[Specialization]:
-    """The models' shapes, and the longest rows of a tile, rows beyond it, and rows across the memory."""
-    for name, shape, dim, dtype, to_input in (
-        ("swin", SWIN_SCORES, 4, torch.float32, True),
-        ("swin", SWIN_SCORES, 4, torch.bfloat16, False),
-        ("vit", VIT_SCORES, 3, torch.float32, True),
-        ("tile", (64, 8192), 1, torch.float32, True),
-        ("across", (64, 1000, 49), 1, torch.float32, True),
-    ):
-        plan = _double_backward_plan(shape, dim, dtype.itemsize, to_input)
-        wide = (3, 2) if name == "tile" else None
-        yield _specialization(name, softmax_bwd_bwd_kernel, plan, dtype, wide_accesses=wide)
-    for name, shape, bias_shape, dtype in (
-        ("swin", SWIN_SCORES, SWIN_BIAS, torch.float32),
-        ("swin", SWIN_SCORES, SWIN_BIAS, torch.bfloat16),
-        ("looped", (64, 16384), (16384,), torch.float32),
-    ):
-        forward_plan = _with_bias_plan(shape, bias_shape, dtype.itemsize)
-        assert forward_plan is not None
-        yield _specialization(name, softmax_fwd_kernel, forward_plan, dtype)

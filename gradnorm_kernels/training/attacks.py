@@ -1,6 +1,5 @@
-"""Projected gradient descent on the pixels; needs torch alone."""
+"""Gradients by the pixels, and projected gradient descent along them; needs torch alone."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -8,9 +7,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["NORMS", "perturb"]
+from .checks import (
+    check_choice,
+    check_count,
+    check_images,
+    check_logits,
+    check_non_negative,
+    check_pixels,
+    check_targets,
+    looked_at,
+)
 
 NORMS = ("Linf", "L2")
+ATTACKS = ("autoattack", "apgd-ce", "pgd", "fgsm")  # of ``evaluation``
 
 Model = Callable[[Tensor], Tensor]
 
@@ -58,28 +67,31 @@ def perturb(
         ValueError: if another argument, a shape or a value does not fit. Pixels' and class indices' ranges
             are looked at on the CPU only.
     """
-    _check_numbers(eps, norm, steps, step_size)
-    _check_tensors(images, targets)
+    check_non_negative(eps=eps, step_size=step_size)
+    check_choice("norm", norm, NORMS)
+    check_count(steps=steps)
+    check_images(images)
+    if looked_at(images):
+        check_pixels(images)
     # Half types are too coarse to move in: near 1, bfloat16's neighbours are 1/256 apart.
     center = images.detach().to(torch.promote_types(images.dtype, torch.float32))
     adversarial = center
     if random_start:
         adversarial = (center + _random_perturbation(center, eps, norm, generator)).clamp(0, 1)
     for _ in range(steps):
-        gradient = _input_gradient(model, adversarial, targets, images.dtype)
+        gradient = input_gradient(model, adversarial, targets, images.dtype)
         step = step_size * (gradient.sign() if norm == "Linf" else _unit(gradient))
         adversarial = (center + _project(adversarial - center + step, eps, norm)).clamp(0, 1)
     return adversarial.to(images.dtype, copy=True)
 
 
-def _input_gradient(model: Model, pixels: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
-    """Gradient of the summed cross-entropy of ``model`` on ``pixels`` rounded to ``dtype``."""
+def input_gradient(model: Model, pixels: Tensor, targets: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Gradient of the summed cross-entropy by ``pixels``, which ``model`` is given in ``dtype``."""
     pixels = pixels.detach().requires_grad_()
     with torch.enable_grad():
-        logits = model(pixels.to(dtype))
-        if logits.ndim != 2 or len(logits) != len(pixels):
-            raise ValueError(f"model: expected logits of shape ({len(pixels)}, C), got {tuple(logits.shape)}")
-        _check_classes(targets, logits.shape[1])
+        logits = model(pixels.to(dtype or pixels.dtype))
+        check_logits(logits, pixels)
+        check_targets(targets, logits)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if targets.is_floating_point():
             targets = targets.to(logits.dtype)
@@ -120,49 +132,3 @@ def _unit(vectors: Tensor) -> Tensor:
 def _per_image(values: Tensor, images: Tensor) -> Tensor:
     """(B,) as (B, 1, ...), to broadcast over ``images``."""
     return values.view(-1, *[1] * (images.ndim - 1))
-
-
-def _check_numbers(eps: float, norm: str, steps: int, step_size: float) -> None:
-    for name, value in {"eps": eps, "step_size": step_size}.items():
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{name}: expected a finite number of at least 0, got {value}")
-    if norm not in NORMS:
-        raise ValueError(f"norm: expected one of {', '.join(NORMS)}, got {norm!r}")
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps: expected an integer of at least 1, got {steps}")
-
-
-def _check_tensors(images: Tensor, targets: Tensor) -> None:
-    if not isinstance(images, Tensor) or not images.is_floating_point():
-        kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
-        raise TypeError(f"images: expected a floating-point tensor, got {kind}")
-    if images.ndim < 2 or not images.numel():
-        raise ValueError(
-            f"images: expected shape (B, ...) with no empty dimension, got {tuple(images.shape)}"
-        )
-    if _is_looked_at(images) and not ((images >= 0) & (images <= 1)).all():
-        raise ValueError("images: expected pixels in [0, 1]")
-    if not isinstance(targets, Tensor) or not (targets.is_floating_point() or targets.dtype == torch.int64):
-        kind = targets.dtype if isinstance(targets, Tensor) else type(targets).__name__
-        raise TypeError(f"targets: expected int64 or floating-point tensor, got {kind}")
-    if targets.device != images.device:
-        raise ValueError(f"targets: expected device {images.device}, got {targets.device}")
-    if targets.ndim != 1 + targets.is_floating_point() or len(targets) != len(images):
-        raise ValueError(
-            f"targets: expected class indices of shape ({len(images)},) or class probabilities of shape"
-            f" ({len(images)}, C), got {tuple(targets.shape)}"
-        )
-
-
-def _check_classes(targets: Tensor, classes: int) -> None:
-    if targets.is_floating_point():
-        if targets.shape[1] != classes:
-            raise ValueError(f"targets: expected {classes} class probabilities, got {targets.shape[1]}")
-    # cross_entropy skips targets of -100 in silence.
-    elif _is_looked_at(targets) and not ((targets >= 0) & (targets < classes)).all():
-        raise ValueError(f"targets: expected class indices from 0 to {classes - 1}")
-
-
-def _is_looked_at(values: Tensor) -> bool:
-    """Whether the values are checked. On a GPU that would cost a synchronisation; a compiler cannot."""
-    return values.device.type == "cpu" and not torch.compiler.is_compiling()

@@ -22,11 +22,10 @@ from timm.data.readers import create_reader
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset, TensorDataset
 
-from .config import TrainConfig, TrainingError
+from .config import TrainConfig
 from .distributed import rank, world_size
 from .models import InputSpec, input_spec
-
-__all__ = ["Data", "load_data", "load_digits", "seed_everything"]
+from .options import TrainingError
 
 EVALUATION_FOLDERS = ("val", "validation", "test")
 
@@ -78,6 +77,10 @@ class Data:
         self._order.epoch, self._order.start = epoch, start
         return iter(self._training_loader)
 
+    def first_batch(self) -> tuple[Tensor, Tensor]:
+        """The images of the first step, softened."""
+        return self.soften(*next(self.training_batches(epoch=0, start=0)))
+
     def evaluation_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The held-out set, in its order; of several processes, each has its share of it."""
         own = range(rank(), len(self.evaluation), world_size())
@@ -122,16 +125,12 @@ def load_data(config: TrainConfig) -> Data:
         TrainingError: if there is none; the message names the path or the option.
     """
     data = _digits(config) if config.data is None else _image_folder(config, Path(config.data))
-    parts = config.accumulate * world_size()
-    if config.batch_size % parts:
-        raise TrainingError(
-            f"batch_size: {config.batch_size} does not split into {world_size()} processes times"
-            f" {config.accumulate} parts"
-        )
+    size, processes = config.batch_size, world_size()
+    if size % (config.accumulate * processes):
+        parts = f"{processes} processes times {config.accumulate} parts"
+        raise TrainingError(f"batch_size: {size} does not split into {parts}")
     if not data.steps_per_epoch:
-        raise TrainingError(
-            f"batch_size: {config.batch_size} exceeds the number of training images, {len(data.train)}"
-        )
+        raise TrainingError(f"batch_size: {size} exceeds the number of training images, {len(data.train)}")
     return data
 
 
@@ -147,10 +146,8 @@ def load_digits() -> tuple[TensorDataset, TensorDataset]:
     images = torch.from_numpy(bundle.images / 16).float().unsqueeze(1)
     targets = torch.from_numpy(bundle.target).long()
     held_out = torch.arange(len(targets)) % 5 == 0
-    return (
-        TensorDataset(images[~held_out], targets[~held_out]),
-        TensorDataset(images[held_out], targets[held_out]),
-    )
+    train, evaluation = (TensorDataset(images[part], targets[part]) for part in (~held_out, held_out))
+    return train, evaluation
 
 
 def _digits(config: TrainConfig) -> Data:
@@ -172,21 +169,15 @@ def _image_folder(config: TrainConfig, root: Path) -> Data:
     if unknown := _classes(held_out[0]).keys() - classes.keys():
         raise TrainingError(f"data: {root / 'train'} lacks the classes {sorted(unknown)} of {held_out[0]}")
 
-    mixes = config.mixup > 0 or config.cutmix > 0
-    if mixes and config.batch_size // world_size() % 2:
-        raise TrainingError(
-            f"batch_size: mixup and cutmix need an even one a process, got {config.batch_size}"
-        )
-    return Data(
-        config,
-        _ImageFolder(root / "train", classes, _training_transform(config, spec)),
-        _ImageFolder(held_out[0], classes, _evaluation_transform(spec)),
-        list(classes),
-        spec,
-        Mixup(config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=len(classes))
-        if mixes
-        else None,
-    )
+    mixup = None
+    if config.mixup or config.cutmix:
+        if (size := config.batch_size) // world_size() % 2:
+            raise TrainingError(f"batch_size: mixup and cutmix need an even one a process, got {size}")
+        smoothing = {"label_smoothing": config.label_smoothing, "num_classes": len(classes)}
+        mixup = Mixup(config.mixup, config.cutmix, **smoothing)
+    train = _ImageFolder(root / "train", classes, _training_transform(config, spec))
+    evaluation = _ImageFolder(held_out[0], classes, _evaluation_transform(spec))
+    return Data(config, train, evaluation, list(classes), spec, mixup)
 
 
 def _classes(folder: Path) -> dict[str, int]:
@@ -224,39 +215,30 @@ class _ImageFolder(Dataset[tuple[Tensor, int]]):
 
 
 def _training_transform(config: TrainConfig, spec: InputSpec) -> Any:
-    crops = config.crop_min < 1
     try:
-        augmented = _augmented(config, spec, crops)
+        augmented = create_transform(
+            spec.size,
+            is_training=True,
+            scale=(config.crop_min, 1.0),
+            ratio=(3 / 4, 4 / 3) if config.crop_min < 1 else (1.0, 1.0),
+            hflip=config.hflip,
+            color_jitter=config.color_jitter,
+            auto_augment=config.auto_augment,
+            interpolation=config.interpolation or spec.interpolation,
+            re_prob=config.reprob,
+            re_mode=config.remode,
+            mean=spec.mean,
+            std=spec.std,
+        )
     except Exception as error:  # timm's parser of it raises many kinds
         raise TrainingError(f"auto_augment: timm cannot use {config.auto_augment}: {error!r}") from error
     return _InPixels(augmented, spec)
 
 
-def _augmented(config: TrainConfig, spec: InputSpec, crops: bool) -> Any:
-    return create_transform(
-        spec.size,
-        is_training=True,
-        scale=(config.crop_min, 1.0),
-        ratio=(3 / 4, 4 / 3) if crops else (1.0, 1.0),
-        hflip=config.hflip,
-        color_jitter=config.color_jitter,
-        auto_augment=config.auto_augment,
-        interpolation=config.interpolation or spec.interpolation,
-        re_prob=config.reprob,
-        re_mode=config.remode,
-        mean=spec.mean,
-        std=spec.std,
-    )
-
-
 def _evaluation_transform(spec: InputSpec) -> Any:
-    return create_transform(
-        spec.size, crop_pct=spec.crop_pct, interpolation=spec.interpolation, mean=_ZERO, std=_ONE
-    )
-
-
-# With these timm's transforms end in pixels in [0, 1].
-_ZERO, _ONE = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    # With this mean and std timm's transforms end in pixels in [0, 1].
+    pixels: dict[str, Any] = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+    return create_transform(spec.size, crop_pct=spec.crop_pct, interpolation=spec.interpolation, **pixels)
 
 
 class _InPixels:

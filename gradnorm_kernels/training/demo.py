@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import Tensor
 
+from .attacks import input_gradient
 from .config import TrainConfig
 from .data import load_data, load_digits
-from .evaluation import evaluate
-from .report import conditions, curves, gradient_figure, page, text_table
-from .runs import input_gradients, step_seconds
-from .trainer import CHECKPOINT, Trainer, load_checkpoint, load_model, train
-
-__all__ = ["Demo", "Result", "demo"]
+from .evaluation import robustness_curve
+from .files import load_checkpoint
+from .models import load_model
+from .report import conditions, curves, gradient_figure, history_figure, page, text_table
+from .runs import step_seconds
+from .trainer import Trainer, train
 
 EPSILON = 0.1  # of the objective and of the attack in the table, in pixel units
 CURVE = (0.025, 0.05, 0.1, 0.15)
@@ -68,28 +68,16 @@ class Demo:
 
     def rows(self) -> list[tuple[str, ...]]:
         """The table's cells, heading first."""
+        attack = f"APGD-CE, eps {EPSILON:g}"
         rows: list[tuple[str, ...]] = [
-            (
-                "training",
-                "step, ms",
-                "ratio to stock",
-                "gradient difference",
-                "clean accuracy",
-                f"APGD-CE, eps {EPSILON:g}",
-            )
+            ("training", "step, ms", "ratio to stock", "gradient difference", "clean accuracy", attack)
         ]
         stock = self.results[STOCK].step_seconds
         for name, result in self.results.items():
-            rows.append(
-                (
-                    name,
-                    f"{result.step_seconds * 1e3:.1f}",
-                    f"{result.step_seconds / stock:.2f}",
-                    f"{self.gradient_difference:.1e}" if name == FUSED else "",
-                    f"{result.accuracy[0.0]:.1%}",
-                    f"{result.accuracy[EPSILON]:.1%}",
-                )
-            )
+            speed = f"{result.step_seconds * 1e3:.1f}", f"{result.step_seconds / stock:.2f}"
+            difference = f"{self.gradient_difference:.1e}" if name == FUSED else ""
+            accuracies = (f"{result.accuracy[epsilon]:.1%}" for epsilon in (0.0, EPSILON))
+            rows.append((name, *speed, difference, *accuracies))
         return rows
 
     def table(self) -> str:
@@ -130,33 +118,26 @@ def _run(epochs: int, attack_steps: int, curve: Sequence[float], timed_steps: in
     images, targets = (part[:] for part in load_digits()[1].tensors)
     shown = [int((targets == digit).nonzero()[0]) for digit in range(6)]
     with tempfile.TemporaryDirectory() as directory:
-        histories, models, states = {}, {}, {}
-        for name, config in configs.items():
-            run = Path(directory) / name
-            histories[name] = train(config, run)
-            models[name] = load_model(run).requires_grad_(False)
-            states[name] = load_checkpoint(run / CHECKPOINT)
-
-    # The fused steps start from the stock run's weights, so that both do the same arithmetic.
-    states[FUSED] = states[STOCK]
-    trainers = {}
-    for name, config in configs.items():
-        trainers[name] = Trainer(config, load_data(config))
-        trainers[name].load_state_dict(states[name])
-    data = trainers[STOCK].data
-    batch = data.soften(*next(data.training_batches(epoch=0, start=0)))
-    difference = _gradient_difference(trainers[STOCK], trainers[FUSED], *batch)
-    seconds = step_seconds(trainers, *batch, timed_steps)
+        runs = {name: Path(directory) / name for name in configs}
+        histories = {name: train(config, runs[name]) for name, config in configs.items()}
+        models = {name: load_model(run).requires_grad_(False) for name, run in runs.items()}
+        # The fused steps start from the stock run's weights, so that both do the same arithmetic.
+        starts = {name: load_checkpoint(runs[STOCK if name == FUSED else name]) for name in configs}
+    trainers = {
+        name: Trainer(config, load_data(config), saved=starts[name]) for name, config in configs.items()
+    }
+    difference = _gradient_difference(trainers[STOCK], trainers[FUSED])
+    seconds = step_seconds(trainers, timed_steps)
 
     results = {}
     for name, model in models.items():
-        epsilons = sorted({0.0, EPSILON, *curve})
-        results[name] = Result(
-            seconds[name],
-            histories[name],
-            {epsilon: _accuracy(model, images, targets, epsilon, attack_steps) for epsilon in epsilons},
-            input_gradients(model, images[shown], targets[shown]),
+        # With one start, as in AutoAttack's standard version.
+        attacked = robustness_curve(
+            model, images, targets, sorted({0.0, EPSILON, *curve}), attack="apgd-ce", steps=attack_steps
         )
+        accuracy = {result.eps: result.robust_accuracy for result in attacked}
+        gradients = input_gradient(model, images[shown], targets[shown])
+        results[name] = Result(seconds[name], histories[name], accuracy, gradients)
     outcome = Demo(results, difference, attack_steps, len(targets))
     return outcome, _report(outcome, configs[FUSED], images[shown])
 
@@ -171,25 +152,40 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _gradient_difference(stock: Trainer, fused: Trainer, images: Tensor, targets: Tensor) -> float:
+def _gradient_difference(stock: Trainer, fused: Trainer) -> float:
+    batch = stock.data.first_batch()
     gradients = []
     for trainer in (stock, fused):
-        images, targets = images.to(trainer.device), targets.to(trainer.device)
+        images, targets = (part.to(trainer.device) for part in batch)
         loss = trainer.objective(trainer.model, images, targets, epoch=trainer.epoch)
         gradients.append(torch.autograd.grad(loss.total, list(trainer.model.parameters())))
     return max(((a - b).abs().max() / a.abs().max()).item() for a, b in zip(*gradients, strict=True))
 
 
-def _accuracy(model: nn.Module, images: Tensor, targets: Tensor, epsilon: float, steps: int) -> float:
-    """Accuracy under APGD-CE (Croce and Hein, 2020) with one start, as in AutoAttack's standard version."""
-    return evaluate(model, images, targets, attack="apgd-ce", eps=epsilon, steps=steps).robust_accuracy
-
-
 def _report(outcome: Demo, config: TrainConfig, shown: Tensor) -> str:
+    accuracies = {
+        name: [(epsilon, 100 * accuracy) for epsilon, accuracy in result.accuracy.items()]
+        for name, result in outcome.results.items()
+    }
+    axis: dict[str, Any] = {
+        "xlabel": "APGD-CE's epsilon (pixels in [0, 1])",
+        "ylabel": "accuracy, %",
+        "ylim": (0, 100),
+    }
+    panels = {
+        "cross_entropy": "cross-entropy in training (soft targets), nats",
+        "eval_cross_entropy": "cross-entropy held out, nats",
+        "gradient_norm": "epsilon x gradient norm in training, nats",
+    }
+    histories = {name: result.history for name, result in outcome.results.items()}
     gradients = {name: result.input_gradients for name, result in outcome.results.items()}
     sections = [
-        ("Accuracy against epsilon", "Held-out images under attack.", _accuracy_figure(outcome)),
-        ("Loss curves", "", _loss_figure(outcome)),
+        (
+            "Accuracy against epsilon",
+            "Held-out images under attack.",
+            curves(accuracies, styles=STYLES, **axis),
+        ),
+        ("Loss curves", "", history_figure(histories, panels, STYLES)),
         (
             "Input gradients",
             "Held-out images, and below them the gradient of the cross-entropy with respect to their pixels,"
@@ -211,34 +207,3 @@ def _conditions(outcome: Demo, config: TrainConfig) -> str:
         f" Accuracies: averaged weights on {outcome.held_out} held-out images; APGD-CE with"
         f" {outcome.attack_steps} iterations and one start, L-infinity. {conditions()}"
     )
-
-
-def _accuracy_figure(outcome: Demo) -> Figure:
-    points = {
-        name: [(epsilon, 100 * accuracy) for epsilon, accuracy in result.accuracy.items()]
-        for name, result in outcome.results.items()
-    }
-    return curves(
-        points,
-        styles=STYLES,
-        xlabel="APGD-CE's epsilon (pixels in [0, 1])",
-        ylabel="accuracy, %",
-        ylim=(0, 100),
-    )
-
-
-def _loss_figure(outcome: Demo) -> Figure:
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
-    panels = {
-        "cross_entropy": "cross-entropy in training (soft targets), nats",
-        "eval_cross_entropy": "cross-entropy held out, nats",
-        "gradient_norm": "epsilon x gradient norm in training, nats",
-    }
-    for which, (key, label) in enumerate(panels.items()):
-        points = {
-            name: [(line["epoch"], line[key]) for line in result.history if key in line]
-            for name, result in outcome.results.items()
-        }
-        panel = (figure, len(panels), which)
-        curves(points, styles=STYLES, panel=panel, title=label, xlabel="epoch", ylim=(0, None))
-    return figure

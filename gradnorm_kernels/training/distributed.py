@@ -8,8 +8,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["any_process", "process_group", "rank", "summed", "world_size"]
-
 
 def rank() -> int:
     """This process's number, from 0."""

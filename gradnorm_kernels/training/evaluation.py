@@ -8,7 +8,6 @@ implements it.
 import hashlib
 import itertools
 import json
-import math
 import os
 import re
 import sys
@@ -16,7 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +25,44 @@ from pyautoattack.autopgd_base import APGDAttack
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .attacks import NORMS, perturb
+from .attacks import ATTACKS, NORMS, perturb
+from .checks import check_choice, check_count, check_images, check_logits, check_non_negative, check_pixels
+from .files import write_text
+from .objectives.common import evaluated
 
 __all__ = ["ATTACKS", "Robustness", "evaluate", "robustness_curve"]
-
-ATTACKS = ("autoattack", "apgd-ce", "pgd", "fgsm")
 
 _STEPS = {"apgd-ce": 100, "pgd": 20}  # 100 as in AutoAttack
 
 Attack = Callable[[Tensor, Tensor], Tensor]
 
 
+@dataclass(frozen=True)
+class _Settings:
+    """What a result depends on, apart from the model and the data."""
+
+    attack: str
+    norm: str
+    eps: float
+    seed: int
+    steps: int | None
+    batch_size: int
+
+    def __post_init__(self) -> None:
+        check_choice("attack", self.attack, ATTACKS)
+        check_choice("norm", self.norm, NORMS)
+        check_non_negative(eps=self.eps)
+        if not isinstance(self.seed, int):
+            raise ValueError(f"seed: expected an integer, got {self.seed!r}")
+        check_count(batch_size=self.batch_size)
+        if self.steps is not None:
+            if self.attack not in _STEPS:
+                raise ValueError(f"steps: {self.attack} has none to choose; {' and '.join(_STEPS)} have")
+            check_count(steps=self.steps)
+
+
 @dataclass(frozen=True, eq=False)
-class Robustness:
+class Robustness(_Settings):
     """Which images a model classifies correctly, as they are and under attack. Accuracies are shares of 1.
 
     Attributes:
@@ -51,12 +75,6 @@ class Robustness:
         seconds: of computation, over all the runs that a resumed evaluation took.
     """
 
-    attack: str
-    norm: str
-    eps: float
-    seed: int
-    steps: int | None
-    batch_size: int
     accuracies: dict[str, float]
     clean_correct: Tensor = field(repr=False)
     robust: Tensor = field(repr=False)
@@ -78,12 +96,7 @@ class Robustness:
     def to_dict(self) -> dict[str, Any]:
         """All attributes, for JSON: the masks as lists of bool."""
         return {
-            "attack": self.attack,
-            "norm": self.norm,
-            "eps": self.eps,
-            "seed": self.seed,
-            "steps": self.steps,
-            "batch_size": self.batch_size,
+            **{item.name: getattr(self, item.name) for item in fields(_Settings)},
             "images": self.images,
             "clean_accuracy": self.clean_accuracy,
             "robust_accuracy": self.robust_accuracy,
@@ -152,11 +165,12 @@ def evaluate(
             classes, for which its targeted DLR loss is undefined
             (https://github.com/fra31/auto-attack/issues/70).
     """
-    settings = _settings(attack, norm, eps, seed, steps, batch_size)
+    steps = _STEPS.get(attack) if steps is None else steps
+    settings = _Settings(attack, norm, float(eps), seed, steps, batch_size)
     _check_data(model, images, labels)
     target = _Target(model, images, labels, _device(model, images, device), batch_size)
     with _under_attack(model, target.device):
-        file = _StateFile(state_path, settings, model, images, labels)
+        file = _StateFile(state_path, settings, target)
         warner = _Warner()
         state = file.read()
         if state is None:
@@ -168,13 +182,8 @@ def evaluate(
             if name not in state.accuracies:
                 _run(name, run, target, state, file, progress)
         checks.check_square_sr({"clean": _share(state.clean_correct), **state.accuracies}, logger=warner)
-    return Robustness(
-        **asdict(settings),
-        accuracies=state.accuracies,
-        clean_correct=state.clean_correct,
-        robust=state.robust,
-        seconds=state.seconds,
-    )
+    found = {name: getattr(state, name) for name in ("accuracies", "clean_correct", "robust", "seconds")}
+    return Robustness(**asdict(settings), **found)
 
 
 def robustness_curve(
@@ -185,12 +194,8 @@ def robustness_curve(
     *,
     attack: str = "autoattack",
     norm: str = "Linf",
-    batch_size: int = 250,
-    seed: int = 0,
-    device: str | torch.device | None = None,
-    steps: int | None = None,
     state_dir: str | os.PathLike[str] | None = None,
-    progress: bool = False,
+    **options: Any,
 ) -> list[Robustness]:
     """:func:`evaluate` at each of ``eps``, in order. Takes, warns and raises what it does, save that:
 
@@ -201,54 +206,19 @@ def robustness_curve(
     """
     # Before the first attack has run for hours.
     for value in eps:
-        _settings(attack, norm, value, seed, steps, batch_size)
+        check_non_negative(eps=value)
+    options |= {"attack": attack, "norm": norm}
     return [
         evaluate(
             model,
             images,
             labels,
-            attack=attack,
             eps=value,
-            norm=norm,
-            batch_size=batch_size,
-            seed=seed,
-            device=device,
-            steps=steps,
             state_path=None if state_dir is None else Path(state_dir) / f"{attack}-{norm}-{value!r}.json",
-            progress=progress,
+            **options,
         )
         for value in map(float, eps)
     ]
-
-
-@dataclass(frozen=True)
-class _Settings:
-    """What a result depends on, apart from the model and the data."""
-
-    attack: str
-    norm: str
-    eps: float
-    seed: int
-    steps: int | None
-    batch_size: int
-
-
-def _settings(attack: str, norm: str, eps: float, seed: int, steps: int | None, batch_size: int) -> _Settings:
-    """Checks them and fills in the attack's own number of steps."""
-    for name, value, choices in (("attack", attack, ATTACKS), ("norm", norm, NORMS)):
-        if value not in choices:
-            raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
-    if not (math.isfinite(eps) and eps >= 0):
-        raise ValueError(f"eps: expected a finite number of at least 0, got {eps}")
-    if not isinstance(seed, int):
-        raise ValueError(f"seed: expected an integer, got {seed!r}")
-    if steps is not None and attack not in _STEPS:
-        raise ValueError(f"steps: {attack} has none to choose; {' and '.join(_STEPS)} have")
-    steps = _STEPS.get(attack) if steps is None else steps
-    for name, number in {"batch_size": batch_size, "steps": steps}.items():
-        if number is not None and (not isinstance(number, int) or number < 1):
-            raise ValueError(f"{name}: expected an integer of at least 1, got {number!r}")
-    return _Settings(attack, norm, float(eps), seed, steps, batch_size)
 
 
 class _Target:
@@ -269,8 +239,7 @@ class _Target:
     def predict(self, pixels: Tensor, which: str) -> tuple[Tensor, int]:
         """The class of each image, and the number of classes; ``which`` names the images in errors."""
         logits = self.logits(pixels)
-        if logits.ndim != 2 or len(logits) != len(pixels):
-            raise ValueError(f"model: expected logits of shape ({len(pixels)}, K), got {tuple(logits.shape)}")
+        check_logits(logits, pixels)
         # The class of NaN is none in particular, so that they would count as fooled.
         if logits.isnan().any():
             raise ValueError(f"model: logits of {which} are NaN")
@@ -310,22 +279,15 @@ _MASKS = ("clean_correct", "robust", "pending")
 class _StateFile:
     """A state on disk with what it is the state of; without a path, nothing."""
 
-    def __init__(
-        self,
-        path: str | os.PathLike[str] | None,
-        settings: _Settings,
-        model: nn.Module,
-        images: Tensor,
-        labels: Tensor,
-    ) -> None:
+    def __init__(self, path: str | os.PathLike[str] | None, settings: _Settings, target: _Target) -> None:
         self.path = None if path is None else Path(path)
         if self.path is not None:
-            state = model.state_dict()
+            weights = {k: v for k, v in target.model.state_dict().items() if isinstance(v, Tensor)}
             self.identity = {
                 **asdict(settings),
-                "images": len(images),
-                "data_sha256": _digest({"images": images, "labels": labels}),
-                "model_sha256": _digest({k: v for k, v in state.items() if isinstance(v, Tensor)}),
+                "images": len(target.images),
+                "data_sha256": _digest({"images": target.images, "labels": target.labels}),
+                "model_sha256": _digest(weights),
             }
 
     def read(self) -> _State | None:
@@ -345,12 +307,9 @@ class _StateFile:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"state_path: {self.path} is not the state of an evaluation") from error
         if identity != self.identity:
-            differences = [
-                f"{name} is {identity.get(name)} there and {value} here"
-                for name, value in self.identity.items()
-                if identity.get(name) != value
-            ]
-            raise ValueError(f"state_path: {self.path} holds another evaluation: {'; '.join(differences)}")
+            differ = [name for name, value in self.identity.items() if identity.get(name) != value]
+            how = "; ".join(f"{k} is {identity.get(k)} there and {self.identity[k]} here" for k in differ)
+            raise ValueError(f"state_path: {self.path} holds another evaluation: {how}")
         return state
 
     def write(self, state: _State) -> None:
@@ -360,12 +319,7 @@ class _StateFile:
         masks = {name: "".join("01"[flag] for flag in getattr(state, name).tolist()) for name in _MASKS}
         content = {"evaluation": self.identity, **vars(state), **masks}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path)
+        write_text(self.path, json.dumps(content))
 
 
 def _clean_pass(target: _Target, settings: _Settings) -> _State:
@@ -382,10 +336,8 @@ def _clean_pass(target: _Target, settings: _Settings) -> _State:
         if y.max() >= classes:
             raise ValueError(f"labels: expected class indices from 0 to {classes - 1}, got {int(y.max())}")
         if settings.attack == "autoattack" and settings.eps and classes < 4:
-            raise ValueError(
-                f"attack: autoattack needs at least 4 classes, got {classes}: its targeted DLR loss is"
-                " undefined for fewer; apgd-ce or pgd will do"
-            )
+            why = "its targeted DLR loss is undefined for fewer; apgd-ce or pgd will do"
+            raise ValueError(f"attack: autoattack needs at least 4 classes, got {classes}: {why}")
         correct[indices] = (predicted == y).cpu()
     seconds = time.perf_counter() - start
     return _State(classes, correct, correct.clone(), correct.clone(), seconds=seconds)
@@ -438,18 +390,11 @@ def _attacks(target: _Target, settings: _Settings, classes: int, warner: "_Warne
         return {"apgd-ce": apgd.perturb}
 
     def descend(x: Tensor, y: Tensor) -> Tensor:
-        steps = settings.steps or 1
-        return perturb(
-            target.logits,
-            x,
-            y,
-            eps=eps,
-            norm=norm,
-            steps=steps,
-            step_size=eps if settings.attack == "fgsm" else 2.5 * eps / steps,
-            random_start=settings.attack == "pgd",
-            generator=torch.Generator().manual_seed(seed),
-        )
+        start: dict[str, Any] = {"random_start": False, "steps": 1, "step_size": eps}
+        if settings.steps:
+            start = {"random_start": True, "steps": settings.steps, "step_size": 2.5 * eps / settings.steps}
+        generator = torch.Generator().manual_seed(seed)
+        return perturb(target.logits, x, y, eps=eps, norm=norm, generator=generator, **start)
 
     return {settings.attack: descend}
 
@@ -486,21 +431,17 @@ def _check_model(target: _Target, warner: _Warner) -> None:
 @contextmanager
 def _under_attack(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Puts the model in eval mode without parameters that require gradients, and all back afterwards."""
-    training = [(module, module.training) for module in model.modules()]
-    requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     # The attacks seed torch's default generators.
     devices = [device] if device.type == "cuda" else []
     try:
-        model.eval()
-        for parameter, _ in requires_grad:
+        for parameter in trained:
             parameter.requires_grad_(False)
-        with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices):
+        with evaluated(model), torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices):
             yield
     finally:
-        for module, flag in training:
-            module.training = flag
-        for parameter, flag in requires_grad:
-            parameter.requires_grad_(flag)
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def _device(model: nn.Module, images: Tensor, device: str | torch.device | None) -> torch.device:
@@ -515,16 +456,8 @@ def _device(model: nn.Module, images: Tensor, device: str | torch.device | None)
 def _check_data(model: nn.Module, images: Tensor, labels: Tensor) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    if not isinstance(images, Tensor) or not images.is_floating_point():
-        kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
-        raise TypeError(f"images: expected a floating-point tensor, got {kind}")
-    if images.ndim != 4 or not images.numel():
-        raise ValueError(
-            f"images: expected shape (N, C, H, W) with no empty dimension, got {tuple(images.shape)}"
-        )
-    low, high = (bound.item() for bound in images.aminmax())
-    if not (low >= 0 and high <= 1):  # NaN is neither
-        raise ValueError(f"images: expected pixels in [0, 1], got {low} to {high}")
+    check_images(images, planes=True)
+    check_pixels(images)
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
         kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
         raise TypeError(f"labels: expected an int64 tensor, got {kind}")

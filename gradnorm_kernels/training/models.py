@@ -1,5 +1,6 @@
-"""Models that take pixels in [0, 1]: timm's, PreActResNet-18, and a small GELU network for small images."""
+"""Builds models that take pixels in [0, 1]: timm's, PreActResNet, a small GELU network for small images."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +14,11 @@ from timm.models import load_state_dict as load_weights
 from timm.models.mlp_mixer import MlpMixer
 from torch import Tensor, nn
 
-from .config import TrainingError
+from ..fuse import fuse
+from .config import TrainConfig
+from .files import load_checkpoint
+from .options import TrainingError
 from .preact_resnet import PreActResNet
-
-__all__ = ["InputSpec", "Normalize", "create_model", "input_spec", "swap_activations"]
 
 SMALL_MODEL = "gelu_mixer"
 # Blocks a stage, channels of the first, and stride of the first convolution.
@@ -90,6 +92,42 @@ def input_spec(name: str, channels: int, size: int | None = None) -> InputSpec:
     )
 
 
+def build_model(
+    config: TrainConfig, spec: InputSpec, num_classes: int, device: str | torch.device, *, initial: bool
+) -> nn.Module:
+    """The model of a run, on ``device``, with its initial weights or, without ``initial``, any.
+
+    Raises:
+        TrainingError: if it cannot be built.
+    """
+    weights = {"pretrained": config.pretrained, "init": config.init} if initial else {}
+    model = create_model(config.model, spec, num_classes, act=config.act, **weights).to(device)
+    if config.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    if config.fused == "on" or (config.fused == "auto" and torch.device(device).type in ("cpu", "cuda")):
+        before = [type(module) for module in model.modules()]
+        fuse(model)
+        if config.fused == "on" and before == [type(module) for module in model.modules()]:
+            raise TrainingError(f"fused: there is nothing to fuse in {config.model}")
+    return model
+
+
+def load_model(path: Path, device: str | torch.device = "cpu") -> nn.Module:
+    """The averaged model of a run, in eval mode: from pixels in [0, 1] to logits.
+
+    Args:
+        path: the run's output directory, or a checkpoint.
+
+    Raises:
+        TrainingError: if there is no readable checkpoint.
+    """
+    saved = load_checkpoint(path)
+    config, spec = TrainConfig(**saved["config"]), InputSpec(**saved["spec"])
+    model = build_model(config, spec, len(saved["classes"]), device, initial=False)
+    model.load_state_dict(saved["ema"])
+    return model.eval()
+
+
 def create_model(
     name: str,
     spec: InputSpec,
@@ -147,16 +185,9 @@ def create_model(
 def _gelu_mixer(size: int, channels: int, num_classes: int) -> nn.Module:
     if size % 4:
         raise TrainingError(f"image_size: {SMALL_MODEL} needs a multiple of 4, got {size}")
-    return MlpMixer(
-        img_size=size,
-        patch_size=size // 4,
-        num_blocks=3,
-        embed_dim=32,
-        mlp_ratio=(2.0, 4.0),
-        norm_layer=nn.Identity,
-        in_chans=channels,
-        num_classes=num_classes,
-    )
+    blocks: dict[str, Any] = {"num_blocks": 3, "embed_dim": 32, "mlp_ratio": (2.0, 4.0)}
+    blocks |= {"patch_size": size // 4, "in_chans": channels, "norm_layer": nn.Identity}
+    return MlpMixer(num_classes, size, **blocks)
 
 
 # By name: the module, and the argument that a number after the name sets.
@@ -222,12 +253,11 @@ def _load(model: Normalize, path: Path) -> None:
         raise TrainingError(f"init: cannot read {path}: {error}") from error
     own = model.model.state_dict()
     # Of Normalize, of DistributedDataParallel and of torch.compile.
-    wrappers = ("model.", "module.", "_orig_mod.")
-    while not own.keys() & saved.keys() and any(key.startswith(wrappers) for key in saved):
-        saved = {key.removeprefix(_first(key, wrappers)): value for key, value in saved.items()}
-    for key in ("mean", "std"):
-        if key not in own:
-            saved.pop(key, None)
+    wrappers = re.compile(r"^(model|module|_orig_mod)\.")
+    while not own.keys() & saved.keys() and any(map(wrappers.match, saved)):
+        saved = {wrappers.sub("", key): value for key, value in saved.items()}
+    for key in {"mean", "std"} & saved.keys() - own.keys():
+        del saved[key]
     for key in _classifier_keys(model.model):
         if key in saved and saved[key].shape != own[key].shape:
             saved[key] = own[key]
@@ -235,10 +265,6 @@ def _load(model: Normalize, path: Path) -> None:
         model.model.load_state_dict(saved)
     except RuntimeError as error:
         raise TrainingError(f"init: {path} does not fit the model: {error}") from error
-
-
-def _first(key: str, prefixes: tuple[str, ...]) -> str:
-    return next((prefix for prefix in prefixes if key.startswith(prefix)), "")
 
 
 def _classifier_keys(model: nn.Module) -> list[str]:

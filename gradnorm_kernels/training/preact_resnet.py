@@ -2,8 +2,6 @@
 
 from torch import Tensor, nn
 
-__all__ = ["PreActResNet"]
-
 
 class _Block(nn.Module):
     """Two 3x3 convolutions, each after BatchNorm and activation, beside a shortcut."""

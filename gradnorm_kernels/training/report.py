@@ -16,8 +16,6 @@ from torch import Tensor
 from .. import __version__
 from .._machine import processor_name
 
-__all__ = ["conditions", "curves", "gradient_figure", "page", "text_table"]
-
 Rows = Sequence[Sequence[str]]
 
 
@@ -30,9 +28,8 @@ def text_table(rows: Rows) -> str:
 
 def page(title: str, rows: Rows, notes: str, sections: Iterable[tuple[str, str, Figure]]) -> str:
     """A page of HTML that needs no other file: table, notes, and sections of heading, text and plot."""
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
-    )
+    lines = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows)
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
     plots = "".join(
         f"<h2>{html.escape(heading)}</h2><p>{html.escape(text)}</p>{_image(figure)}"
         for heading, text, figure in sections
@@ -91,6 +88,24 @@ def curves(
     axes.set(**axis)
     if which == 0:
         axes.legend(fontsize="small")
+    return figure
+
+
+def history_figure(
+    histories: Mapping[str, Sequence[Mapping[str, float]]],
+    panels: Mapping[str, str],
+    styles: Mapping[str, str] | None = None,
+) -> Figure:
+    """What the histories' lines hold by epoch: a panel for each key of ``panels``, under its label."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    for which, (key, label) in enumerate(panels.items()):
+        scale = 100 if label.endswith("%") else 1
+        points = {
+            name: [(line["epoch"], scale * line[key]) for line in history if key in line]
+            for name, history in histories.items()
+        }
+        panel = (figure, len(panels), which)
+        curves(points, styles=styles, panel=panel, title=label, xlabel="epoch", ylim=(0, None))
     return figure
 
 

@@ -1,25 +1,26 @@
-"""What is done with finished runs: attacking their models, timing their steps, looking at their gradients."""
+"""What is done with finished runs: attacking their models, timing their steps."""
 
 import hashlib
 import json
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from .config import TrainConfig, TrainingError
+from .config import TrainConfig
 from .data import load_data
 from .evaluation import Robustness, robustness_curve
+from .execution import find_device
+from .files import checkpoint_path, load_checkpoint, write_text
+from .models import load_model
+from .options import TrainingError
 from .report import text_table
-from .trainer import CHECKPOINT, Trainer, find_device, load_checkpoint, load_model, write_file
-
-__all__ = ["Evaluation", "evaluate_run", "input_gradients", "step_seconds"]
+from .trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -34,15 +35,8 @@ class Evaluation:
         attacks = list(dict.fromkeys(name for result in self.results for name in result.accuracies))
         rows = [["epsilon", "clean", *attacks, "images"]]
         for result in self.results:
-            cells = (result.accuracies.get(name) for name in attacks)
-            rows.append(
-                [
-                    f"{result.eps:.4g}",
-                    f"{result.clean_accuracy:.2%}",
-                    *("" if cell is None else f"{cell:.2%}" for cell in cells),
-                    str(result.images),
-                ]
-            )
+            left = (f"{result.accuracies[name]:.2%}" if name in result.accuracies else "" for name in attacks)
+            rows.append([f"{result.eps:.4g}", f"{result.clean_accuracy:.2%}", *left, str(result.images)])
         return text_table(rows)
 
 
@@ -74,12 +68,10 @@ def evaluate_run(
     Raises:
         TrainingError: if the checkpoint or the data cannot be used.
     """
-    path = checkpoint / CHECKPOINT if checkpoint.is_dir() else checkpoint
+    path = checkpoint_path(checkpoint)
     where = find_device(device)
     saved = load_checkpoint(path)
-    config = TrainConfig(**saved["config"])
-    if data is not None:
-        config = replace(config, data=data)
+    config = TrainConfig(**saved["config"] | ({} if data is None else {"data": data}))
     held_out = load_data(config)
     if held_out.classes != saved["classes"]:
         raise TrainingError(f"data: the classes of {config.data} are not those that {path} was trained on")
@@ -87,55 +79,36 @@ def evaluate_run(
     output = output or path.parent
     states = output / "evaluation" / _digest(*saved["ema"].values(), images, labels, [batch_size, seed])
     states.mkdir(parents=True, exist_ok=True)
-    model = load_model(path, where)
+    model, radii = load_model(path, where), eps or [config.epsilon]
+    options: dict[str, Any] = {"attack": attack, "norm": norm, "batch_size": batch_size, "seed": seed}
     try:
         results = robustness_curve(
-            model,
-            images,
-            labels,
-            eps or [config.epsilon],
-            attack=attack,
-            norm=norm,
-            batch_size=batch_size,
-            seed=seed,
-            state_dir=states,
-            progress=progress,
+            model, images, labels, radii, **options, state_dir=states, progress=progress
         )
     except ValueError as error:
         raise TrainingError(str(error)) from error
-    report = {
-        "checkpoint": path.name,
-        "epoch": saved["epoch"],
-        "data": config.data,
-        "results": [result.to_dict() for result in results],
-    }
-    text = json.dumps(report, indent=1).encode()
-    write_file(output / f"evaluation-{attack}.json", lambda file: file.write(text))
+    report = {"checkpoint": path.name, "epoch": saved["epoch"], "data": config.data}
+    report["results"] = [result.to_dict() for result in results]
+    write_text(output / f"evaluation-{attack}.json", json.dumps(report, indent=1))
     return Evaluation(path, results)
 
 
-def step_seconds(
-    trainers: Mapping[str, Trainer], images: Tensor, targets: Tensor, count: int, warm_up: int = 3
-) -> dict[str, float]:
-    """Median time of a whole training step, the trainers taking turns so that all see the same machine."""
+def step_seconds(trainers: Mapping[str, Trainer], count: int, warm_up: int = 3) -> dict[str, float]:
+    """Median time of a whole training step, the trainers taking turns so that all see the same machine.
+
+    All take the first trainer's first batch.
+    """
+    first = next(iter(trainers.values())).data.first_batch()
     seconds: dict[str, list[float]] = {name: [] for name in trainers}
     for _ in range(warm_up + count):
         for name, trainer in trainers.items():
-            batch = images.to(trainer.device), targets.to(trainer.device)
+            images, targets = (part.to(trainer.device) for part in first)
             _synchronize(trainer.device)
             start = time.perf_counter()
-            trainer.step(*batch)
+            trainer.step(images, targets)
             _synchronize(trainer.device)
             seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(times[warm_up:]) for name, times in seconds.items()}
-
-
-def input_gradients(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
-    """Of the cross-entropy with respect to the pixels, image by image: (N, C, H, W)."""
-    device = next(model.parameters()).device
-    pixels = images.to(device).requires_grad_()
-    loss = F.cross_entropy(model(pixels), targets.to(device), reduction="sum")
-    return torch.autograd.grad(loss, pixels)[0].cpu()
 
 
 def _synchronize(device: torch.device) -> None:

@@ -6,21 +6,22 @@ Each asks a question that Rodríguez-Muñoz et al. (https://arxiv.org/abs/2409.2
 import hashlib
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
-from .config import MAY_CHANGE, TrainConfig, TrainingError, load_recipe
+from .._json import by_line
+from .attacks import input_gradient
+from .config import MAY_CHANGE, TrainConfig, load_recipe
 from .data import Data, load_data
+from .files import CHECKPOINT, load_checkpoint, write_text
+from .models import load_model
 from .objectives.edge import edges
-from .report import conditions, curves, gradient_figure, page, text_table
-from .runs import evaluate_run, input_gradients, step_seconds
-from .trainer import CHECKPOINT, Trainer, load_checkpoint, load_model, train, write_file
-
-__all__ = ["STUDIES", "Outcome", "Row", "Study", "study"]
+from .options import TrainingError
+from .report import conditions, gradient_figure, history_figure, page, text_table
+from .runs import evaluate_run, step_seconds
+from .trainer import Trainer, train
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,12 @@ class Study:
 # With a gradient norm the mode is the recipe's: eval as published, train where a run begins with random
 # weights.
 _ADVERSARIAL = {"objective": "adversarial", "mode": "train"}
-_FGSM = {**_ADVERSARIAL, "attack_steps": 1, "attack_random_start": False}
-_FGSM_RANDOM = {**_ADVERSARIAL, "attack_steps": 1, "attack_random_start": True}
 _NORM = {"objective": "gradient_norm"}
-_HYBRID = {"objective": "hybrid", "attack_steps": 1, "attack_random_start": True}
+_FGSM = {
+    "FGSM": {**_ADVERSARIAL, "attack_steps": 1, "attack_random_start": False},
+    "FGSM, random start": {**_ADVERSARIAL, "attack_steps": 1, "attack_random_start": True},
+}
+_HYBRID = {"FGSM + gradient norm": {"objective": "hybrid", "attack_steps": 1, "attack_random_start": True}}
 
 STUDIES = {
     "activations": Study(
@@ -53,16 +56,8 @@ STUDIES = {
         {
             act.replace(":", " "): {**_NORM, "act": act}
             for act in (
-                "relu",
-                "leaky_relu:0.01",
-                "leaky_relu:0.1",
-                "leaky_relu:0.3",
-                "elu",
-                "softplus:1",
-                "softplus:10",
-                "silu",
-                "mish",
-                "gelu",
+                *("relu", "leaky_relu:0.01", "leaky_relu:0.1", "leaky_relu:0.3", "elu"),
+                *("softplus:1", "softplus:10", "silu", "mish", "gelu"),
             )
         },
         reference="gelu",
@@ -74,21 +69,15 @@ STUDIES = {
             "gradient norm": _NORM,
             "edge": {"objective": "edge", "mode": "train"},
             "edge + gradient norm": {"objective": "edge_gradient_norm"},
-            "FGSM": _FGSM,
-            "FGSM, random start": _FGSM_RANDOM,
+            **_FGSM,
             "PGD-3": {**_ADVERSARIAL, "attack_steps": 3},
-            "FGSM + gradient norm": _HYBRID,
+            **_HYBRID,
         },
         reference="PGD-3",
     ),
     "stability": Study(
         "Long runs",
-        {
-            "gradient norm": _NORM,
-            "FGSM": _FGSM,
-            "FGSM, random start": _FGSM_RANDOM,
-            "FGSM + gradient norm": _HYBRID,
-        },
+        {"gradient norm": _NORM, **_FGSM, **_HYBRID},
         reference="gradient norm",
         per_epoch=True,
     ),
@@ -124,21 +113,19 @@ class Outcome:
 
     def cells(self) -> list[list[str]]:
         """The table, heading first: means over the seeds, and where there are several, the range."""
-        reference = self.rows.get(self.study.reference)
-        heading = ["training", "clean", f"{self.attack}, eps {self.config.epsilon:.4g}", "step, ms"]
-        if reference:
-            heading.append(f"step / {self.study.reference}")
+        attack = f"{self.attack}, eps {self.config.epsilon:.4g}"
+        columns: dict[str, Callable[[Row], str]] = {
+            "clean": lambda row: _spread(row.clean),
+            attack: lambda row: _spread(row.robust),
+            "step, ms": lambda row: f"{row.step_seconds * 1e3:.1f}",
+        }
+        if reference := self.rows.get(self.study.reference):
+            per_step = reference.step_seconds
+            columns[f"step / {self.study.reference}"] = lambda row: f"{row.step_seconds / per_step:.2f}"
         if self.study.per_epoch:
-            heading.append("collapsed in epoch")
-        table = [heading]
-        for name, row in self.rows.items():
-            cells = [name, _spread(row.clean), _spread(row.robust), f"{row.step_seconds * 1e3:.1f}"]
-            if reference:
-                cells.append(f"{row.step_seconds / reference.step_seconds:.2f}")
-            if self.study.per_epoch:
-                cells.append(", ".join("no" if epoch is None else str(epoch) for epoch in row.collapsed))
-            table.append(cells)
-        return table
+            columns["collapsed in epoch"] = lambda row: ", ".join(str(at or "no") for at in row.collapsed)
+        cells = [[name, *(cell(row) for cell in columns.values())] for name, row in self.rows.items()]
+        return [["training", *columns], *cells]
 
     def table(self) -> str:
         """The table as text."""
@@ -146,16 +133,16 @@ class Outcome:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything measured, for JSON."""
+        rows = {
+            name: {**asdict(row), "options": dict(self.study.rows[name])} for name, row in self.rows.items()
+        }
         return {
             "study": self.study.title,
             "reference": self.study.reference,
             "attack": self.attack,
             "attacked": self.attacked,
             "config": asdict(self.config),
-            "rows": {
-                name: {**asdict(row), "options": dict(self.study.rows[name])}
-                for name, row in self.rows.items()
-            },
+            "rows": rows,
             "conditions": conditions(),
         }
 
@@ -218,24 +205,24 @@ def study(
         for row, config in configs.items()
     }
     held_out = load_data(shared)
-    seconds = _step_seconds(configs, {row: paths[0] for row, paths in runs.items()}, timed_steps)
+    first = {row: paths[0] for row, paths in runs.items()}
+    # From their ends, since a fresh run's ramp would begin without the gradient norm.
+    trainers = {
+        row: Trainer(config, load_data(config), saved=load_checkpoint(first[row]))
+        for row, config in configs.items()
+    }
+    seconds = step_seconds(trainers, timed_steps)
     rows = {}
     for row, paths in runs.items():
         results = [evaluate_run(path, attack=attack, n=n).results[0] for path in paths]
-        histories = [load_checkpoint(path / CHECKPOINT)["history"] for path in paths]
-        rows[row] = Row(
-            [result.clean_accuracy for result in results],
-            [result.robust_accuracy for result in results],
-            seconds[row],
-            histories,
-            [_collapse(history, held_out.num_classes) for history in histories],
-        )
-    attacked = min(n, len(held_out.evaluation))
-    outcome = Outcome(chosen, shared, attack, attacked, rows)
-    text = json.dumps(outcome.to_dict(), indent=1).encode()
-    write_file(output / "study.json", lambda file: file.write(text))
-    report = _report(outcome, held_out, {row: paths[0] for row, paths in runs.items()}).encode()
-    write_file(output / "report.html", lambda file: file.write(report))
+        clean = [result.clean_accuracy for result in results]
+        robust = [result.robust_accuracy for result in results]
+        histories = [load_checkpoint(path)["history"] for path in paths]
+        collapsed = [_collapse(history, held_out.num_classes) for history in histories]
+        rows[row] = Row(clean, robust, seconds[row], histories, collapsed)
+    outcome = Outcome(chosen, shared, attack, min(n, len(held_out.evaluation)), rows)
+    write_text(output / "study.json", by_line(outcome.to_dict()))
+    write_text(output / "report.html", _report(outcome, held_out, first))
     return outcome
 
 
@@ -249,24 +236,10 @@ def _trained(config: TrainConfig, runs: Path) -> Path:
     return path
 
 
-def _step_seconds(
-    configs: Mapping[str, TrainConfig], runs: Mapping[str, Path], count: int
-) -> dict[str, float]:
-    trainers = {}
-    for row, config in configs.items():
-        # A fresh run's ramp would begin without the gradient norm.
-        saved = load_checkpoint(runs[row] / CHECKPOINT)
-        trainers[row] = Trainer(config, load_data(config), saved=saved)
-    data = next(iter(trainers.values())).data
-    batch = data.soften(*next(data.training_batches(epoch=0, start=0)))
-    return step_seconds(trainers, *batch, count)
-
-
 def _collapse(history: list[dict[str, Any]], num_classes: int) -> int | None:
     """The epoch from which accuracy under attack stays below half its best, that having been above chance."""
-    watched = [
-        (line["epoch"], line["eval_apgd_accuracy"]) for line in history if "eval_apgd_accuracy" in line
-    ]
+    key = "eval_apgd_accuracy"
+    watched = [(line["epoch"], line[key]) for line in history if key in line]
     best = max((accuracy for _, accuracy in watched), default=0.0)
     if best <= 2 / num_classes:
         return None
@@ -292,9 +265,21 @@ def _report(outcome: Outcome, data: Data, runs: Mapping[str, Path]) -> str:
         f" L-infinity, epsilon {config.epsilon:.4g} (pixels in [0, 1]). Step: median of whole training steps,"
         f" the rows taking turns in one process. {conditions()}"
     )
-    sections = [_history_section(outcome, keys) for keys in _panels(outcome)]
+    panels = [{"eval_accuracy": "accuracy held out, %", "eval_cross_entropy": "cross-entropy held out, nats"}]
+    if outcome.study.per_epoch:
+        attacked = {"eval_apgd_accuracy": "accuracy under APGD-CE, %"}
+        panels.append({**attacked, "eval_gradient_norm": "epsilon x gradient norm held out, nats"})
+    histories = {name: row.histories[0] for name, row in outcome.rows.items()}
+    sections = [
+        (
+            "By epoch: " + " and ".join(label.split(",")[0] for label in keys.values()),
+            "First seed.",
+            history_figure(histories, keys),
+        )
+        for keys in panels
+    ]
     images, labels = data.evaluation_sample(6)
-    gradients = {row: input_gradients(load_model(path), images, labels) for row, path in runs.items()}
+    gradients = {row: input_gradient(load_model(path), images, labels) for row, path in runs.items()}
     sections.append(
         (
             "Input gradients",
@@ -304,31 +289,3 @@ def _report(outcome: Outcome, data: Data, runs: Mapping[str, Path]) -> str:
         )
     )
     return page(outcome.study.title, outcome.cells(), notes, sections)
-
-
-def _panels(outcome: Outcome) -> list[dict[str, str]]:
-    panels = [{"eval_accuracy": "accuracy held out, %", "eval_cross_entropy": "cross-entropy held out, nats"}]
-    if outcome.study.per_epoch:
-        panels.append(
-            {
-                "eval_apgd_accuracy": "accuracy under APGD-CE, %",
-                "eval_gradient_norm": "epsilon x gradient norm held out, nats",
-            }
-        )
-    return panels
-
-
-def _history_section(outcome: Outcome, keys: Mapping[str, str]) -> tuple[str, str, Figure]:
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    for which, (key, label) in enumerate(keys.items()):
-        scale = 100 if label.endswith("%") else 1
-        points = {
-            name: [(line["epoch"], scale * line[key]) for line in row.histories[0] if key in line]
-            for name, row in outcome.rows.items()
-        }
-        curves(points, panel=(figure, len(keys), which), title=label, xlabel="epoch", ylim=(0, None))
-    return (
-        "By epoch: " + " and ".join(label.split(",")[0] for label in keys.values()),
-        "First seed.",
-        figure,
-    )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
-from types import SimpleNamespace
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import harness
 import pytest
 import torch
 from activations import (
@@ -18,7 +18,7 @@ from activations import (
     each_activation,
     each_kind,
 )
-from harness import INTERPRET, GPUTarget, compile_for, in_every_dtype, normal, on_every_device, triton
+from harness import in_every_dtype, meta, normal, on_every_device, triton
 from torch import Tensor
 
 activation: Any = importlib.import_module("gradnorm_kernels.kernels.activation")
@@ -27,38 +27,14 @@ tl = triton.language
 GELU = ACTIVATIONS[0]
 
 
-@pytest.mark.skipif(INTERPRET, reason="the interpreter does not compile")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@each_kind
-def test_launch_compiles_what_is_listed(
-    act: Activation, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The launcher's own call, up to the point where a GPU would be needed."""
-    launched = []
+def calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    """Of aligned tensors of a multiple of 16 elements, whose accesses are all of 128 bits."""
+    x = meta(64, 96, dtype=dtype)
+    for act in {(act.name, act.params.get("approximate")): act for act in ACTIVATIONS}.values():
+        yield str(act), act.all_orders, x, x, x, activation
 
-    def warm_up(kernel: Any, *args: Any, **kwargs: Any) -> None:
-        launched.append(run(kernel, *args, **kwargs | {"warmup": True}))
 
-    run = triton.runtime.JITFunction.run
-    absent_gpu = SimpleNamespace(
-        # Not the number of a GPU that may be there: Triton caches what it compiles under it.
-        get_current_device=lambda: -1,
-        get_current_stream=lambda device: 0,
-        get_current_target=lambda: GPUTarget("cuda", 90, 32),
-    )
-    monkeypatch.setattr(triton.runtime.JITFunction, "run", warm_up)
-    monkeypatch.setattr(triton.runtime.driver, "_active", absent_gpu)
-    act.all_orders(*(torch.zeros(64, 96, dtype=dtype) for _ in range(3)), namespace=activation)
-
-    pointer = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
-    suffix = f"-{act.name}{'_' if act.params else ''}{act.params.get('approximate', '')}-{pointer}"
-    listed = {
-        s.kernel.__name__: compile_for(s, 90).asm["ptx"]
-        for s in activation.specializations()
-        if s.name.endswith(suffix)
-    }
-    assert {kernel.metadata.name: kernel.asm["ptx"] for kernel in launched} == listed
-    assert len(listed) == len(act.ops()) - act.saves_output
+test_compiles_without_spills = harness.compilation_test(calls, wide=["all"])
 
 
 def run_kernels(act: Activation, *tensors: Tensor) -> list[Tensor]:
@@ -269,7 +245,7 @@ def tile_start_kernel(start_ptr, program, block_size: tl.constexpr):
         tl.store(start_ptr, tl.min(offsets, axis=0))
 
 
-@pytest.mark.skipif(not INTERPRET, reason="on a GPU, test_more_than_2_31_elements shows it")
+@harness.in_the_interpreter
 def test_tile_beyond_2_31_elements_in_the_interpreter() -> None:
     start = torch.zeros(1, dtype=torch.int64)
     # Few programs, since the interpreter takes them one by one, and so the largest tile there can be.
@@ -282,35 +258,24 @@ def test_tile_beyond_2_31_elements_in_the_interpreter() -> None:
 @each_kind
 def test_more_than_2_31_elements(act: Activation) -> None:
     n = 2**31 + 4099  # ends in a masked tile
-    needed = 6 * n * torch.bfloat16.itemsize
-    free, _ = torch.cuda.mem_get_info()
-    if free < needed:
-        pytest.skip(f"needs {needed >> 30} GiB of free GPU memory, {free >> 30} GiB are free")
+    harness.skip_without_memory(6 * n * torch.bfloat16.itemsize)
     x = torch.empty(n, dtype=torch.bfloat16, device="cuda").normal_()
-    outputs = run_kernels(act, x, x, x)
-    # An address that wrapped around would leave one of these places unwritten or wrong.
-    for start in (0, 2**30, 2**31 - 4099, 2**31 - 1, n - 4099):
-        part = x[start : start + 4099].clone()
-        expected = run_kernels(act, part, part, part)
-        for name, a, e in zip(NAMES, outputs, expected, strict=True):
-            assert torch.equal(a[start : start + 4099], e), f"{name} from {start}"
+    starts = (0, 2**30, 2**31 - 4099, 2**31 - 1, n - 4099)
+    harness.assert_same_in_parts(lambda x: run_kernels(act, x, x, x), starts, 4099, x)
 
 
 @on_every_device
 def test_bad_input(device: str) -> None:
-    """What the launcher or the Meta kernel says, without the Autograd key in front of them."""
     x = torch.ones(4, device=device)
-    with pytest.raises(ValueError, match="approximate"):
-        activation.gelu(x, approximate="exact")
-    with pytest.raises(TypeError, match="input"):
-        activation.gelu(x.int())
+    far = x.to("meta")
     assert torch.equal(activation.relu(-x.int()), 0 * x.int())
     assert torch.equal(activation.silu(1j * x), torch.nn.functional.silu(1j * x))
-    with pytest.raises(ValueError, match="grad_output"):
-        activation.gelu_backward(x[:3], x)
-    with pytest.raises(TypeError, match="grad_grad_input"):
-        activation.gelu_double_backward(x.double(), x, x)
-    with pytest.raises(RuntimeError, match=r"grad_output .* got meta"):
-        activation.gelu_backward(x.to("meta"), x)
-    with pytest.raises(RuntimeError, match=r"device of output .* got meta"):
-        activation.tanh_backward(x.to("meta"), x)
+    with pytest.raises(ValueError, match="approximate"):
+        activation.gelu(x, approximate="exact")
+    harness.assert_rejected(
+        (TypeError, "input", activation.gelu, x.int()),
+        (ValueError, "grad_output", activation.gelu_backward, x[:3], x),
+        (TypeError, "grad_grad_input", activation.gelu_double_backward, x.double(), x, x),
+        (RuntimeError, "grad_output .* got meta", activation.gelu_backward, far, x),
+        (RuntimeError, "device of output .* got meta", activation.tanh_backward, far, x),
+    )

@@ -2,21 +2,46 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Iterator
-from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
+import harness
 import pytest
+import reference
 import torch
-from harness import INTERPRET, GPUTarget, compile_for, in_every_dtype, normal, on_every_device, triton
+from harness import in_every_dtype, meta, normal, on_every_device, triton
 from torch import Tensor
 
 import gradnorm_kernels as gk
 
 attention: Any = importlib.import_module("gradnorm_kernels.kernels.attention")
 OPS = torch.ops.gradnorm_kernels
+SCALE = 0.3
+
+
+def calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    """Windows of Swin, 7 by 7 with 32 columns a head, and ViT's 197 tokens of 64 columns a head, both also
+    with tf32, and rows of scores."""
+    if dtype != torch.float64:
+        for name, case in (
+            ("swin", ((64, 4, 4), 49, 49, 32, 32, (1, 4, 4))),
+            ("vit", ((64, 1, 12), 197, 197, 64, 64, None)),
+            ("vit-mask", ((64, 1, 12), 197, 197, 64, 64, (1, 1, 12))),
+        ):
+            o = Operands(case, dtype, "meta")
+            yield name, run_kernels, o, False, 2
+            if dtype == torch.float32:
+                yield f"{name}-tf32", allow_tf32(run_kernels), o, False, 2
+    scores, mask = meta(8, 12, 577, 577, dtype=dtype), meta(577, 577, dtype=dtype)
+    for name, m in (("rows", None), ("rows-mask", mask)):
+        yield name, attention._attention_softmax, scores, m, SCALE
+        yield name, attention._attention_softmax_backward, scores, scores, m, SCALE
+        operands = (scores, m, scores, scores, scores, m, SCALE)
+        yield name, attention._attention_softmax_double_backward, *operands
+
+
 in_every_narrow_dtype = pytest.mark.parametrize(
     "dtype", [torch.float16, torch.bfloat16, torch.float32], ids=lambda dtype: str(dtype)[6:]
 )
@@ -35,6 +60,19 @@ TILED = [
 ]
 SMALLEST = [WINDOWS[2], ((1, 2, 1), 16, 70, 16, 20, (1, 1, 1))]
 in_windows_and_tiles = pytest.mark.parametrize("case", SMALLEST, ids=["window", "tiles"])
+
+
+def allow_tf32(function: Any) -> Any:
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        before = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = True
+        try:
+            return function(*args)
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = before
+
+    return call
 
 
 class Operands:
@@ -82,78 +120,47 @@ class Operands:
         return total.unflatten(0, self.mask_batch)
 
 
-NAMES = (
-    *("output", "grad_query", "grad_key", "grad_value", "grad_mask", "grad_grad_output"),
-    *("second grad_query", "second grad_key", "second grad_value", "second grad_mask"),
-)
-
-
 def run_kernels(o: Operands, with_dd_mask: bool = True, parts: int = 1) -> list[Tensor | None]:
-    scale = 0.3
     output = o.empty(o.grad_output)
-    attention._attention_fwd(o.query, o.key, o.value, o.mask, scale, output)
+    attention._attention_fwd(o.query, o.key, o.value, o.mask, SCALE, output)
     first = [o.empty(t) for t in (o.query, o.key, o.value)]
     sums = o.sums(parts)
-    attention._attention_bwd(o.grad_output, o.query, o.key, o.value, o.mask, scale, *first, sums)
+    attention._attention_bwd(o.grad_output, o.query, o.key, o.value, o.mask, SCALE, *first, sums)
     second = [o.empty(t) for t in (o.grad_output, o.query, o.key, o.value)]
     second_sums = o.sums(parts)
-    attention._attention_bwd_bwd(
-        o.dd_query,
-        o.dd_key,
-        o.dd_value,
-        o.dd_mask if with_dd_mask else None,
-        o.grad_output,
-        o.query,
-        o.key,
-        o.value,
-        o.mask,
-        scale,
-        *second,
-        second_sums,
-    )
+    incoming = (o.dd_query, o.dd_key, o.dd_value, o.dd_mask if with_dd_mask else None, o.grad_output)
+    operands = (o.query, o.key, o.value, o.mask, SCALE)
+    attention._attention_bwd_bwd(*incoming, *operands, *second, second_sums)
     return [output, *first, o.total(sums), *second, o.total(second_sums)]
 
 
-def reference(o: Operands, dtype: torch.dtype, with_dd_mask: bool = True) -> list[Tensor | None]:
-    def cast(t: Tensor | None) -> Tensor | None:
-        return None if t is None else t.to(dtype)
-
-    query, key, value, mask = map(cast, (o.query, o.key, o.value, o.mask))
-    grad_output = cast(o.grad_output)
-    output = gk.reference.scaled_dot_product_attention(query, key, value, mask, 0.3)
-    *first, d_scores = gk.reference.scaled_dot_product_attention_backward(
-        grad_output, query, key, value, mask, 0.3
-    )
-    dd_scores = o.dd_mask.to(dtype) if with_dd_mask and o.dd_mask is not None else torch.zeros_like(d_scores)
-    *second, dd_d_scores = gk.reference.scaled_dot_product_attention_double_backward(
-        (cast(o.dd_query), cast(o.dd_key), cast(o.dd_value), dd_scores),
-        grad_output,
-        query,
-        key,
-        value,
-        mask,
-        0.3,
+def derived(o: Operands, dtype: torch.dtype, with_dd_mask: bool = True) -> list[Tensor | None]:
+    """The same by autograd."""
+    incoming = (o.dd_query, o.dd_key, o.dd_value, o.dd_mask if with_dd_mask else None)
+    inputs, grad_grads = (
+        [None if t is None else t.to(dtype) for t in tensors]
+        for tensors in ((o.query, o.key, o.value, o.mask), incoming)
     )
 
-    def to_mask(scores: Tensor) -> Tensor | None:
+    def function(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return reference.scaled_dot_product_attention(q, k, v, mask, SCALE)
+
+    output, first, second = reference.all_orders(function, inputs, o.grad_output.to(dtype), grad_grads)
+
+    def to_mask(gradients: list[Tensor]) -> Tensor | None:
         if o.mask is None or not o.is_window:
             return None
-        return scores.sum_to_size(*o.mask_batch, *scores.shape[-2:])
+        return gradients[-1].sum_to_size(*o.mask_batch, *o.mask.shape[-2:])
 
-    return [output, *first, to_mask(d_scores), *second, to_mask(dd_d_scores)]
+    return [*output, *first[:3], to_mask(first), *second[:4], to_mask(second)]
 
 
 def assert_as_accurate_as_stock(o: Operands, actual: list, *args: Any) -> None:
     dtype = o.query.dtype
-    stock, truth = reference(o, dtype, *args), reference(o, torch.float64, *args)
-    for name, a, s, t in zip(NAMES, actual, stock, truth, strict=True):
-        if t is None:
-            assert a is None
-            continue
-        tiny = torch.finfo(dtype).eps * t.abs().max().item()
-        error = (a.double() - t).abs().max().item()
-        stock_error = (s.double() - t).abs().max().item()
-        assert error <= 2 * stock_error + tiny, f"{name}: {error} against {stock_error}"
+    stock, truth = derived(o, dtype, *args), derived(o, torch.float64, *args)
+    # The mask's gradient is of the dtype of arithmetic.
+    stock = [s if a is None else s.to(a.dtype) for s, a in zip(stock, actual, strict=True)]
+    harness.assert_accurate(actual, truth, harness.units(dtype, 1), stock)
 
 
 @on_every_device
@@ -170,21 +177,7 @@ def test_windows_and_tiles(case: Any, dtype: torch.dtype, device: str) -> None:
 def test_vit(device: str) -> None:
     """Of its shape, and in the interpreter, which multiplies in float32 all the same, in tf32's tiles."""
     o = Operands(((1, 1, 1), 197, 197, 64, 64, None), torch.float32, device)
-    if device == "cpu":
-        with allow_tf32():
-            assert_as_accurate_as_stock(o, run_kernels(o))
-    else:
-        assert_as_accurate_as_stock(o, run_kernels(o))
-
-
-@contextmanager
-def allow_tf32() -> Iterator[None]:
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+    assert_as_accurate_as_stock(o, (allow_tf32(run_kernels) if device == "cpu" else run_kernels)(o))
 
 
 @on_every_device
@@ -225,7 +218,7 @@ def test_queries_without_keys_get_zeros(case: Any, device: str) -> None:
 def test_unwanted_gradients_are_not_written(case: Any, device: str) -> None:
     o = Operands(case, torch.float32, device)
     expected = run_kernels(o)
-    tensors = (o.grad_output, o.query, o.key, o.value, o.mask, 0.3)
+    tensors = (o.grad_output, o.query, o.key, o.value, o.mask, SCALE)
     for wanted in range(3):
         results = [o.empty(t) if i == wanted else None for i, t in enumerate((o.query, o.key, o.value))]
         attention._attention_bwd(*tensors, *results, None)
@@ -250,7 +243,7 @@ def test_absent_gradients_are_zeros(given: int, case: Any, device: str) -> None:
     results = [o.empty(t) for t in (o.grad_output, o.query, o.key, o.value)]
     absent = [t if i == given else None for i, t in enumerate(incoming)]
     attention._attention_bwd_bwd(
-        *absent, None, o.grad_output, o.query, o.key, o.value, o.mask, 0.3, *results, None
+        *absent, None, o.grad_output, o.query, o.key, o.value, o.mask, SCALE, *results, None
     )
     torch.testing.assert_close(results, expected)
 
@@ -264,16 +257,16 @@ def test_rows_of_scores(mask: Any, dtype: torch.dtype, device: str) -> None:
 
     def run(ops: Any) -> list[Tensor]:
         return [
-            ops._attention_softmax(scores, masks[0], 0.3),
-            *ops._attention_softmax_backward(dp, scores, masks[0], 0.3),
-            *ops._attention_softmax_double_backward(a, masks[1], c, dp, scores, masks[0], 0.3),
-            *ops._attention_softmax_double_backward(None, masks[1], c, dp, scores, masks[0], 0.3),
-            *ops._attention_softmax_double_backward(a, None, None, dp, scores, masks[0], 0.3),
+            ops._attention_softmax(scores, masks[0], SCALE),
+            *ops._attention_softmax_backward(dp, scores, masks[0], SCALE),
+            *ops._attention_softmax_double_backward(a, masks[1], c, dp, scores, masks[0], SCALE),
+            *ops._attention_softmax_double_backward(None, masks[1], c, dp, scores, masks[0], SCALE),
+            *ops._attention_softmax_double_backward(a, None, None, dp, scores, masks[0], SCALE),
         ]
 
     # Storing bfloat16, the interpreter truncates.
     tolerance = 3 * torch.finfo(dtype).eps
-    actual = run(attention if device == "cpu" else OPS)
+    actual = run(harness.implementation(attention, scores))
     before = scores, a, c, dp
     scores, a, c, dp = (t.cpu() for t in before)
     masks = [None if m is None else m.cpu() for m in masks]
@@ -291,41 +284,7 @@ def test_rows_without_scores(device: str) -> None:
     assert not ds.any() and not b.any() and not e.any()
 
 
-@pytest.mark.skipif(INTERPRET, reason="the interpreter does not compile")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(
-    ("model", "case"),
-    [("swin", ((4, 3, 2), 49, 49, 32, 32, (1, 3, 2))), ("vit", ((1, 3, 2), 197, 197, 64, 64, None))],
-    ids=["swin", "vit"],
-)
-def test_launch_compiles_what_is_listed(
-    model: str, case: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The launchers' own calls, up to the point where a GPU would be needed."""
-    launched = []
-
-    def warm_up(kernel: Any, *args: Any, **kwargs: Any) -> None:
-        launched.append(run(kernel, *args, **kwargs | {"warmup": True}))
-
-    run = triton.runtime.JITFunction.run
-    absent_gpu = SimpleNamespace(
-        # Not the number of a GPU that may be there: Triton caches what it compiles under it.
-        get_current_device=lambda: -1,
-        get_current_stream=lambda device: 0,
-        get_current_target=lambda: GPUTarget("cuda", 90, 32),
-    )
-    monkeypatch.setattr(triton.runtime.JITFunction, "run", warm_up)
-    monkeypatch.setattr(triton.runtime.driver, "_active", absent_gpu)
-    run_kernels(Operands(case, dtype, "cpu"), with_dd_mask=False, parts=2)
-
-    pointer = "bf16" if dtype == torch.bfloat16 else "fp32"
-    listed = [
-        compile_for(s, 90).asm["ptx"]
-        for s in attention.specializations()
-        if f"-{model}" in s.name and s.name.endswith(pointer)
-    ]
-    assert [kernel.asm["ptx"] for kernel in launched] == listed
-    assert len(listed) == {"swin": 3, "vit": 5}[model]
+test_compiles_without_spills = harness.compilation_test(calls)
 
 
 @pytest.mark.gpu
@@ -334,25 +293,22 @@ def test_launch_compiles_what_is_listed(
 def test_ops_on_cuda(tokens: int, with_mask: bool) -> None:
     """Through the dispatcher and autograd: by windows, by tiles, and, with a mask's gradient, by parts."""
     torch.manual_seed(0)
-    operands = [torch.randn(2, 3, tokens, 32) for _ in range(3)]
+    operands: list[Any] = [torch.randn(2, 3, tokens, 32) for _ in range(3)]
     operands += [torch.randn(3, tokens, tokens)] * with_mask
     grad_output, grad_grads = torch.randn(2, 3, tokens, 32), [torch.randn_like(t) for t in operands]
 
     def all_orders(function: Any, device: str, dtype: torch.dtype) -> list[Tensor]:
-        tensors = [t.to(device, dtype).requires_grad_() for t in operands]
-        grad = grad_output.to(device, dtype).requires_grad_()
-        output = function(*tensors)
-        first = torch.autograd.grad(output, tensors, grad, create_graph=True)
-        second = torch.autograd.grad(first, [grad, *tensors], [t.to(device, dtype) for t in grad_grads])
-        return [output, *first, *second]
+        inputs, incoming = ([t.to(device, dtype) for t in tensors] for tensors in (operands, grad_grads))
+        output, first, second = reference.all_orders(
+            function, inputs, grad_output.to(device, dtype), incoming
+        )
+        return [*output, *first, *second]
 
     fused = gk.functional.scaled_dot_product_attention
-    exact = all_orders(gk.reference.scaled_dot_product_attention, "cpu", torch.float64)
+    exact = all_orders(reference.scaled_dot_product_attention, "cpu", torch.float64)
     for dtype in (torch.float32, torch.bfloat16):
-        stock = all_orders(gk.reference.scaled_dot_product_attention, "cuda", dtype)
+        stock = all_orders(reference.scaled_dot_product_attention, "cuda", dtype)
         runs = [all_orders(fused, "cuda", dtype) for _ in range(2)]
-        for ours, again, theirs, wanted in zip(*runs, stock, exact, strict=True):
-            assert torch.equal(ours, again)
-            error = (ours.cpu().double() - wanted).abs().max()
-            stock_error = (theirs.cpu().double() - wanted).abs().max()
-            assert error <= 2 * stock_error + torch.finfo(dtype).eps * wanted.abs().max()
+        assert all(map(torch.equal, *runs))
+        ours, stock = ([t.cpu() for t in tensors] for tensors in (runs[0], stock))
+        harness.assert_accurate(ours, exact, harness.units(dtype, 1), stock)

@@ -3,19 +3,44 @@
 from __future__ import annotations
 
 import importlib
-from types import SimpleNamespace
+from collections.abc import Iterator
 from typing import Any
 
+import harness
 import pytest
+import reference
 import torch
-from harness import INTERPRET, GPUTarget, compile_for, normal, on_every_device, triton
+from harness import meta, normal, on_every_device, opmath, triton
 from torch import Tensor
-
-from gradnorm_kernels import reference
 
 batch_norm: Any = importlib.import_module("gradnorm_kernels.kernels.batch_norm")
 tl = triton.language
 EPS = 1e-3
+ALL = [True] * 3
+
+
+def calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    """The kernels of a gradient-norm step of ResNet-50 at batch 64, in training and in evaluation mode."""
+    for name, shape, layout in (
+        ("large", (64, 256, 56, 56), torch.contiguous_format),
+        ("channels_last", (64, 256, 56, 56), torch.channels_last),
+        ("small", (64, 2048, 7, 7), torch.contiguous_format),
+    ):
+        x = meta(*shape, dtype=dtype).contiguous(memory_format=layout)
+        w, c = meta(shape[1], dtype=dtype), meta(shape[1], dtype=opmath(dtype))
+        double_backward, backward = batch_norm.batch_norm_double_backward, batch_norm.batch_norm_backward
+        for training in (True, False):
+            statistics = (c, c, c, c, training, EPS)
+            case = f"{name}-{'train' if training else 'eval'}"
+            yield case, double_backward, x, None, None, x, x, w, *statistics
+            if name != "small":
+                yield f"{case}-u", double_backward, x, w, w, x, x, w, *statistics
+        yield name, double_backward, x, None, None, x, None, w, *statistics
+        for mask in ([True, False, False], ALL):
+            yield name, backward, x, x, w, c, c, None, None, False, EPS, mask
+
+
+test_compiles_without_spills = harness.compilation_test(calls)
 
 in_both_modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 # Shape, channels_last, dtype.
@@ -34,15 +59,8 @@ CASES = [
 in_every_case = pytest.mark.parametrize(
     ("shape", "channels_last", "dtype"),
     CASES,
-    ids=[
-        "x".join(map(str, shape)) + "-channels_last" * last + f"-{str(dtype)[6:]}"
-        for shape, last, dtype in CASES
-    ],
+    ids=[f"{'x'.join(map(str, s))}{'-channels_last' * last}-{str(dtype)[6:]}" for s, last, dtype in CASES],
 )
-
-
-def implementation(device: str) -> Any:
-    return torch.ops.gradnorm_kernels if device == "cuda" else batch_norm
 
 
 def draw(
@@ -59,19 +77,23 @@ def draw(
 
 def assert_close(actual: Any, exact: Any, dtype: torch.dtype) -> None:
     # Sums of hundreds of terms, which the interpreter's truncating stores of bfloat16 make no worse.
-    tolerance = {
-        torch.float64: 1e-12,
-        torch.float32: 1e-5,
-        torch.float16: 2e-3,
-        torch.bfloat16: 2e-2,
-    }[dtype]
-    for index, (a, e) in enumerate(zip(actual, exact, strict=True)):
-        if e is None:
-            assert a is None, index
-            continue
-        assert a.dtype == dtype and a.shape == e.shape, index
-        error = (a.double() - e).abs().max().item()
-        assert error <= tolerance * max(1.0, e.abs().max().item()), f"{index}: {error}"
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+    assert all(a is None or a.dtype == dtype for a in actual)
+    harness.assert_accurate(actual, exact, lambda e: tolerance * max(1.0, e.abs().max().item()))
+
+
+def derived(
+    v: Any, u: Any, t: Any, g: Tensor, x: Tensor, w: Any, mean: Tensor, var: Tensor, training: bool
+) -> list[list[Tensor]]:
+    """The gradients of x, w and b, and the double backward's of g, x and w: by autograd in float64."""
+    v, u, t, g, x, w, mean, var = harness.in_double((v, u, t, g, x, w, mean, var))
+
+    def function(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return reference.batch_norm(x, mean, var, w, b, training, EPS)
+
+    w = torch.ones_like(mean) if w is None else w
+    _, first, second = reference.all_orders(function, (x, w, torch.zeros_like(w)), g, (v, u, t))
+    return [first, second[:3]]
 
 
 @on_every_device
@@ -81,43 +103,35 @@ def test_double_backward(
     shape: tuple[int, ...], channels_last: bool, dtype: torch.dtype, training: bool, device: str
 ) -> None:
     (v, g, x), (u, t, w, mean, var) = draw(shape, channels_last, dtype, device)
-    double = [a.double() for a in (v, u, t, g, x, mean, var, w)]
     statistics = [mean, var, None, None]
     if training:
         dims = [0, *range(2, x.ndim)]
-        batch_var = x.double().var(dims, correction=0)
-        mean, invstd = x.double().mean(dims), (batch_var + EPS).rsqrt()
+        batch_var, batch_mean = torch.var_mean(x.double(), dims, correction=0)
         # PyTorch keeps them in float32 at least on CUDA.
-        opmath = torch.float64 if dtype == torch.float64 else torch.float32
-        statistics = [None, None, mean.to(opmath), invstd.to(opmath)]
-    exact = reference.batch_norm_double_backward(*double, training, EPS)
-    before = [a.clone() for a in (v, u, t, g, x, w)]
-    op = implementation(device).batch_norm_double_backward
-    actual = op(v, u, t, g, x, w, *statistics, training, EPS)
-    assert_close(actual, exact, dtype)
-    for result in actual[:2]:
-        assert result.stride() == x.stride()
-    assert all(map(torch.equal, (v, u, t, g, x, w), before)), "an input was written to"
-    again = op(v, u, t, g, x, w, *statistics, training, EPS)
-    assert all(map(torch.equal, actual, again)), "another run gave other bits"
+        invstd = (batch_var + EPS).rsqrt().to(opmath(dtype))
+        statistics = [None, None, batch_mean.to(opmath(dtype)), invstd]
+    op = harness.implementation(batch_norm, x).batch_norm_double_backward
+
+    def exact(v: Any, u: Any, t: Any, w: Any) -> list[Tensor]:
+        return derived(v, u, t, g, x, w, mean, var, training)[1]
+
+    actual = harness.untouched(op, v, u, t, g, x, w, *statistics, training, EPS)
+    assert_close(actual, exact(v, u, t, w), dtype)
+    assert all(result.stride() == x.stride() for result in actual[:2])
 
     # What a step needs: only grad_grad_input is there. In evaluation mode input is not read.
-    zero = torch.zeros_like(u).double()
-    exact = reference.batch_norm_double_backward(double[0], zero, zero, *double[3:], training, EPS)
-    actual = op(v, None, None, g, x if training else None, w, *statistics, training, EPS)
-    assert_close(actual, exact if training else (exact[0], None, exact[2]), dtype)
-    # Operands of another layout; no weight; only the parameters' gradients.
-    other = v.transpose(0, -1).contiguous().transpose(0, -1)
-    actual = op(other, None, None, g, x if training else None, w, *statistics, training, EPS)
-    assert_close(actual, exact if training else (exact[0], None, exact[2]), dtype)
-    exact = reference.batch_norm_double_backward(*double[:-1], torch.ones_like(zero), training, EPS)
-    assert_close(op(v, u, t, g, x, None, *statistics, training, EPS)[:2], exact[:2], dtype)
-    exact = reference.batch_norm_double_backward(0 * double[0], *double[1:], training, EPS)
+    lean = exact(v, None, None, w)
+    read = x if training else None
+    for other in (v, harness.strided(v)):
+        actual = op(other, None, None, g, read, w, *statistics, training, EPS)
+        assert_close(actual, lean if training else (lean[0], None, lean[2]), dtype)
+    # No weight; only the parameters' gradients.
+    assert_close(op(v, u, t, g, x, None, *statistics, training, EPS)[:2], exact(v, u, t, None)[:2], dtype)
     actual = op(None, u, t, g, x, w, *statistics, training, EPS)
-    assert_close(actual, (*exact[:2], None), dtype)
+    assert_close(actual, (*exact(None, u, t, w)[:2], None), dtype)
     if not training:
         actual = op(None, None, t, g, None, w, *statistics, training, EPS)
-        assert_close(actual, (double[2].view(-1, *[1] * (g.ndim - 2)).expand_as(g), None, None), dtype)
+        assert_close(actual, (exact(None, None, t, w)[0], None, None), dtype)
 
 
 @on_every_device
@@ -125,11 +139,10 @@ def test_double_backward(
 def test_backward_of_the_evaluation_mode(
     shape: tuple[int, ...], channels_last: bool, dtype: torch.dtype, device: str
 ) -> None:
-    (_, g, x), (_, _, w, mean, var) = draw(shape, channels_last, dtype, device)
-    double = [a.double() for a in (g, x, mean, var, w)]
-    exact = reference.batch_norm_backward(*double, False, EPS)
-    op = implementation(device).batch_norm_backward
-    for mask in ([True, False, False], [True, True, True], [True, False, True], [False, True, False]):
+    (v, g, x), (_, _, w, mean, var) = draw(shape, channels_last, dtype, device)
+    exact, _ = derived(v, None, None, g, x, w, mean, var, False)
+    op = harness.implementation(batch_norm, x).batch_norm_backward
+    for mask in ([True, False, False], ALL, [True, False, True], [False, True, False]):
         actual = op(g, x if mask[1] else None, w, mean, var, None, None, False, EPS, mask)
         assert_close(actual, [e if wanted else None for e, wanted in zip(exact, mask, strict=True)], dtype)
 
@@ -139,29 +152,22 @@ def test_backward_of_the_evaluation_mode(
 def test_empty(training: bool, device: str) -> None:
     x, c = torch.empty(2, 3, 0, device=device), torch.ones(3, device=device)
     statistics = (c, c, c, c, training, EPS)
-    results = implementation(device).batch_norm_double_backward(x, c, c, x, x, c, *statistics)
+    results = harness.implementation(batch_norm, x).batch_norm_double_backward(x, c, c, x, x, c, *statistics)
     assert [r.shape for r in results] == [x.shape, x.shape, c.shape]
     assert results[2].count_nonzero() == 0
 
 
 @triton.jit
 def tile_ends_kernel(
-    ends_ptr,
-    tile,
-    outer,
-    channels,
-    units,
-    unit: tl.constexpr,
-    interleaved: tl.constexpr,
-    rows: tl.constexpr,
-    columns: tl.constexpr,
-):
+    ends_ptr, tile, outer, channels, units,
+    unit: tl.constexpr, interleaved: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
+):  # fmt: skip
     offsets, mask = batch_norm._tile(tile, outer, channels, units, unit, interleaved, rows, columns)
     tl.store(ends_ptr, tl.min(offsets))
     tl.store(ends_ptr + 1, tl.max(tl.where(mask, offsets, -1)))
 
 
-@pytest.mark.skipif(not INTERPRET, reason="the addresses do not depend on the device")
+@harness.in_the_interpreter
 @pytest.mark.parametrize(
     ("shape", "interleaved"),
     [
@@ -190,34 +196,3 @@ def test_last_tile_beyond_2_31_elements_in_the_interpreter(shape: tuple[int, ...
         column = (inner - 1) // constants["columns"] * constants["columns"]
         expected = [row * channels * inner + column, (outer - 1) * channels * inner + inner - 1]
     assert ends.tolist() == expected and expected[1] > 2**30
-
-
-@pytest.mark.skipif(INTERPRET, reason="the interpreter does not compile")
-def test_launch_compiles_what_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The launcher's own calls, up to the point where a GPU would be needed."""
-    launched = []
-
-    def warm_up(kernel: Any, *args: Any, **kwargs: Any) -> None:
-        launched.append(run(kernel, *args, **kwargs | {"warmup": True}))
-
-    run = triton.runtime.JITFunction.run
-    absent_gpu = SimpleNamespace(
-        # Not the number of a GPU that may be there: Triton caches what it compiles under it.
-        get_current_device=lambda: -1,
-        get_current_stream=lambda device: 0,
-        get_current_target=lambda: GPUTarget("cuda", 90, 32),
-    )
-    monkeypatch.setattr(triton.runtime.JITFunction, "run", warm_up)
-    monkeypatch.setattr(triton.runtime.driver, "_active", absent_gpu)
-    x = torch.zeros(64, 256, 56, 56).contiguous(memory_format=torch.channels_last)
-    c = torch.ones(256)
-    for training in (True, False):
-        statistics = (c, c, c, c, training, 1e-5)
-        batch_norm.batch_norm_double_backward(x, None, None, x, x if training else None, c, *statistics)
-    listed = {
-        s.kernel.__name__: compile_for(s, 90).asm["ptx"]
-        for s in batch_norm.specializations()
-        if "channels_last" in s.name
-    }
-    assert len(listed) == 3
-    assert {kernel.metadata.name: kernel.asm["ptx"] for kernel in launched} == listed

@@ -1,4 +1,4 @@
-"""The process that has Triton's interpreter, and the package without Triton."""
+"""The processes that have Triton's interpreter, and the package without Triton."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ TESTS = Path(__file__).parent
 
 
 @pytest.mark.skipif(INTERPRET, reason="this is the process that it starts")
-def test_values_without_a_gpu() -> None:
-    """Runs every test of this folder that is marked for the interpreter, in it."""
+@pytest.mark.parametrize("family", sorted(p.stem for p in TESTS.glob("test_*_kernels.py")))
+def test_values_without_a_gpu(family: str) -> None:
+    """Runs every test of a family's file that is marked for the interpreter, in it."""
     child = subprocess.run(
-        [sys.executable, "-m", "pytest", TESTS, "-k", "interpreter", "-q", "--no-header"],
+        [sys.executable, "-m", "pytest", TESTS / f"{family}.py", "-k", "interpreter", "-q", "--no-header"],
         check=False,
         env=os.environ | {"TRITON_INTERPRET": "1"},
         cwd=TESTS,

@@ -1,64 +1,133 @@
-"""The Triton kernels of layer normalisation, run against float64."""
+"""The Triton kernels of layer norm and RMS norm, run against float64."""
 
 from __future__ import annotations
 
 import importlib
-import itertools
 import re
-from types import SimpleNamespace
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import harness
 import pytest
+import reference
 import torch
-from harness import INTERPRET, GPUTarget, compile_for, in_every_dtype, normal, on_every_device, triton
+from harness import INTERPRET, in_every_dtype, meta, normal, on_every_device, opmath, triton
 from torch import Tensor
-
-from gradnorm_kernels import reference
 
 layer_norm: Any = importlib.import_module("gradnorm_kernels.kernels.layer_norm")
 tl = triton.language
 EPS = 1e-5
+ALL = [True] * 3
 
 
-def statistics(input: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    wide = input if input.dtype == torch.float64 else input.float()
+def calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    """Of Swin-B and ViT-B over the last dimension, with and without gradients of the parameters' gradients;
+    of ConvNeXt-B over channels, and of an image that needs 64-bit offsets; of RMS norm in ViT-B and LLMs."""
+    double_backward = layer_norm.layer_norm_double_backward
+    for name, shape, dim in (
+        ("vit", (64, 197, 768), -1),
+        ("swin", (64, 56, 56, 128), -1),
+        ("widest", (64, 49, 8192), -1),
+        ("long", (64, 49, 16384), -1),
+        ("convnext14", (64, 512, 14, 14), 1),
+        ("convnext56", (64, 128, 56, 56), 1),
+        ("huge", (1, 64, 8192, 8192), 1),
+    ):
+        if name == "huge" and dtype != torch.bfloat16:
+            continue
+        x, w = meta(*shape, dtype=dtype), meta(shape[dim], dtype=dtype)
+        s = x.select(dim, 0).unsqueeze(dim).to(opmath(dtype))
+        yield name, double_backward, x, None, None, x, x, s, s, w, ALL
+        if name in ("vit", "long"):
+            yield f"{name}-u", double_backward, x, w, w, x, x, s, s, w, ALL
+        if dim == 1:
+            yield name, layer_norm.layer_norm_2d, x, w, w
+            yield name, layer_norm.layer_norm_2d_backward, x, x, s, s, w, ALL
+    for columns in (768, 16384):
+        x, w = meta(64, 512, columns, dtype=dtype), meta(columns, dtype=dtype)
+        s = x[..., :1].to(opmath(dtype))
+        yield f"rms{columns}", layer_norm.rms_norm, x, [columns], w, EPS
+        yield f"rms{columns}", layer_norm.rms_norm_backward, x, x, s, w, ALL[:2]
+        yield f"rms{columns}", layer_norm.rms_norm_double_backward, x, None, x, x, s, w, ALL
+        yield f"rms{columns}-u", layer_norm.rms_norm_double_backward, x, w, x, x, s, w, ALL
+
+
+test_compiles_without_spills = harness.compilation_test(calls)
+
+
+@pytest.mark.skipif(INTERPRET, reason="the interpreter does not compile")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["vit", "swin"])
+def test_rows_are_read_once_in_128_bits(name: str, dtype: torch.dtype) -> None:
+    """All but the sums, in a tile of rows, and the statistics, which Triton before 3.9 loads anew for some of
+    a row's elements."""
+    launch, _ = harness.recorded(*next(call[1:] for call in calls(dtype) if call[0] == name))
+    loads = re.findall(r"ld\.global\S*", launch.compiled(90).asm["ptx"])
+    wide = [load for load in loads if load.endswith("v4.b32")]
+    assert len(wide) in (4, 8) and len(loads) - len(wide) <= 16
+
+
+def statistics(input: Tensor, dim: int, centred: bool = True) -> list[Tensor]:
+    wide = input.to(opmath(input.dtype))
     variance, mean = torch.var_mean(wide, dim, correction=0, keepdim=True)
-    return mean, (variance + EPS).rsqrt()
+    return [mean, (variance + EPS).rsqrt()] if centred else [(wide.square().mean(dim, True) + EPS).rsqrt()]
 
 
-def run(op: str, *args: Any) -> tuple[Tensor | None, ...]:
-    on_cuda = any(isinstance(arg, Tensor) and arg.is_cuda for arg in args)
-    return getattr(torch.ops.gradnorm_kernels if on_cuda else layer_norm, op)(*args)
+def run(op: str, *args: Any) -> Any:
+    return getattr(harness.implementation(layer_norm, *args), op)(*args)
 
 
-def run_all(
-    v: Tensor, g: Tensor, x: Tensor, w: Tensor, b: Tensor, u: Tensor | None, t: Tensor | None, dim: int
-) -> list[Tensor | None]:
+def run_all(dim: int | str, x: Tensor, w: Any, b: Any, g: Tensor, v: Tensor, u: Any, t: Any) -> list[Any]:
     """What there are kernels of, over the columns at dim."""
-    results: list[Tensor | None] = []
+    if dim == "rms":
+        output, rstd = run("rms_norm", x, x.shape[-1:] if w is None else w.shape, w, EPS)
+        first = run("rms_norm_backward", g, x, rstd, w, ALL[:2])
+        return [output, rstd, *first, *run("rms_norm_double_backward", v, u, g, x, rstd, w, ALL)]
+    results: list[Any] = []
     if dim == 1:
         results += run("layer_norm_2d", x, w, b, EPS)
-        results += run("layer_norm_2d_backward", g, x, *results[1:], w, [True] * 3)
-    mean, rstd = statistics(x, dim)
-    return [*results, *run("layer_norm_double_backward", v, u, t, g, x, mean, rstd, w, [True] * 3)]
+        results += run("layer_norm_2d_backward", g, x, *results[1:], w, ALL)
+    # Statistics of what is given, so that only the kernels' own errors are seen.
+    return [*results, *run("layer_norm_double_backward", v, u, t, g, x, *statistics(x, dim), w, ALL)]
 
 
-def exact(
-    v: Tensor, g: Tensor, x: Tensor, w: Tensor, b: Tensor, u: Tensor | None, t: Tensor | None, dim: int
-) -> list[Tensor]:
-    v, g, x, w, b = (tensor.double() for tensor in (v, g, x, w, b))
-    u, t = (tensor if tensor is None else tensor.double() for tensor in (u, t))
-    last = [tensor.movedim(dim, -1) for tensor in (v, g, x)]
-    shape = w.shape
-    results = []
-    if dim == 1:
-        results = [reference.layer_norm(last[2], shape, w, b, EPS), *statistics(last[2], -1)]
-        results += reference.layer_norm_backward(*last[1:], shape, w, EPS)
-    results += reference.layer_norm_double_backward(last[0], u, t, *last[1:], shape, w, EPS)
-    return [result.movedim(-1, dim) if result.ndim > 1 else result for result in results]
+def exact(dim: int | str, *tensors: Any) -> list[Any]:
+    """The same, by autograd in float64."""
+    x, w, b, g, v, u, t = harness.in_double(tensors)
+    assert x is not None and g is not None
+
+    def function(x: Tensor, w: Any, b: Any = None) -> Tensor:
+        if dim == "rms":
+            return reference.rms_norm(x, x.shape[-1:] if w is None else w.shape, w, EPS)
+        return reference.layer_norm(x.movedim(dim, -1), x.shape[dim:][:1], w, b, EPS).movedim(-1, dim)
+
+    if dim == "rms":
+        output, first, second = reference.all_orders(function, (x, w), g, (v, u))
+        rstd = statistics(x, tuple(range(-1 if w is None else -w.ndim, 0)), centred=False)
+        return [*output, *rstd, *first, *[None] * (w is None), *second, *[None] * (w is None)]
+    output, first, second = reference.all_orders(function, (x, w, b), g, (v, u, t))
+    return ([*output, *statistics(x, 1), *first] if dim == 1 else []) + second[:3]
 
 
-SHAPES = [
+def draw(shape: tuple[int, ...], dim: Any, dtype: torch.dtype, device: str, parameters: str) -> list[Any]:
+    """The arguments of run_all. parameters names those that there are."""
+    x, g, v = (normal(*shape, dtype=dtype, device=device) for _ in range(3))
+    columns = shape[-1 if dim == "rms" else dim]
+    w, b, u, t = (
+        normal(columns, dtype=dtype, device=device) if name in parameters else None for name in "wbut"
+    )
+    return [x, w, b, g, v, u, t]
+
+
+def allowed(dtype: torch.dtype, device: str, columns: int) -> Callable[[Tensor], float]:
+    # Storing bfloat16, the interpreter truncates.
+    unit = torch.finfo(dtype).eps * (2 if dtype == torch.bfloat16 and device == "cpu" else 1)
+    rounding = 20 * torch.finfo(opmath(dtype)).eps * (300 if columns < 8 else 1)
+    # A row's error is of its own scale, which is large where rstd is.
+    return lambda exact: (1 + exact.abs().max().item()) * (unit + rounding)
+
+
+SHAPES: list[tuple[tuple[int, ...], int | str]] = [
     ((3, 7), -1),
     ((5, 1), -1),
     ((1, 33), -1),
@@ -70,65 +139,73 @@ SHAPES = [
     ((2, 5, 7, 7), 1),
     ((3, 64, 3, 12), 1),  # 36 positions: a tile of 32 and a rest
     ((2, 130, 4, 4), 1),  # more channels than a block of the double backward
+    ((3, 7), "rms"),
+    ((5, 1), "rms"),
+    ((2, 19, 128), "rms"),
+    ((3, 8195), "rms"),  # three rows a program, which adds to its sums in memory
 ]
 
 
 @on_every_device
 @in_every_dtype
 @pytest.mark.parametrize(("shape", "dim"), SHAPES, ids=str)
-@pytest.mark.parametrize("parameters", [False, True], ids=["lean", "u, t"])
-def test_values(shape: tuple[int, ...], dim: int, parameters: bool, dtype: torch.dtype, device: str) -> None:
-    v, g, x = (normal(*shape, dtype=dtype, device=device) for _ in range(3))
-    w, b, u, t = (normal(shape[dim], dtype=dtype, device=device) for _ in range(4))
-    given = (u, t) if parameters else (None, None)
-    before = [tensor.clone() for tensor in (v, g, x)]
-    # Statistics of what is given, so that only the kernels' own errors are seen.
-    results = run_all(v, g, x, w, b, *given, dim)
-    unit = torch.finfo(dtype).eps
-    # Storing bfloat16, the interpreter truncates.
-    unit *= 2 if dtype == torch.bfloat16 and device == "cpu" else 1
-    for result, wanted in zip(results, exact(v, g, x, w, b, *given, dim), strict=True):
-        assert result is not None and result.shape == wanted.shape and result.is_contiguous()
-        # A row's error is of its own scale, which is large where rstd is.
-        scale = 1 + wanted.abs().max().item()
-        rounding = 20 * torch.finfo(torch.float32 if dtype != torch.float64 else dtype).eps
-        rounding *= 300 if shape[dim] < 8 else 1
-        assert (result.double() - wanted).abs().max().item() <= scale * (unit + rounding)
-    assert all(map(torch.equal, (v, g, x), before)), "an input was written to"
+@pytest.mark.parametrize("parameters", ["wb", "wbut"], ids=["lean", "u, t"])
+def test_values(shape: Any, dim: Any, parameters: str, dtype: torch.dtype, device: str) -> None:
+    operands = draw(shape, dim, dtype, device, parameters)
+    results = harness.untouched(run_all, dim, *operands)
+    assert all(result is None or result.is_contiguous() for result in results)
+    columns = shape[-1 if dim == "rms" else dim]
+    harness.assert_accurate(results, exact(dim, *operands), allowed(dtype, device, columns))
 
 
 @on_every_device
-@pytest.mark.parametrize(("shape", "dim"), [((37, 128), -1), ((2, 5, 7, 7), 1)], ids=str)
-def test_only_what_the_mask_asks_for(shape: tuple[int, ...], dim: int, device: str) -> None:
-    v, g, x = (normal(*shape, dtype=torch.float32, device=device) for _ in range(3))
-    w, u = (normal(shape[dim], dtype=torch.float32, device=device) for _ in range(2))
-    mean, rstd = statistics(x, dim)
-    operands: list[Any] = [("layer_norm_double_backward", (v, u, None, g, x, mean, rstd, w))]
-    if dim == 1:
-        operands.append(("layer_norm_2d_backward", (g, x, mean, rstd, w)))
-    for op, args in operands:
-        full = run(op, *args, [True] * 3)
-        for mask in itertools.product([True, False], repeat=3):
-            for result, wanted, asked in zip(run(op, *args, list(mask)), full, mask, strict=True):
-                assert result is None if not asked else torch.equal(result, wanted)
+@pytest.mark.parametrize("given", [(0,), (1,), (2,)], ids=["v", "u", "none but v, in every layout"])
+@pytest.mark.parametrize("shape", [(4, 3, 5), (2, 9, 1, 5)], ids=str)
+def test_rms_norm_of_several_dimensions(shape: tuple[int, ...], given: Any, device: str) -> None:
+    """The last two, with one of the incoming gradients, or without a weight, and of any strides."""
+    x, g, v = (normal(*shape, dtype=torch.float64, device=device) for _ in range(3))
+    w, u = (normal(*shape[-2:], dtype=torch.float64, device=device) for _ in range(2))
+    if given == (2,):
+        results = run_all(
+            "rms", *map(harness.strided, (x, w)), None, harness.strided(g), harness.strided(v), None, None
+        )
+        harness.assert_accurate(results, exact("rms", x, w, None, g, v, None, None), lambda e: 1e-12)
+        bare = run_all("rms", x, None, None, g, v, None, None)
+        harness.assert_accurate(bare, exact("rms", x, None, None, g, v, None, None), lambda e: 1e-12)
+    else:
+        incoming = (v, None) if given == (0,) else (None, u)
+        results = run_all("rms", x, w, None, g, incoming[0], incoming[1], None)
+        expected = exact("rms", x, w, None, g, incoming[0], incoming[1], None)
+        harness.assert_accurate(results, expected, lambda e: 1e-12)
+
+
+@on_every_device
+@pytest.mark.parametrize(("shape", "dim"), [((37, 128), -1), ((2, 5, 7, 7), 1), ((37, 128), "rms")], ids=str)
+def test_only_what_the_mask_asks_for(shape: tuple[int, ...], dim: Any, device: str) -> None:
+    x, w, _, g, v, u, _ = draw(shape, dim, torch.float32, device, "wu")
+    if dim == "rms":
+        (rstd,) = statistics(x, -1, centred=False)
+        operands = [("rms_norm_double_backward", (v, u, g, x, rstd, w), 3)]
+        operands.append(("rms_norm_backward", (g, x, rstd, w), 2))
+    else:
+        operands = [("layer_norm_double_backward", (v, u, None, g, x, *statistics(x, dim), w), 3)]
+        if dim == 1:
+            operands.append(("layer_norm_2d_backward", (g, x, *statistics(x, dim), w), 3))
+    for op, args, size in operands:
+        harness.assert_masks(lambda mask, op=op, args=args: run(op, *args, mask), run(op, *args, ALL[:size]))
 
 
 @on_every_device
 def test_absent_parameters_strides_and_mixed_dtypes(device: str) -> None:
-    v, g, x = (normal(2, 6, 4, 4, dtype=torch.float16, device=device) for _ in range(3))
+    x, g, v = (normal(2, 6, 4, 4, dtype=torch.float16, device=device) for _ in range(3))
     ones, zeros = torch.ones(6, device=device), torch.zeros(6, device=device)
-    with_parameters = run_all(v, g, x, ones, zeros, zeros, None, 1)
-    strided = (t.transpose(2, 3).contiguous().transpose(2, 3) for t in (v, g, x))
-    with_strides = run_all(*strided, ones, zeros, None, zeros, 1)
-    for a, b in zip(with_parameters, with_strides, strict=True):
-        assert torch.equal(a, b)
-    mean, rstd = statistics(x, 1)
-    bare = [
-        *run("layer_norm_2d", x, None, None, EPS),
-        *run("layer_norm_2d_backward", g, x, mean, rstd, None, [True] * 3),
-        *run("layer_norm_double_backward", v, None, None, g, x, mean, rstd, None, [True, True, False]),
-    ]
-    for a, b in zip(bare[:-1], with_parameters, strict=False):
+    with_parameters = run_all(1, x, ones, zeros, g, v, zeros, None)
+    x_, g_, v_ = (t.transpose(2, 3).contiguous().transpose(2, 3) for t in (x, g, v))
+    with_strides = run_all(1, x_, ones, zeros, g_, v_, None, zeros)
+    assert all(map(torch.equal, with_parameters, with_strides))
+    bare = run_all(1, x, None, None, g, v, None, None)
+    assert bare.pop() is None
+    for a, b in zip(bare, with_parameters, strict=False):
         torch.testing.assert_close(a, b, check_dtype=False, atol=2e-3, rtol=2e-3)
     assert with_parameters[4].dtype == torch.float32  # as the weight is
 
@@ -140,104 +217,64 @@ def test_empty(shape: tuple[int, ...], device: str) -> None:
     w = torch.ones(shape[1], device=device)
     output, mean, rstd = run("layer_norm_2d", x, w, w, EPS)
     assert output.shape == shape and mean.shape == rstd.shape == (shape[0], 1, *shape[2:])
-    _, *sums = run("layer_norm_2d_backward", x, x, mean, rstd, w, [True] * 3)
-    _, _, second = run("layer_norm_double_backward", x, None, None, x, x, mean, rstd, w, [True] * 3)
+    _, *sums = run("layer_norm_2d_backward", x, x, mean, rstd, w, ALL)
+    _, _, second = run("layer_norm_double_backward", x, None, None, x, x, mean, rstd, w, ALL)
     for result in (*sums, second):
         assert torch.equal(result, torch.zeros_like(w))
+    w = torch.ones(shape[3], device=device)
+    output, rstd, *first, ddo, grad_input, grad_weight = run_all("rms", x, w, None, x, x, w, None)
+    assert output.shape == first[0].shape == ddo.shape == grad_input.shape == shape
+    assert rstd.shape == (*shape[:3], 1)
+    assert torch.equal(first[1], torch.zeros_like(w)) and torch.equal(grad_weight, torch.zeros_like(w))
 
 
 @on_every_device
 def test_bad_input(device: str) -> None:
-    """What the launcher says, without the Autograd key in front of it."""
     x = torch.ones(2, 3, 4, 4, device=device)
-    mean, rstd = statistics(x, 1)
+    s, c, two = x[:, :1], x[0, :, 0, 0], [True, True, False]
+    wide, many, far = x.double(), x[:, :1].expand(2, 8193, 4, 4), x.to("meta")
     ops = layer_norm
-    with pytest.raises(TypeError, match="input"):
-        ops.layer_norm_2d(x.int())
-    with pytest.raises(ValueError, match=r"\(N, C, H, W\)"):
-        ops.layer_norm_2d(x[0])
-    with pytest.raises(ValueError, match="weight"):
-        ops.layer_norm_2d(x, x[0, 0, 0])
-    with pytest.raises(ValueError, match="at most 8192 channels"):
-        ops.layer_norm_2d(x.expand(2, 3, 4, 4)[:, :1].expand(2, 8193, 4, 4))
-    with pytest.raises(ValueError, match="grad_output"):
-        ops.layer_norm_2d_backward(x[:1], x, mean, rstd, None, [True] * 3)
-    with pytest.raises(TypeError, match="grad_grad_input"):
-        ops.layer_norm_double_backward(x.double(), None, None, x, x, mean, rstd, None, [True, True, False])
-    with pytest.raises(RuntimeError, match=r"grad_output .* got meta"):
-        ops.layer_norm_2d_backward(x.to("meta"), x, mean, rstd, None, [True] * 3)
-
-
-@pytest.mark.skipif(INTERPRET, reason="the interpreter does not compile")
-def test_launch_compiles_what_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The launchers' own calls, up to the point where a GPU would be needed."""
-    launched = []
-
-    def warm_up(kernel: Any, *args: Any, **kwargs: Any) -> None:
-        launched.append(run_kernel(kernel, *args, **kwargs | {"warmup": True}))
-
-    run_kernel = triton.runtime.JITFunction.run
-    absent_gpu = SimpleNamespace(
-        # Not the number of a GPU that may be there: Triton caches what it compiles under it.
-        get_current_device=lambda: -1,
-        get_current_stream=lambda device: 0,
-        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+    harness.assert_rejected(
+        (TypeError, "input", ops.layer_norm_2d, x.int()),
+        (ValueError, r"\(N, C, H, W\)", ops.layer_norm_2d, x[0]),
+        (ValueError, "weight", ops.layer_norm_2d, x, x[0, 0, 0]),
+        (ValueError, "at most 8192 channels", ops.layer_norm_2d, many),
+        (ValueError, "grad_output", ops.layer_norm_2d_backward, x[:1], x, s, s, None, ALL),
+        (RuntimeError, "grad_output .* got meta", ops.layer_norm_2d_backward, far, x, s, s, None, ALL),
+        (
+            TypeError,
+            "grad_grad_input",
+            ops.layer_norm_double_backward,
+            wide,
+            None,
+            None,
+            x,
+            x,
+            s,
+            s,
+            None,
+            two,
+        ),
+        (ValueError, "normalized_shape", ops.rms_norm, x, [3], None, EPS),
+        (ValueError, "weight", ops.rms_norm, x, [4], c, EPS),
+        (TypeError, "grad_output", ops.rms_norm_backward, wide, x, x[..., :1], None, ALL[:2]),
+        (ValueError, "grad_grad_weight", ops.rms_norm_double_backward, x, c, x, x, x[..., :1], None, two),
     )
-    monkeypatch.setattr(triton.runtime.JITFunction, "run", warm_up)
-    monkeypatch.setattr(triton.runtime.driver, "_active", absent_gpu)
-    vit = torch.zeros(2, 197, 768)
-    mask = [True] * 3
-    layer_norm.layer_norm_double_backward(vit, None, None, vit, vit, *statistics(vit, -1), vit[0, 0], mask)
-    x = torch.zeros(2, 256, 28, 28)
-    layer_norm.layer_norm_2d(x, x[0, :, 0, 0], x[0, :, 0, 0])
-    x = torch.zeros(2, 512, 14, 14)
-    layer_norm.layer_norm_2d_backward(x, x, *statistics(x, 1), x[0, :, 0, 0], mask)
-    layer_norm.layer_norm_double_backward(x, None, None, x, x, *statistics(x, 1), x[0, :, 0, 0], mask)
-    ptx = [kernel.asm["ptx"] for kernel in launched if kernel.metadata.name != "sum_kernel"]
-
-    listed = {s.name: compile_for(s, 90).asm["ptx"] for s in layer_norm.specializations()}
-    assert ptx == [
-        listed[name]
-        for name in (
-            "layer_norm_bwd_bwd-vit-fp32",
-            "layer_norm_fwd-convnext-fp32",
-            "layer_norm_bwd-convnext-fp32",
-            "layer_norm_bwd_bwd-convnext-fp32",
-        )
-    ]
-    assert len(launched) == 7  # every sum over the rows is one more
-    for name in (
-        "layer_norm_bwd_bwd-vit-fp32",
-        "layer_norm_bwd_bwd-swin-fp32",
-        "layer_norm_bwd_bwd-vit-bf16",
-    ):
-        # Each tensor once, in 128-bit accesses: all but the sums, in a tile of rows, and the statistics,
-        # which Triton before 3.9 loads anew for some of a row's elements.
-        loads = re.findall(r"ld\.global\S*", listed[name])
-        wide = [load for load in loads if load.endswith("v4.b32")]
-        assert len(wide) in (4, 8)
-        assert len(loads) - len(wide) <= 16
 
 
 @triton.jit
 def column_starts_kernel(
-    starts_ptr,
-    rows,
-    columns,
-    row_stride,
-    column_stride,
-    wide: tl.constexpr,
-    block_rows: tl.constexpr,
-    block_columns: tl.constexpr,
-):
-    column = tl.arange(0, block_columns)[None, :]
-    _, _, start, offsets = layer_norm._rows_of_tile(0, rows, columns, row_stride, block_rows)
-    offsets += layer_norm._columns_offsets(column, column_stride, wide)
+    starts_ptr, rows, columns, row_stride, column_stride,
+    wide: tl.constexpr, block_rows: tl.constexpr, block_columns: tl.constexpr,
+):  # fmt: skip
+    tile = layer_norm._rows_of_tile(0, rows, columns, row_stride, block_rows)
+    place, column = layer_norm._place(tile, 0, columns, column_stride, wide, block_columns)
+    start, offsets, mask = place
     first = tl.arange(0, block_rows)[:, None] == 0
-    tl.store(starts_ptr + column + tl.zeros_like(offsets), start + offsets, mask=first & (column < columns))
+    tl.store(starts_ptr + column[0] + tl.zeros_like(offsets), start + offsets, mask=first & mask)
 
 
-@pytest.mark.skipif(not INTERPRET, reason="the addresses do not depend on the device")
+@harness.in_the_interpreter
 @pytest.mark.parametrize("side", [5, 8192])
 def test_image_beyond_2_31_elements_in_the_interpreter(side: int) -> None:
     image = torch.empty(1, 64, side, side, device="meta")
@@ -275,30 +312,16 @@ def test_same_bits_in_every_run() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize(("shape", "dim"), [((2**25 + 1, 64), -1), ((2**16 + 1, 64, 16, 32), 1)], ids=str)
 def test_more_than_2_31_elements(shape: tuple[int, ...], dim: int) -> None:
-    needed = 5 * torch.Size(shape).numel() * torch.bfloat16.itemsize
-    free, _ = torch.cuda.mem_get_info()
-    if free < needed:
-        pytest.skip(f"needs {needed >> 30} GiB of free GPU memory, {free >> 30} GiB are free")
+    harness.skip_without_memory(5 * torch.Size(shape).numel() * torch.bfloat16.itemsize)
     x = torch.zeros(shape, dtype=torch.bfloat16, device="cuda")
     for row in (0, -1):
         x[row].normal_()
     mean = torch.zeros_like(x.select(dim, 0).unsqueeze(dim), dtype=torch.float32)
-    args = (None, None, x, x, mean, mean + 1, None, [True, True, False])
-    results = run("layer_norm_double_backward", x, *args)
-    for part in (slice(0, 1), slice(-1, None)):
-        some, some_mean = x[part].clone(), mean[part].clone()
-        wanted = run(
-            "layer_norm_double_backward",
-            some,
-            None,
-            None,
-            some,
-            some,
-            some_mean,
-            some_mean + 1,
-            None,
-            args[-1],
-        )
-        for result, expected in zip(results[:2], wanted[:2], strict=True):
-            # An address that wrapped around would leave one of these rows wrong.
-            assert torch.equal(result[part], expected)
+    op, mask = "layer_norm_double_backward", [True, True, False]
+    harness.assert_same_in_parts(
+        lambda x, mean: run(op, x, None, None, x, x, mean, mean + 1, None, mask),
+        (0, shape[0] - 1),
+        1,
+        x,
+        mean,
+    )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import math
-from types import SimpleNamespace
+from collections.abc import Iterator
 from typing import Any
 
+import harness
 import pytest
+import reference
 import torch
-from harness import INTERPRET, GPUTarget, compile_for, in_every_dtype, normal, on_every_device, triton
+from harness import in_every_dtype, meta, normal, on_every_device
 from torch import Tensor
 
 import gradnorm_kernels as gk
@@ -17,9 +19,49 @@ import gradnorm_kernels as gk
 softmax: Any = importlib.import_module("gradnorm_kernels.kernels.softmax")
 
 
-def ops(device: str) -> Any:
-    """Through the dispatcher on a GPU, without it in the interpreter."""
-    return softmax if device == "cpu" else torch.ops.gradnorm_kernels
+# Scores and biases of batch 64 at 224 x 224: windows of 49 in Swin-B's first stage, 197 tokens in ViT-B.
+SWIN_SCORES, SWIN_BIAS = (64, 64, 4, 49, 49), (64, 4, 49, 49)
+VIT_SCORES = (64, 12, 197, 197)
+
+
+def calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    """The models' shapes, and the longest rows of a tile, rows beyond it, and rows across the memory."""
+    for name, shape, dim in (
+        ("swin", SWIN_SCORES, 4),
+        ("vit", VIT_SCORES, 3),
+        ("tile", (64, 8192), 1),
+        ("looped", (64, 16384), 1),
+        ("across", (64, 1000, 49), 1),
+    ):
+        x = meta(*shape, dtype=dtype)
+        for to_input in (True, False):
+            case = f"{name}-{'input' if to_input else 'output'}"
+            yield case, softmax.softmax_double_backward, x, x, x, dim, to_input
+    for name, shape, bias_shape in (("swin", SWIN_SCORES, SWIN_BIAS), ("looped", (64, 16384), (16384,))):
+        yield name, softmax.softmax_with_bias, meta(*shape, dtype=dtype), meta(*bias_shape, dtype=dtype)
+
+
+test_compiles_without_spills = harness.compilation_test(calls, wide=["tile-input", "tile-output"])
+
+
+def double_backward(*args: Any) -> tuple[Tensor, Tensor]:
+    return harness.implementation(softmax, *args).softmax_double_backward(*args)
+
+
+def with_bias(*args: Any) -> Tensor:
+    return harness.implementation(softmax, *args).softmax_with_bias(*args)
+
+
+def derived(v: Tensor, g: Tensor, y: Tensor, dim: int, to_input: bool) -> list[Tensor]:
+    """The double backward, by autograd of the backward y (g - sum(g y)), in the dtype of the tensors.
+
+    Carried on to the input it is what the derivative of y with respect to the input makes of it."""
+    g, y = g.detach().requires_grad_(), y.detach().requires_grad_()
+    grad = y * (g - (g * y).sum(dim, keepdim=True))
+    grad_grad_output, grad_y = torch.autograd.grad(grad, (g, y), v)
+    if to_input:
+        grad_y = y.detach() * (grad_y - (grad_y * y.detach()).sum(dim, keepdim=True))
+    return [grad_grad_output, grad_y]
 
 
 # Shape and dimension.
@@ -54,17 +96,6 @@ BIASES = [
 ]
 
 
-def assert_as_accurate_as_stock(ours: Tensor, stock: Tensor, truth: Tensor) -> None:
-    """The error is at most twice stock's and two units in the last place."""
-    assert (ours.dtype, ours.shape, ours.is_contiguous()) == (stock.dtype, truth.shape, True)
-    if ours.numel():
-        # A few elements say little of a maximum, and the interpreter truncates what it stores as bfloat16.
-        tiny = 2 * torch.finfo(ours.dtype).eps * truth.abs().max().item()
-        error = (ours.double() - truth).abs().max().item()
-        stock_error = (stock.double() - truth).abs().max().item()
-        assert error <= 2 * stock_error + tiny, f"{error} against {stock_error}"
-
-
 @on_every_device
 @in_every_dtype
 @pytest.mark.parametrize("to_input", [True, False])
@@ -74,13 +105,10 @@ def test_double_backward(
 ) -> None:
     v, g, x = (normal(*shape, dtype=dtype, device=device) for _ in range(3))
     y = x.softmax(dim)
-    originals = [t.clone() for t in (v, g, y)]
-    ours = ops(device).softmax_double_backward(v, g, y, dim, to_input)
-    assert all(map(torch.equal, (v, g, y), originals)), "an input was written to"
-    stock = gk.reference.softmax_double_backward(v, g, y, dim, to_input)
-    truth = gk.reference.softmax_double_backward(v.double(), g.double(), y.double(), dim, to_input)
-    for results in zip(ours, stock, truth, strict=True):
-        assert_as_accurate_as_stock(*results)
+    ours = harness.untouched(double_backward, v, g, y, dim, to_input)
+    assert all(result.is_contiguous() for result in ours)
+    truth = derived(*harness.in_double((v, g, y)), dim, to_input)
+    harness.assert_accurate(ours, truth, harness.units(dtype, 2), derived(v, g, y, dim, to_input))
 
 
 @on_every_device
@@ -89,9 +117,11 @@ def test_double_backward(
 def test_with_bias(
     shape: tuple[int, ...], bias_shape: tuple[int, ...], dtype: torch.dtype, device: str
 ) -> None:
-    x, bias = normal(*shape, dtype=dtype, device=device), normal(*bias_shape, dtype=dtype, device=device)
-    ours = ops(device).softmax_with_bias(x, bias)
-    assert_as_accurate_as_stock(ours, (x + bias).softmax(-1), (x.double() + bias.double()).softmax(-1))
+    x, bias = (normal(*size, dtype=dtype, device=device) for size in (shape, bias_shape))
+    (ours,) = harness.untouched(lambda *args: [with_bias(*args)], x, bias)
+    assert ours.is_contiguous()
+    truth = reference.softmax(x.double(), -1, bias.double()) if x.numel() else x.double()
+    harness.assert_accurate([ours], [truth], harness.units(dtype, 2), [(x + bias).softmax(-1)])
 
 
 @on_every_device
@@ -100,15 +130,9 @@ def test_strided_operands_give_the_same_bits(device: str) -> None:
     bias = normal(4, 10, dtype=torch.float32, device=device)
     y = x.softmax(-1)
 
-    def strided(t: Tensor) -> Tensor:
-        return t.transpose(0, -1).contiguous().transpose(0, -1)
-
-    expected = ops(device).softmax_double_backward(v, g, y, -1, True)
-    results = ops(device).softmax_double_backward(strided(v), strided(g), strided(y), -1, True)
-    assert all(map(torch.equal, results, expected))
-    assert torch.equal(
-        ops(device).softmax_with_bias(strided(x), strided(bias)), ops(device).softmax_with_bias(x, bias)
-    )
+    expected = double_backward(v, g, y, -1, True)
+    assert all(map(torch.equal, double_backward(*map(harness.strided, (v, g, y)), -1, True), expected))
+    assert torch.equal(with_bias(harness.strided(x), harness.strided(bias)), with_bias(x, bias))
 
 
 @on_every_device
@@ -119,14 +143,14 @@ def test_mixed_dtypes(dtype: torch.dtype, device: str) -> None:
     g = normal(3, 49, dtype=torch.float32, device=device)
     y = normal(3, 49, dtype=torch.float32, device=device).softmax(-1)
     for to_input in (True, False):
-        grad_grad_output, grad = ops(device).softmax_double_backward(v, g, y, -1, to_input)
+        grad_grad_output, grad = double_backward(v, g, y, -1, to_input)
         assert (grad_grad_output.dtype, grad.dtype) == (torch.float32, dtype if to_input else torch.float32)
-        truth = gk.reference.softmax_double_backward(v.double(), g.double(), y.double(), -1, to_input)
+        truth = derived(*harness.in_double((v, g, y)), -1, to_input)
         torch.testing.assert_close(grad_grad_output.double(), truth[0], rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(grad.double(), truth[1], rtol=2e-2, atol=1e-3)
     bias = normal(49, dtype=torch.float32, device=device)
     for result in (None, torch.float64):
-        output = ops(device).softmax_with_bias(v, bias, result)
+        output = with_bias(v, bias, result)
         assert output.dtype == (result or torch.float32)
         truth = (v.double() + bias.double()).softmax(-1)
         torch.testing.assert_close(output.double(), truth, rtol=1e-12 if result else 1e-5, atol=1e-14)
@@ -144,39 +168,11 @@ def test_masks_and_nan(n: int, device: str) -> None:
     mask[3, 0] = -math.inf
     x[4, n // 2] = math.nan
     x[5, n - 1] = math.inf
-    y = ops(device).softmax_with_bias(x, mask)
+    y = with_bias(x, mask)
     torch.testing.assert_close(y, (x + mask).softmax(-1), equal_nan=True)
     v, g = torch.ones_like(x), torch.ones_like(x)
-    for result in ops(device).softmax_double_backward(v, g, y, -1, True):
+    for result in double_backward(v, g, y, -1, True):
         assert torch.equal(result.isnan(), y.isnan())
-
-
-@pytest.mark.skipif(INTERPRET, reason="the interpreter does not compile")
-def test_launch_compiles_what_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The launcher's own call, up to the point where a GPU would be needed."""
-    launched = []
-
-    def warm_up(kernel: Any, *args: Any, **kwargs: Any) -> None:
-        launched.append(run(kernel, *args, **kwargs | {"warmup": True}))
-
-    run = triton.runtime.JITFunction.run
-    absent_gpu = SimpleNamespace(
-        # Not the number of a GPU that may be there: Triton caches what it compiles under it.
-        get_current_device=lambda: -1,
-        get_current_stream=lambda device: 0,
-        get_current_target=lambda: GPUTarget("cuda", 90, 32),
-    )
-    monkeypatch.setattr(triton.runtime.JITFunction, "run", warm_up)
-    monkeypatch.setattr(triton.runtime.driver, "_active", absent_gpu)
-    for dtype, to_input in ((torch.float32, True), (torch.bfloat16, False)):
-        # A smaller batch is compiled alike.
-        scores = torch.zeros(2, *softmax.SWIN_SCORES[1:], dtype=dtype)
-        softmax.softmax_double_backward(scores, scores, scores, -1, to_input)
-        softmax.softmax_with_bias(scores, torch.zeros(softmax.SWIN_BIAS, dtype=dtype))
-
-    listed = [compile_for(s, 90).asm["ptx"] for s in softmax.specializations() if "-swin-" in s.name]
-    assert sorted(kernel.asm["ptx"] for kernel in launched) == sorted(listed)
-    assert len(listed) == 4
 
 
 @pytest.mark.gpu
@@ -231,44 +227,26 @@ def test_autocast_gives_float32_as_stock(dtype: torch.dtype) -> None:
 @pytest.mark.gpu
 def test_more_than_2_31_elements() -> None:
     rows, n = 2**25 + 1, 64
-    needed = 6 * rows * n * torch.bfloat16.itemsize
-    free, _ = torch.cuda.mem_get_info()
-    if free < needed:
-        pytest.skip(f"needs {needed >> 30} GiB of free GPU memory, {free >> 30} GiB are free")
+    harness.skip_without_memory(6 * rows * n * torch.bfloat16.itemsize)
     x = torch.empty(rows, n, dtype=torch.bfloat16, device="cuda").normal_()
     bias = torch.randn(n, dtype=torch.bfloat16, device="cuda")
-    calls = (
-        lambda x: (torch.ops.gradnorm_kernels.softmax_with_bias(x, bias),),
-        lambda x: torch.ops.gradnorm_kernels.softmax_double_backward(x, x, x, -1, True),
-    )
-    for call in calls:
-        whole = call(x)
-        # An address that wrapped around would leave one of these places unwritten or wrong.
-        for start in (0, rows // 2 - 3, rows - 6):
-            for result, part in zip(whole, call(x[start : start + 6].clone()), strict=True):
-                assert torch.equal(result[start : start + 6], part)
-        del whole
+    for call in (lambda x: (with_bias(x, bias),), lambda x: double_backward(x, x, x, -1, True)):
+        harness.assert_same_in_parts(call, (0, rows // 2 - 3, rows - 6), 6, x)
 
 
 @on_every_device
 def test_bad_input(device: str) -> None:
-    """What the launcher or the Meta kernel says, without the Autograd key in front of them."""
     x = torch.ones(4, 3, device=device)
-    with pytest.raises(ValueError, match="expected bias to broadcast"):
-        softmax.softmax_with_bias(x, x[:, :2])
-    with pytest.raises(ValueError, match="expected bias to broadcast"):
-        softmax.softmax_with_bias(x, x[None])
-    with pytest.raises(TypeError, match="expected bias"):
-        softmax.softmax_with_bias(x, x.bool())
-    with pytest.raises(TypeError, match="expected input"):
-        softmax.softmax_with_bias(x.int(), x)
-    with pytest.raises(RuntimeError, match=r"input .* got meta"):
-        softmax.softmax_with_bias(x.to("meta"), x)
-    with pytest.raises(ValueError, match="grad_output"):
-        softmax.softmax_double_backward(x, x[:3], x, -1, True)
-    with pytest.raises(TypeError, match="grad_grad_input"):
-        softmax.softmax_double_backward(x.int(), x, x, -1, True)
-    with pytest.raises(RuntimeError, match=r"grad_output .* got meta"):
-        softmax.softmax_double_backward(x, x.to("meta"), x, -1, True)
-    with pytest.raises(IndexError, match="Dimension out of range"):
-        softmax.softmax_double_backward(x, x, x, 2, True)
+    far = x.to("meta")
+    forward, double_backward = softmax.softmax_with_bias, softmax.softmax_double_backward
+    harness.assert_rejected(
+        (ValueError, "expected bias to broadcast", forward, x, x[:, :2]),
+        (ValueError, "expected bias to broadcast", forward, x, x[None]),
+        (TypeError, "expected bias", forward, x, x.bool()),
+        (TypeError, "expected input", forward, x.int(), x),
+        (RuntimeError, "input .* got meta", forward, far, x),
+        (ValueError, "grad_output", double_backward, x, x[:3], x, -1, True),
+        (TypeError, "grad_grad_input", double_backward, x.int(), x, x, -1, True),
+        (RuntimeError, "grad_output .* got meta", double_backward, x, far, x, -1, True),
+        (IndexError, "Dimension out of range", double_backward, x, x, x, 2, True),
+    )

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from ..attacks import perturb
-from .common import Loss, Model, Objective, check_images, check_non_negative, evaluated
+from ..checks import check_images
+from ..options import check_options, option
+from .common import Loss, Model, Objective, epsilon_option, evaluated
 from .natural import NaturalLoss
-
-__all__ = ["AdversarialLoss"]
+from .registry import register
 
 
 @dataclass(frozen=True)
@@ -36,18 +37,22 @@ class AdversarialLoss:
         ValueError: if an argument is out of range.
     """
 
-    epsilon: float = 4 / 255
-    steps: int = 3
-    step_size: float | None = None
-    random_start: bool = True
+    epsilon: float = epsilon_option()
+    steps: int = option(
+        3, "gradients of the attack in adversarial training (1: FGSM)", name="attack_steps", minimum=1
+    )
+    step_size: float | None = option(
+        None, "step of that attack, in pixel units; without it 2 epsilon / attack_steps, for one step"
+        " epsilon, from a random start 1.25 epsilon",
+        name="attack_step_size", minimum=0,
+    )  # fmt: skip
+    random_start: bool = option(
+        True, "start that attack at a random point of the ball", name="attack_random_start"
+    )
     objective: Objective = field(default_factory=NaturalLoss)
 
     def __post_init__(self) -> None:
-        check_non_negative(self, "epsilon", self.epsilon)
-        if self.step_size is not None:
-            check_non_negative(self, "step_size", self.step_size)
-        if self.steps < 1:
-            raise ValueError(f"AdversarialLoss: expected steps to be at least 1, got {self.steps}")
+        check_options(self)
 
     def __call__(self, model: Model, images: Tensor, targets: Tensor, *, epoch: float) -> Loss:
         """Takes and raises what ``objective`` does."""
@@ -71,3 +76,7 @@ class AdversarialLoss:
     def schedule(self, epoch: float) -> dict[str, float]:
         """That of ``objective``."""
         return self.objective.schedule(epoch)
+
+
+register("adversarial", AdversarialLoss, "cross-entropy of images perturbed by PGD")
+register("hybrid", AdversarialLoss, "gradient_norm of such images", objective="gradient_norm")

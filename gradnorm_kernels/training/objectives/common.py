@@ -1,26 +1,16 @@
-"""What the objectives share: the protocol, one forward pass, and the checks of its arguments."""
+"""What the objectives share: the protocol, and one forward pass."""
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = [
-    "Batch",
-    "Loss",
-    "Model",
-    "Objective",
-    "check_choice",
-    "check_images",
-    "check_non_negative",
-    "evaluated",
-    "run",
-]
+from ..checks import check_images, check_logits, check_targets
+from ..options import option
 
 Model = Callable[[Tensor], Tensor]
 
@@ -71,8 +61,10 @@ class Batch:
     before: "_Before | None"
 
     def input_gradient(self, output: Tensor, *, create_graph: bool) -> Tensor:
-        """Gradient of the scalar ``output`` with respect to the pixels; the graph is kept for later."""
-        (gradient,) = torch.autograd.grad(output, self.pixels, create_graph=create_graph, retain_graph=True)
+        """Gradient of the sum of ``output`` with respect to the pixels; the graph is kept for later."""
+        (gradient,) = torch.autograd.grad(
+            output, self.pixels, torch.ones_like(output), create_graph=create_graph, retain_graph=True
+        )
         return gradient
 
     def logits_at(self, pixels: Tensor) -> Tensor:
@@ -100,12 +92,7 @@ class _Before(NamedTuple):
 
 
 def run(
-    model: Model,
-    images: Tensor,
-    targets: Tensor,
-    *,
-    input_gradient: bool = False,
-    replayable: bool = False,
+    model: Model, images: Tensor, targets: Tensor, *, input_gradient: bool = False, replayable: bool = False
 ) -> Batch:
     """Runs the model on a batch, after checking it.
 
@@ -126,7 +113,8 @@ def run(
     if input_gradient:
         pixels.requires_grad_()
     logits = model(pixels)
-    _check_targets(targets, logits)
+    check_logits(logits, images)
+    check_targets(targets, logits)
     cross_entropy = F.cross_entropy(logits, targets, reduction="none")
     return Batch(model, pixels, targets, logits, cross_entropy, before)
 
@@ -159,57 +147,10 @@ def evaluated(model: Model) -> Iterator[None]:
             module.training = True
 
 
-def check_non_negative(owner: object, name: str, value: float) -> None:
-    """Raises a ValueError that names the argument."""
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{type(owner).__name__}: expected {name} to be finite and at least 0, got {value}")
-
-
-def check_choice(
-    owner: object, name: str, value: str, choices: Mapping[str, object] | tuple[str, ...]
-) -> None:
-    """Raises a ValueError that names the argument."""
-    if value not in choices:
-        raise ValueError(
-            f"{type(owner).__name__}: expected {name} to be one of {', '.join(choices)}, got {value!r}"
-        )
-
-
-def check_images(images: Tensor) -> None:
-    if not isinstance(images, Tensor) or not images.is_floating_point():
-        kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
-        raise TypeError(f"images: expected a floating-point tensor with pixels in [0, 1], got {kind}")
-    if images.ndim < 2 or not images.numel():
-        raise ValueError(
-            f"images: expected shape (B, ...) with no empty dimension, got {tuple(images.shape)}"
-        )
-
-
-def _check_targets(targets: Tensor, logits: Tensor) -> None:
-    if not isinstance(targets, Tensor):
-        raise TypeError(f"targets: expected a tensor, got {type(targets).__name__}")
-    if logits.ndim != 2:
-        raise ValueError(f"model: expected logits of shape (B, C), got {tuple(logits.shape)}")
-    if targets.device != logits.device:
-        raise ValueError(f"targets: expected device {logits.device}, got {targets.device}")
-    batch, classes = logits.shape
-    if targets.is_floating_point():
-        if targets.shape != logits.shape:
-            raise ValueError(
-                f"targets: expected class probabilities of shape {(batch, classes)},"
-                f" got {tuple(targets.shape)}"
-            )
-    elif targets.dtype != torch.int64:
-        raise TypeError(
-            "targets: expected int64 class indices or floating-point class probabilities,"
-            f" got {targets.dtype}"
-        )
-    elif targets.shape != (batch,):
-        raise ValueError(f"targets: expected class indices of shape {(batch,)}, got {tuple(targets.shape)}")
-    # cross_entropy skips targets of -100 in silence. On a GPU the look would cost a synchronisation.
-    elif (
-        targets.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and not ((targets >= 0) & (targets < classes)).all()
-    ):
-        raise ValueError(f"targets: expected class indices from 0 to {classes - 1}, got {targets.tolist()}")
+def epsilon_option() -> Any:
+    """The size of a perturbation, which the objectives and a run's evaluation have in common."""
+    return option(
+        4 / 255, "perturbation that the gradient norm guards against and that adversarial training is given,"
+        " in pixel units (pixels lie in [0, 1])",
+        minimum=0,
+    )  # fmt: skip

@@ -4,18 +4,17 @@ From section 5 of Rodríguez-Muñoz, Wang and Torralba, "Characterizing Model Ro
 Gradients", ECCV 2024, https://arxiv.org/abs/2409.20139.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import Loss, Model, check_choice, check_images, check_non_negative, run
+from ..checks import check_images, check_non_negative
+from ..options import check_options, option
+from .common import Loss, Model, run
 from .gradient_norm import GradientNormLoss
-
-__all__ = ["EdgeLoss", "edges"]
-
-VARIANTS = ("signed", "magnitude")
+from .registry import register
 
 
 @dataclass(frozen=True)
@@ -32,10 +31,8 @@ class EdgeLoss:
     ``gradient_norm``.
 
     Args:
-        start: weight at the start of training, at least 0.
-        rate: growth of the weight per epoch, at least 0.
-        maximum: largest weight, at least 0.
-        temperature: above 0; divides the logits from which the class is drawn.
+        start, rate, maximum: of the weight, at least 0; the rate per epoch.
+        temperature: above 0.
         variant: ``"signed"`` compares the gradient of every channel; ``"magnitude"`` its largest absolute
             value over the channels, pixel by pixel.
         gradient_norm: adds this objective's norm; its ``ce_weight`` then weighs the cross-entropy.
@@ -44,24 +41,24 @@ class EdgeLoss:
         ValueError: if an argument is negative, not finite or unknown.
     """
 
-    start: float = 1.0
-    rate: float = 0.09
-    maximum: float = 19.0
-    temperature: float = 0.5
-    variant: str = "signed"
+    start: float = option(1.0, "weight of the edge term at the start", name="edge_start", minimum=0)
+    rate: float = option(0.09, "growth of that weight per epoch", name="edge_rate", minimum=0)
+    maximum: float = option(19.0, "largest weight of the edge term", name="edge_max", minimum=0)
+    temperature: float = option(
+        0.5, "temperature at which the logit to differentiate is drawn", name="edge_temperature", above=0
+    )
+    variant: str = option(
+        "signed", "what is compared with the edges: every channel's gradient, or its largest magnitude",
+        name="edge_variant", choices=("signed", "magnitude"),
+    )  # fmt: skip
     gradient_norm: GradientNormLoss | None = None
 
     def __post_init__(self) -> None:
-        for item in fields(self):
-            if item.type is float:
-                check_non_negative(self, item.name, getattr(self, item.name))
-        if not self.temperature:
-            raise ValueError("EdgeLoss: expected temperature to be above 0, got 0")
-        check_choice(self, "variant", self.variant, VARIANTS)
+        check_options(self)
 
     def weight(self, epoch: float) -> float:
         """The weight of the edge term at ``epoch`` (fractions count)."""
-        check_non_negative(self, "epoch", epoch)
+        check_non_negative(epoch=epoch)
         return min(self.start + self.rate * epoch, self.maximum)
 
     def schedule(self, epoch: float) -> dict[str, float]:
@@ -74,9 +71,7 @@ class EdgeLoss:
 
         The classes are drawn from torch's global generator.
         """
-        check_images(images)
-        if images.ndim != 4:
-            raise ValueError(f"images: expected shape (B, C, H, W), got {tuple(images.shape)}")
+        check_images(images, planes=True)
         parts: dict[str, Tensor]
         if self.gradient_norm is None:
             batch = run(model, images, targets, input_gradient=True)
@@ -97,11 +92,8 @@ class EdgeLoss:
         else:
             target = target.expand_as(gradient)
         error = F.mse_loss(_unit_rms(gradient), _unit_rms(target))
-        weight = self.weight(epoch)
         return Loss(
-            rest + weight * error,
-            {**parts, "edge": error.detach()},
-            batch.logits.detach(),
+            rest + self.weight(epoch) * error, {**parts, "edge": error.detach()}, batch.logits.detach()
         )
 
 
@@ -130,3 +122,7 @@ def _blur(images: Tensor) -> Tensor:
 def _unit_rms(x: Tensor) -> Tensor:
     tiny = torch.finfo(x.dtype).tiny  # a constant image has no edges
     return x / x.square().mean().clamp_min(tiny).sqrt()
+
+
+register("edge", EdgeLoss, "cross-entropy with edge regularisation")
+register("edge_gradient_norm", EdgeLoss, "with both", gradient_norm="gradient_norm")

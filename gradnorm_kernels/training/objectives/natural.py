@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .common import Loss, Model, run
-
-__all__ = ["NaturalLoss"]
+from .registry import register
 
 
 @dataclass(frozen=True)
@@ -22,3 +21,6 @@ class NaturalLoss:
     def schedule(self, epoch: float) -> dict[str, float]:
         """Nothing changes with the epoch."""
         return {}
+
+
+register("natural", NaturalLoss, "cross-entropy")

@@ -1,0 +1,1 @@
+TORCH_VERSION = "2.14.1+cu130"

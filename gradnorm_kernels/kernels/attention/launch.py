@@ -1,0 +1,192 @@
+"""Launches over windows and over tiles."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ..common import FP_FUSION
+from .tiles import attention_fwd_kernel, tiled_attention_bwd_bwd_kernel, tiled_attention_bwd_kernel
+from .windows import window_attention_bwd_bwd_kernel, window_attention_bwd_kernel
+
+_HALF = (torch.float16, torch.bfloat16)
+
+# What one program holds of a window.
+_WINDOW_TOKENS = 64
+
+# The fewest rows that are multiplied without tensor cores.
+_FEWEST_ROWS = 8 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8) else 16
+
+
+def _power(n: int) -> int:
+    return max(16, triton.next_power_of_2(n))
+
+
+# What a kernel is compiled for, and how.
+_Compiled = tuple[dict[str, Any], dict[str, Any]]
+
+
+def _compiled(
+    row_block: int, key_block: int, columns: int, value_columns: int, precision: str, warps: int, stages: int
+) -> _Compiled:
+    constants = {
+        "columns": columns,
+        "value_columns": value_columns,
+        "row_block": row_block,
+        "key_block": key_block,
+        "block": _power(columns),
+        "value_block": _power(value_columns),
+        "precision": precision,
+    }
+    return constants, {"num_warps": warps, "num_stages": stages, **FP_FUSION}
+
+
+@functools.cache
+def _window(
+    dtype: torch.dtype,
+    columns: int,
+    value_columns: int,
+    precision: str,
+    order: int,
+    rows: int,
+    keys: int,
+) -> _Compiled:
+    # With tensor cores a warp holds 16 rows, or in the second order, of which there is twice as much, half of
+    # their columns. Without, a few rows of scores are as much as fits into the registers of many warps.
+    if dtype in _HALF or precision == "tf32":
+        row_block = _power(rows)
+        warps = row_block // 16 * (2 if order == 2 else 1)
+    else:
+        row_block, warps = _FEWEST_ROWS, 8
+    constants, options = _compiled(row_block, _power(keys), columns, value_columns, precision, warps, 1)
+    constants |= {"rows": rows, "keys": keys} if order else {"is_window": True}
+    return constants, options
+
+
+@functools.cache
+def _tiles(
+    dtype: torch.dtype,
+    columns: int,
+    value_columns: int,
+    precision: str,
+    order: int,
+    has_mask: bool,
+    of_keys: bool = False,
+) -> _Compiled:
+    """Of the pass of this order: about the largest tiles that 64 columns a head leave registers for."""
+    pipelined, warps = False, 4
+    if dtype in _HALF:
+        own, other = 64, (64, 32, 16 if has_mask else 32)[order]
+        pipelined = not has_mask
+    elif precision == "tf32":
+        own, other = (64, 64, 32 if has_mask else 64)[order], (32, 32, 16)[order]
+    else:
+        own, other, warps = 32, (32, 32, 16)[order], 8
+    blocks = (other, own) if of_keys else (own, other)
+    constants, options = _compiled(*blocks, columns, value_columns, precision, warps, 2 if pipelined else 1)
+    constants |= {"pipelined": pipelined, "of_keys": of_keys} if order else {"is_window": False}
+    return constants, options
+
+
+def _strided(*tensors: Tensor | None) -> Iterator[tuple[Any, ...] | None]:
+    """As kernels take them."""
+    for tensor in tensors:
+        yield None if tensor is None else (tensor, *tensor.stride())
+
+
+def _run(
+    order: int,
+    incoming: tuple[Tensor | None, ...],
+    operands: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    results: tuple[Tensor | None, ...],
+    scale: float,
+    mask_sums: Tensor | None = None,
+    grad_grad_mask: Tensor | None = None,
+) -> None:
+    """The pass of this order. Here, and only here, it is chosen between windows and tiles."""
+    query, key, value, mask = operands
+    (*batch, rows, columns), keys = query.shape, key.shape[3]
+    items = math.prod(batch)
+    if items == 0:
+        return
+    precision = "tf32" if query.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    kind = (query.dtype, columns, value.shape[4], precision, order)
+    tensors = tuple(_strided(*incoming, *operands, *results))
+    is_window = max(rows, keys) <= _WINDOW_TOKENS
+    with torch.cuda.device_of(query):  # does nothing for a CPU tensor (Triton's interpreter)
+        if order == 0:
+            constants, options = _window(*kind, rows, keys) if is_window else _tiles(*kind, mask is not None)
+            grid = (items * triton.cdiv(rows, constants["row_block"]),)
+            attention_fwd_kernel[grid](*tensors, scale, rows, keys, *batch[1:], **constants, **options)
+        elif is_window:
+            kernel = (window_attention_bwd_kernel, window_attention_bwd_bwd_kernel)[order - 1]
+            constants, options = _window(*kind, rows, keys)
+            if order == 2:
+                tensors += tuple(_strided(grad_grad_mask))
+            # The parts of the batch, the tiles of the mask, and how often the batch goes through the tiles.
+            parts, tiles = (1, items) if mask_sums is None else mask_sums.shape[:2]
+            counts = (rows, *batch[1:], tiles, parts, items // tiles)
+            kernel[(tiles * parts,)](*tensors, mask_sums, scale, *counts, **constants, **options)
+        else:
+            assert mask_sums is None and grad_grad_mask is None
+            kernel = (tiled_attention_bwd_kernel, tiled_attention_bwd_bwd_kernel)[order - 1]
+            # Of each row its highest score, inverse of the sum of weights, delta; in the second order alpha
+            # and gamma, too. The launch over queries leaves them to the one over keys.
+            between = torch.empty((2 * order + 1, items, rows), dtype=torch.float32, device=query.device)
+            for of_keys, size in ((False, rows), (True, keys)):
+                if size == 0 or (of_keys and results[-2] is results[-1] is None):
+                    continue
+                constants, options = _tiles(*kind, mask is not None, of_keys)
+                grid = (items * triton.cdiv(size, constants["key_block" if of_keys else "row_block"]),)
+                counts = (rows, keys, *batch[1:])
+                kernel[grid](*tensors, (between, items), scale, *counts, **constants, **options)
+
+
+def _attention_fwd(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, output: Tensor
+) -> None:
+    _run(0, (), (query, key, value, mask), (output,), scale)
+
+
+def _attention_bwd(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    grad_query: Tensor | None,
+    grad_key: Tensor | None,
+    grad_value: Tensor | None,
+    mask_sums: Tensor | None,
+) -> None:
+    results = (grad_query, grad_key, grad_value)
+    _run(1, (grad_output,), (query, key, value, mask), results, scale, mask_sums)
+
+
+def _attention_bwd_bwd(
+    grad_grad_query: Tensor | None,
+    grad_grad_key: Tensor | None,
+    grad_grad_value: Tensor | None,
+    grad_grad_mask: Tensor | None,
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    grad_grad_output: Tensor | None,
+    grad_query: Tensor | None,
+    grad_key: Tensor | None,
+    grad_value: Tensor | None,
+    mask_sums: Tensor | None,
+) -> None:
+    incoming = (grad_grad_query, grad_grad_key, grad_grad_value, grad_output)
+    results = (grad_grad_output, grad_query, grad_key, grad_value)
+    _run(2, incoming, (query, key, value, mask), results, scale, mask_sums, grad_grad_mask)
