@@ -898,13 +898,20 @@ class OpContract:
         """Called by name inside a compiled region, to plain ops that can be differentiated."""
         calls = list(traced_case.calls(traced_case.draw()))
         inputs = [t.detach() for call in calls for t in call.args if isinstance(t, Tensor)]
+        # Not every release of Dynamo traces what looks at a schema.
+        ops = [
+            (call.op, call.args, [a.name for a in call.op._schema.arguments if a.kwarg_only])
+            for call in calls
+        ]
 
         def step(*inputs):
             inputs = iter(inputs)
             results = []
-            for call in calls:
-                args = tuple(next(inputs) if isinstance(a, Tensor) else a for a in call.args)
-                results += [t for t in tree_leaves(Call(call.name, args)()) if t is not None]
+            for op, given, keywords in ops:
+                args = [next(inputs) if isinstance(a, Tensor) else a for a in given]
+                n = len(args) - len(keywords)
+                result = op(*args[:n], **dict(zip(keywords, args[n:], strict=True)))
+                results += [t for t in tree_leaves(result) if t is not None]
             return results
 
         compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=dynamic)
