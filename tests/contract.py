@@ -907,8 +907,8 @@ class OpContract:
         def step(*inputs):
             inputs = iter(inputs)
             results = []
-            for op, given, keywords in ops:
-                args = [next(inputs) if isinstance(a, Tensor) else a for a in given]
+            for op, drawn, keywords in ops:
+                args = [next(inputs) if isinstance(a, Tensor) else a for a in drawn]
                 n = len(args) - len(keywords)
                 result = op(*args[:n], **dict(zip(keywords, args[n:], strict=True)))
                 results += [t for t in tree_leaves(result) if t is not None]
