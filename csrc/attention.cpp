@@ -164,7 +164,7 @@ struct SoftmaxDoubleBackward {
   TensorQuad composite() const {
     const Tensor p = Softmax{scores, attn_mask, scale}.probabilities(), dp = to_opmath(grad_probabilities);
     const Tensor ds = centred(p, dp);
-    Tensor a, b, c;
+    Tensor a, alpha, c;
     if (grad_grad_scores.defined()) {
       a = to_opmath(grad_grad_scores) * scale;
     }
@@ -172,15 +172,14 @@ struct SoftmaxDoubleBackward {
       a = a.defined() ? a + grad_grad_attn_mask : grad_grad_attn_mask.expand_symint(scores.sym_sizes());
     }
     if (a.defined()) {
-      const Tensor alpha = (p * a).sum(-1, true), delta = (p * dp).sum(-1, true);
-      b = p * (a - alpha);
+      alpha = (p * a).sum(-1, true);
+      const Tensor delta = (p * dp).sum(-1, true);
       c = a * (dp - delta) - alpha * dp;
-    } else {
-      b = at::zeros_like(p);
     }
     if (grad_probabilities_sum.defined()) {
       c = plus(c, to_opmath(grad_probabilities_sum));
     }
+    const Tensor b = a.defined() ? p * (a - alpha) : at::zeros_like(p);
     const auto dtype = scores.scalar_type();
     return {p.to(dtype), ds.to(dtype), b.to(dtype), centred(p, c).to(dtype)};
   }
@@ -300,7 +299,7 @@ class Decomposed {
     return plain ? op.composite() : flat(call(op));
   }
   Tensor result(const Tensor& tensor) const {
-    return with_batch(tensor).to(p.query.scalar_type());
+    return plain ? tensor.to(p.query.scalar_type()) : with_batch(tensor);
   }
   Tensor to_mask(const Tensor& scores) const {
     return at::sum_to(with_batch(scores), p.attn_mask.sym_sizes()).to(p.attn_mask.scalar_type());
@@ -613,13 +612,6 @@ struct DoubleBackward;
 
 using Settings = std::tuple<std::optional<double>>;  // the scale
 
-template <size_t N>
-Mask<N> to_mask(const Needs& needs) {
-  return [&]<size_t... i>(std::index_sequence<i...>) {
-    return Mask<N>{needs[i]...};
-  }(std::make_index_sequence<N>());
-}
-
 template <template <class> class Form>
 struct Forward {
   using Operands = Form<const Tensor&>;
@@ -654,8 +646,7 @@ struct Forward {
         const variable_list& grads, const variable_list& saved, Needs needs, const Settings& settings) {
       return to_list(call(
           Op<Backward<Form>>{
-              {grads[0], Operands::from(saved.data()), saved.back(), std::get<0>(settings),
-               to_mask<Backward<Form>::count>(needs)}}));
+              {grads[0], Operands::from(saved.data()), saved.back(), std::get<0>(settings), needs}}));
     }
   };
 
@@ -717,7 +708,7 @@ struct Backward {
       return to_list(call(
           Op<DoubleBackward<Form>>{
               {Form<OptionalTensor>::from(grads.data()), grads.back(), saved[0], Operands::from(&saved[1]),
-               saved.back(), std::get<0>(settings), to_mask<DoubleBackward<Form>::count>(needs)}}));
+               saved.back(), std::get<0>(settings), needs}}));
     }
   };
 };

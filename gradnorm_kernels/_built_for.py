@@ -1,1 +1,0 @@
-TORCH_VERSION = "2.14.1+cu130"
