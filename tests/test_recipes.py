@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from torch.utils.data import TensorDataset
 
 pytest.importorskip("timm", reason="training needs: pip install 'gradnorm_kernels[train]'")
+
+import yaml
 
 import gradnorm_kernels as gk
 from gradnorm_kernels.training import AdversarialLoss, EdgeLoss, GradientNormLoss
