@@ -254,7 +254,9 @@ struct ActivationOps<Definition, Act (*)(Params...)> {
               with_settings<DoubleBackward>(settings, &call<DoubleBackward>, grads[0], grad_output, input));
         }
       }
-      return {needs[0] ? with_settings<Backward>(settings, backward_op, grads[0], input) : Tensor()};
+      return {
+          needs[0] ? with_settings<Backward>(settings, backward_op, grads[0], input) : Tensor(),
+          needs[1] && is_zero_asked_for(1) ? at::zeros_like(input) : Tensor()};
     }
   };
 

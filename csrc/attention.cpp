@@ -888,11 +888,16 @@ struct AtenAttentionBackward {
       return OptionalTensor(argument(names).toOptional<Tensor>());
     };
     const Tensor grad_output = tensor({"grad_out", "grad_out_"});
-    const Tensor query = tensor({"query"}), key = tensor({"key"}), value = tensor({"value"});
-    Tensor attn_mask = tensor({"attn_mask", "attn_bias"});
-    if (!torch::autograd::compute_requires_grad(grad_output, query, key, value, attn_mask) ||
-        needs_composite(grad_output, query, key, value, attn_mask) ||
-        argument({"dropout_p"}).toDouble() > 0 || !covers({grad_output, {query, key, value}, attn_mask})) {
+    const Tensor query = tensor({"query"});
+    Tensor key = tensor({"key"}), value = tensor({"value"}), attn_mask = tensor({"attn_mask", "attn_bias"});
+    const bool is_plain = !torch::autograd::compute_requires_grad(grad_output, query, key, value, attn_mask) ||
+        needs_composite(grad_output, query, key, value, attn_mask) || argument({"dropout_p"}).toDouble() > 0;
+    const auto queries = is_plain ? 1 : queries_of_each_key(query, key);
+    if (queries > 1) {
+      key = key.repeat_interleave(queries, 1);
+      value = value.repeat_interleave(queries, 1);
+    }
+    if (is_plain || !covers({grad_output, {query, key, value}, attn_mask})) {
       stock.at(op.operator_name().name).call_boxed(keys, *stack);
       return;
     }
@@ -901,10 +906,25 @@ struct AtenAttentionBackward {
           at::full_symint({query.sym_size(-2), key.sym_size(-2)}, -kInfinity, query.options()).triu(1);
       attn_mask = attn_mask.defined() ? attn_mask + causal : causal;
     }
-    // The value is PyTorch's, its derivative ours. Not all of these ops return a gradient of the mask.
+    const auto scale = argument({"scale"}).toOptional<double>();
+    // Not all of these ops return a gradient of the mask.
     const auto count = schema.returns().size();
+    if (queries > 1) {
+      torch::jit::drop(*stack, schema.arguments().size());
+      const auto of_mask = attn_mask.defined() && attn_mask.requires_grad();
+      auto [grad_query, grad_key, grad_value, grad_mask] = call(
+          Op<Backward<Separate>>{
+              {grad_output, {query, key, value}, attn_mask, scale, {true, true, true, of_mask}}});
+      const auto summed = [&](const Tensor& grad) {
+        return grad.unflatten(1, {-1, queries}).sum(2);
+      };
+      const variable_list grads{grad_query, summed(grad_key), summed(grad_value), grad_mask};
+      stack->insert(stack->end(), grads.begin(), grads.begin() + count);
+      return;
+    }
+    // The value is PyTorch's, its derivative ours.
     const auto grads = record<Backward<Separate>::Derivative>(
-        {grad_output, query, key, value, attn_mask}, {argument({"scale"}).toOptional<double>()},
+        {grad_output, query, key, value, attn_mask}, {scale},
         [&](variable_list& saved) {
           saved = {grad_output, query, key, value, attn_mask};
           op.callBoxed(stack);
@@ -918,6 +938,14 @@ struct AtenAttentionBackward {
     stack->insert(stack->end(), grads.begin(), grads.begin() + count);
   }
 
+  // In grouped-query attention, (N, heads, L, E) and fewer heads of keys and values.
+  static int64_t queries_of_each_key(const Tensor& query, const Tensor& key) {
+    if (query.dim() != 4 || key.dim() != 4 || key.size(1) == 0) {
+      return 1;
+    }
+    const auto heads = query.size(1), shared = key.size(1);
+    return heads % shared == 0 ? heads / shared : 1;
+  }
   static bool covers(const Backward<Separate>& backward) try {
     backward.pass();
     return true;

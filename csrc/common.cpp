@@ -3,6 +3,9 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 
+#include <torch/csrc/autograd/functions/accumulate_grad.h>
+#include <torch/csrc/autograd/graph_task.h>
+
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -85,6 +88,17 @@ Tensor softmax_by_parts(const Tensor& input, int64_t dim) {
   }
   const Tensor exponentials = (input - input.detach().amax(dim, /*keepdim=*/true)).exp();
   return exponentials / exponentials.sum(dim, /*keepdim=*/true);
+}
+
+bool is_zero_asked_for(uint32_t i) {
+  const auto* asked_for = torch::autograd::get_current_graph_task_exec_info();
+  if (asked_for && !asked_for->empty()) {
+    return true;
+  }
+  const auto node = torch::autograd::get_current_node();
+  const auto* leaf = node ? dynamic_cast<torch::autograd::AccumulateGrad*>(node->next_edge(i).function.get())
+                          : nullptr;
+  return leaf && !leaf->variable.grad().defined();
 }
 
 namespace {

@@ -79,6 +79,11 @@ class StockKernel {
 };
 
 // Registrations at the Autograd key of PyTorch's own ops, as long as it lives.
+// Whether someone would miss a gradient that is 0 and not there: that of the running node's i-th operand.
+// autograd.grad raises where it finds none, and a leaf's grad would stay None. In backward() what comes before
+// then has less to do.
+bool is_zero_asked_for(uint32_t i);
+
 class AtenAutograd {
  public:
   template <class Kernel>

@@ -10,7 +10,7 @@
 from importlib.metadata import version as _version
 
 from . import _load, functional, kernels, modules
-from .fuse import fuse
+from .fuse import fuse, unfuse
 from .modules import *  # noqa: F403
 from .switch import is_fused_double_backward_enabled, set_fused_double_backward
 
@@ -20,6 +20,7 @@ __all__ = [
     "fuse",
     "is_fused_double_backward_enabled",
     "set_fused_double_backward",
+    "unfuse",
 ]
 
 _load.load()

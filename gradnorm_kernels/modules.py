@@ -7,6 +7,7 @@ every derivative is computed from the input.
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -32,6 +33,7 @@ __all__ = [
     "FusedLayerNorm",
     "FusedLeakyReLU",
     "FusedMish",
+    "FusedMultiheadAttention",
     "FusedRMSNorm",
     "FusedReLU",
     "FusedReLU6",
@@ -275,6 +277,78 @@ class FusedConv3d(_FusedConv, nn.Conv3d):
         return functional.conv3d(input, weight, bias, self.stride, padding, self.dilation, self.groups)
 
 
+class FusedMultiheadAttention(nn.MultiheadAttention):
+    """:class:`torch.nn.MultiheadAttention` that can be differentiated twice, with a fused double backward.
+
+    Calls that ask for ``need_weights`` (the default), unbatched or nested input and the options
+    ``add_bias_kv`` and ``add_zero_attn`` run PyTorch's own forward.
+    """
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        plain = query.dim() == 3 and not query.is_nested and self.bias_k is None and not self.add_zero_attn
+        if need_weights or not plain or (is_causal and attn_mask is None):
+            return super().forward(
+                query,
+                key,
+                value,
+                key_padding_mask,
+                need_weights,
+                attn_mask,
+                average_attn_weights,
+                is_causal,
+            )
+        first = query if self.batch_first else query.transpose(0, 1)
+        batch, heads = first.shape[0], self.num_heads
+        # is_causal only says what the mask is.
+        mask = _attention_mask(attn_mask, key_padding_mask, batch, heads, query.dtype)
+        dropout = self.dropout if self.training else 0.0
+        if query is key and key is value and self._qkv_same_embed_dim and not dropout:
+            qkv = F.linear(first, self.in_proj_weight, self.in_proj_bias)
+            output = functional.qkv_attention(qkv.unflatten(-1, (3, heads, self.head_dim)), mask)
+        else:
+            tensors = first, *(t if self.batch_first else t.transpose(0, 1) for t in (key, value))
+            weights: Any = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
+            weights = self.in_proj_weight.chunk(3) if self._qkv_same_embed_dim else weights
+            biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+            q, k, v = (
+                F.linear(t, weight, bias).unflatten(-1, (heads, self.head_dim)).transpose(1, 2)
+                for t, weight, bias in zip(tensors, weights, biases, strict=True)
+            )
+            output = functional.scaled_dot_product_attention(q, k, v, mask, dropout).transpose(1, 2)
+        output = self.out_proj(output.flatten(2))
+        return output if self.batch_first else output.transpose(0, 1), None
+
+
+def _attention_mask(
+    attn_mask: Tensor | None, key_padding_mask: Tensor | None, batch: int, heads: int, dtype: torch.dtype
+) -> Tensor | None:
+    """The sum of (L, S) or (N * heads, L, S) and (N, S), either of which may say True where no key takes part."""
+
+    def additive(mask: Tensor) -> Tensor:
+        if mask.is_floating_point():
+            return mask.to(dtype)
+        if mask.dtype != torch.bool:
+            raise TypeError(f"MultiheadAttention: expected bool or floating masks, got {mask.dtype}")
+        return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -torch.inf)
+
+    masks = []
+    if attn_mask is not None:
+        masks.append(additive(attn_mask if attn_mask.dim() == 2 else attn_mask.unflatten(0, (batch, heads))))
+    if key_padding_mask is not None:
+        masks.append(additive(key_padding_mask)[:, None, None])
+    return sum(masks[1:], masks[0]) if masks else None
+
+
 # What fuse() swaps.
 REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
     fused.__bases__[-1]: fused
@@ -296,6 +370,7 @@ REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
         FusedLayerNorm,
         FusedLeakyReLU,
         FusedMish,
+        FusedMultiheadAttention,
         FusedRMSNorm,
         FusedReLU,
         FusedReLU6,

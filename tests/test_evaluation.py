@@ -453,6 +453,34 @@ class TestReports:
         messages = [str(warning.message) for warning in caught]
         assert sum("zero gradient" in message for message in messages) == 1
         assert sum("Square Attack has decreased" in message for message in messages) == 1
+        assert sum("exactly zero for 100.0%" in message for message in messages) == 1
+
+    @pytest.mark.parametrize("attack", ["apgd-ce", "pgd", "fgsm"])
+    def test_saturated_logits(self, trained, held_out, attack):
+        """Of which the softmax is 0 and 1 exactly; some images of them, or all."""
+        images, labels = held_out
+        some = torch.arange(len(images)) % 4 == 0
+        counted = evaluate(trained, images, labels, attack=attack, eps=EPS)
+        assert not counted.zero_gradient.any() and counted.gradient_masking == 0 and not counted.is_doubtful
+        for which in (some, ~some | some):
+            marked = images.clone()
+            marked[which, 0, 0, 0] = 1.0
+            sharp = Function(lambda x: trained(x) * torch.where(x[:, :1, 0, 0] > 0.9, 1e6, 1.0))
+            with pytest.warns(UserWarning, match=rf"gradient is exactly zero for .*{attack} at eps .*Square"):
+                result = evaluate(sharp, marked, labels, attack=attack, eps=1e-3)
+            assert torch.equal(result.zero_gradient, which & result.clean_correct)
+            share = (which & result.clean_correct).sum() / result.clean_correct.sum()
+            assert result.gradient_masking == pytest.approx(share.item()) and result.is_doubtful
+            assert result.to_dict()["gradient_masking"] == result.gradient_masking
+
+    @pytest.mark.parametrize("attack", ["pgd", "fgsm"])
+    def test_perturbations_that_the_model_rounds_away(self, trained, held_out, attack):
+        images = held_out[0].round()
+        half = Function(lambda x: trained(x.float()))
+        half.scale = nn.Parameter(torch.ones((), dtype=torch.bfloat16))
+        with pytest.warns(UserWarning, match=f"{attack} changed no image that the model sees"):
+            result = evaluate(half, images * 0.5 + 0.5, held_out[1], attack=attack, eps=1e-6)
+        assert result.unmoved == [attack] and result.is_doubtful and result.to_dict()["is_doubtful"]
 
 
 class TestErrors:
@@ -462,6 +490,8 @@ class TestErrors:
             (TypeError, "model", {"model": lambda images: images}),
             (ValueError, "model", {"model": nn.Identity()}),
             (ValueError, "model", {"model": nn.Flatten(0)}),
+            (TypeError, "model", {"model": Function(lambda images: (images.flatten(1),))}),
+            (TypeError, "model", {"model": Function(lambda images: {"logits": images.flatten(1)})}),
             (TypeError, "images", {"images": [0.5]}),
             (TypeError, "images", {"images": torch.zeros(60, 1, 8, 8, dtype=torch.uint8)}),
             (ValueError, "images", {"images": torch.zeros(60, 8, 8)}),
@@ -493,12 +523,13 @@ class TestErrors:
         with pytest.raises(error, match=f"^{name}:"):
             evaluate(**arguments)
 
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
     @pytest.mark.parametrize("attack", ["apgd-ce", "pgd", "fgsm"])
-    def test_nan_logits_are_no_success_of_the_attack(self, trained, held_out, attack):
+    def test_logits_that_are_not_finite_are_no_success_of_either(self, trained, held_out, attack, value):
         def undefined(images):
-            """NaN off the grid of the digits' 17 levels."""
+            """Off the grid of the digits' 17 levels."""
             off = (images * 16).frac().flatten(1).amax(1) > 0
-            return trained(images).masked_fill(off.unsqueeze(1), float("nan"))
+            return trained(images).masked_fill(off.unsqueeze(1), value)
 
         with pytest.raises(ValueError, match=f"^model: logits of the images that {attack} made are NaN"):
             evaluate(Function(undefined), *held_out, attack=attack, eps=0.01)

@@ -7,6 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
 
 import gradnorm_kernels as gk
 
@@ -79,6 +82,135 @@ def test_fuse_is_idempotent_and_survives_copy_and_pickle():
         assert type(clone[1]) is gk.FusedGeLU
         assert torch.equal(clone(x), model(x))
     make_model().double().load_state_dict(model.state_dict())
+
+
+def test_unfuse_is_the_inverse_of_fuse():
+    parts = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Mish(inplace=True), gk.FusedGeLU()]
+    model = nn.Sequential(*parts, weight_norm(nn.Conv2d(4, 4, 1)), nn.TransformerEncoderLayer(4, 2, activation="gelu"))
+    before = [(type(m), dict(m.__dict__)) for m in model.modules()]
+    gk.fuse(gk.fuse(model))
+    assert type(model[3]) is gk.FusedMish and model[6].activation is gk.functional.gelu
+    gk.unfuse(model[2]), gk.fuse(model[2])
+    model = copy.deepcopy(model)
+    assert gk.unfuse(gk.unfuse(model)) is model
+    for module, (kind, attributes) in zip(model.modules(), before, strict=True):
+        assert module.__dict__.keys() == attributes.keys()
+        # A parametrised module has a class of its own.
+        assert type(module) is kind or type(module).__bases__ == kind.__bases__ == (nn.Conv2d,)
+    assert model[2].inplace and model[6].activation is F.gelu and type(model[4]) is gk.FusedGeLU
+    with pytest.raises(TypeError, match="unfuse: expected model"):
+        gk.unfuse("model")
+
+
+@pytest.mark.parametrize("parametrise", [weight_norm, spectral_norm, orthogonal], ids=lambda f: f.__name__)
+def test_parametrised_modules(parametrise, capsys):
+    """Swapped like any other; the parametrisation may come and go before and after."""
+    torch.manual_seed(0)
+    stock = nn.Sequential(parametrise(nn.Conv1d(4, 4, 3, groups=2)), nn.GELU()).double().eval()
+    fused = copy.deepcopy(stock)
+    gk.fuse(fused, dry_run=True)
+    assert "torch.nn.Conv1d -> FusedConv1d" in capsys.readouterr().out
+    assert isinstance(gk.fuse(fused)[0], gk.FusedConv1d)
+    x = torch.randn(2, 4, 5, dtype=torch.float64)
+    for ours, theirs in zip(penalised_gradients(fused, x), penalised_gradients(stock, x), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert gk.fuse(fused)[0].weight.shape == (4, 2, 3)
+    parametrize.remove_parametrizations(fused[0], "weight")
+    assert type(fused[0]) is gk.FusedConv1d
+    parametrise(fused[0])
+    before = fused(x)
+    assert type(gk.unfuse(fused)[0]).__bases__ == (nn.Conv1d,)
+    torch.testing.assert_close(fused(x), before)
+
+
+class Attending(nn.Module):
+    """Self- and cross-attention with every kind of mask."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(12, 3, **options)
+        self.is_self = options.get("kdim") is None
+
+    def forward(self, x):
+        batch, n = (x.shape[0], x.shape[1]) if self.attention.batch_first else (x.shape[1], x.shape[0])
+        torch.manual_seed(1)
+        other = x if self.is_self else torch.randn(*x.shape[:2], 5, dtype=x.dtype)
+        padding = torch.zeros(batch, n, dtype=torch.bool)
+        padding[0, 1] = True
+        masks = [None, torch.ones(n, n, dtype=torch.bool).triu(1), torch.randn(3 * batch, n, n, dtype=x.dtype)]
+        total = 0
+        for mask in masks:
+            for pad in (None, padding):
+                if mask is not None and mask.is_floating_point() and pad is not None:
+                    pad = pad.to(x.dtype)
+                causal = mask is masks[1]
+                total = total + self.attention(
+                    x, other, other, pad, attn_mask=mask, is_causal=causal, need_weights=False
+                )[0]
+        weights = self.attention(x, other, other)
+        return total + weights[0] + weights[1].sum()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Attending(),
+        lambda: Attending(batch_first=True, bias=False),
+        lambda: Attending(kdim=5, vdim=5, batch_first=True),
+        lambda: Attending(add_bias_kv=True, add_zero_attn=True),
+        lambda: nn.TransformerEncoderLayer(12, 3, 24, 0.0, "gelu", batch_first=True, norm_first=True),
+        lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(12, 3, 24, 0.0), 2, enable_nested_tensor=False),
+    ],
+)
+def test_attention_modules_of_torch(make):
+    torch.manual_seed(0)
+    stock = make().double()
+    fused = gk.fuse(copy.deepcopy(stock))
+    assert any(type(m) is gk.FusedMultiheadAttention for m in fused.modules())
+    x = torch.randn(4, 5, 12, dtype=torch.float64)
+    torch.testing.assert_close(fused(x), stock(x))
+    with sdpa_kernel(SDPBackend.MATH):  # the only one that can be differentiated twice
+        expected = penalised_gradients(stock, x)
+        results = penalised_gradients(fused, x)
+    for ours, theirs in zip(results, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    with torch.no_grad():
+        torch.testing.assert_close(fused.eval()(x), stock.eval()(x))
+
+
+def test_a_decoder_of_torch():
+    torch.manual_seed(0)
+    stock = nn.Transformer(12, 3, 1, 1, 24, 0.0, "gelu", batch_first=True).double()
+    fused = gk.fuse(copy.deepcopy(stock))
+    target = torch.randn(2, 4, 12, dtype=torch.float64)
+    x = torch.randn(2, 5, 12, dtype=torch.float64)
+
+    def gradients(model):
+        bound = nn.Module()
+        bound.parameters = model.parameters
+        mask = nn.Transformer.generate_square_subsequent_mask(4, dtype=torch.float64)
+        bound.forward = lambda x: model(x, target, tgt_mask=mask, tgt_is_causal=True)
+        return penalised_gradients(bound, x)
+
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = gradients(stock)
+    for ours, theirs in zip(gradients(fused), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_dropout_in_attention_is_drawn_as_stock_draws_it():
+    stock = nn.MultiheadAttention(12, 3, dropout=0.5, batch_first=True)
+    fused = gk.fuse(copy.deepcopy(stock))
+    x = torch.randn(2, 5, 12)
+    outputs = []
+    for model in (stock, fused):
+        torch.manual_seed(3)
+        with sdpa_kernel(SDPBackend.MATH):
+            outputs.append(model(x, x, x, need_weights=False)[0])
+    torch.testing.assert_close(*outputs)
+    assert not torch.equal(fused(x, x, x, need_weights=False)[0], outputs[1])
+    with pytest.raises(TypeError, match="expected bool or floating masks"):
+        fused(x, x, x, attn_mask=torch.ones(5, 5, dtype=torch.int64), need_weights=False)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")

@@ -1,11 +1,13 @@
 """The objectives against transcriptions of their formulas, and the engines against one another."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import gradnorm_kernels as gk
 from gradnorm_kernels.training import AdversarialLoss, EdgeLoss, GradientNormLoss, NaturalLoss
@@ -143,6 +145,8 @@ class TestGradientNorm:
             (ValueError, "targets", {"targets": torch.tensor([0, 1, 2, 3, -100])}),
             (ValueError, "targets", {"targets": torch.zeros(5, dtype=torch.int64, device="meta")}),
             (ValueError, "model", {"model": lambda images: images}),
+            (TypeError, "model", {"model": lambda images: (images.flatten(1), images)}),
+            (TypeError, "model", {"model": lambda images: {"logits": images.flatten(1)}}),
         ],
     )
     @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -294,6 +298,28 @@ class TestEngines:
             objective(small_model(torch.bfloat16), images.bfloat16(), targets, epoch=0)
         with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="autocast"):
             objective(small_model(torch.float32), images, targets, epoch=0)
+
+    @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+    @pytest.mark.parametrize("use_reentrant", [False, True])
+    def test_activation_checkpointing(self, use_reentrant):
+        """Right, or an error that names both."""
+
+        def checkpointed(x):
+            return model[1:](checkpoint(model[0], x, use_reentrant=use_reentrant))
+
+        model, batch = small_model(), sample_batch()
+        exact = GradientNormLoss(ramp_epochs=0)
+        wanted = exact(model, *batch, epoch=0).total
+        refusal = pytest.raises(RuntimeError, match=r"forward_over_reverse: .*activation checkpointing")
+        with refusal:
+            replace(exact, engine="forward_over_reverse")(checkpointed, *batch, epoch=0)
+        if not use_reentrant:
+            torch.testing.assert_close(exact(checkpointed, *batch, epoch=0).total, wanted)
+        # Which saves tensors elsewhere, and computes nothing again.
+        with torch.autograd.graph.save_on_cpu():
+            loss = replace(exact, engine="forward_over_reverse")(model, *batch, epoch=0)
+        torch.testing.assert_close(loss.total, wanted)
+        loss.total.backward()
 
     @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
     def test_forward_over_reverse_refuses_what_it_cannot_make_right(self):

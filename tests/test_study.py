@@ -1,6 +1,7 @@
 """The studies, on digits with the least of everything."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -61,6 +62,13 @@ def test_other_options_make_other_runs(tmp_path):
     assert len(list((tmp_path / "runs").iterdir())) == 2
     with pytest.raises(TrainingError, match="mode: the rows of objectives set it themselves"):
         study("objectives", tmp_path, changes={"mode": "eval"}, **options)
+
+
+def test_too_few_classes_fail_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(study_module, "load_data", lambda config: SimpleNamespace(num_classes=3))
+    with pytest.raises(TrainingError, match="attack: autoattack needs at least 4 classes, got 3"):
+        study("objectives", tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(

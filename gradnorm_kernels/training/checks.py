@@ -47,7 +47,9 @@ def check_pixels(images: Tensor) -> None:
         raise ValueError(f"images: expected pixels in [0, 1], got {low} to {high}")
 
 
-def check_logits(logits: Tensor, images: Tensor) -> None:
+def check_logits(logits: Any, images: Tensor) -> None:
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"model: expected it to return a tensor of logits, got {_kind(logits)}")
     if logits.ndim != 2 or len(logits) != len(images):
         raise ValueError(f"model: expected logits of shape ({len(images)}, C), got {tuple(logits.shape)}")
 

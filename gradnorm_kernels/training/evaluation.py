@@ -25,7 +25,7 @@ from pyautoattack.autopgd_base import APGDAttack
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .attacks import ATTACKS, NORMS, perturb
+from .attacks import ATTACKS, NORMS, input_gradient, perturb
 from .checks import check_choice, check_count, check_images, check_logits, check_non_negative, check_pixels
 from .files import write_text
 from .objectives.common import evaluated
@@ -33,6 +33,14 @@ from .objectives.common import evaluated
 __all__ = ["ATTACKS", "Robustness", "evaluate", "robustness_curve"]
 
 _STEPS = {"apgd-ce": 100, "pgd": 20}  # 100 as in AutoAttack
+# Of the images that could be attacked; fewer may be chance, such as those that a network maps to a constant.
+_MASKED = 0.01
+
+_OWN = ("pgd", "fgsm")
+FEW_CLASSES = (
+    "autoattack needs at least 4 classes, got {}: its targeted DLR loss is undefined for fewer; apgd-ce or pgd"
+    " will do"
+)
 
 Attack = Callable[[Tensor, Tensor], Tensor]
 
@@ -72,13 +80,29 @@ class Robustness(_Settings):
             left; empty where ``eps`` is 0.
         clean_correct: (N,) bool, on the CPU: classified correctly without attack.
         robust: (N,) bool, on the CPU: also under all attacks.
+        zero_gradient: (N,) bool, on the CPU: classified correctly, but the cross-entropy's gradient by the
+            pixels, which the attacks but Square follow, is exactly zero (gradient masking: Athalye et al.,
+            https://arxiv.org/abs/1802.00420). All False where ``eps`` is 0.
+        unmoved: the attacks that changed no image, as the model sees them.
         seconds: of computation, over all the runs that a resumed evaluation took.
     """
 
     accuracies: dict[str, float]
     clean_correct: Tensor = field(repr=False)
     robust: Tensor = field(repr=False)
+    zero_gradient: Tensor = field(repr=False)
+    unmoved: list[str]
     seconds: float
+
+    @property
+    def gradient_masking(self) -> float:
+        """The share of the correctly classified images whose gradient is exactly zero."""
+        return int(self.zero_gradient.sum()) / max(int(self.clean_correct.sum()), 1)
+
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether the attacks had nothing to follow, or moved nothing: then more images may be fooled."""
+        return self.gradient_masking >= _MASKED or bool(self.unmoved)
 
     @property
     def images(self) -> int:
@@ -101,8 +125,12 @@ class Robustness(_Settings):
             "clean_accuracy": self.clean_accuracy,
             "robust_accuracy": self.robust_accuracy,
             "accuracies": dict(self.accuracies),
+            "gradient_masking": self.gradient_masking,
+            "is_doubtful": self.is_doubtful,
+            "unmoved": list(self.unmoved),
             "clean_correct": self.clean_correct.tolist(),
             "robust": self.robust.tolist(),
+            "zero_gradient": self.zero_gradient.tolist(),
             "seconds": self.seconds,
         }
 
@@ -141,7 +169,9 @@ def evaluate(
     Warns:
         UserWarning: what AutoAttack has to say of the model, once each: that it is random, returns
             probabilities, computes gradients in its forward, has zero gradients, or that Square fooled it
-            where the gradients did not. All make the result doubtful.
+            where the gradients did not; and of any attack, that gradients are exactly zero for 1% or more of
+            the images (:attr:`Robustness.gradient_masking`), or that it changed no image. All make the result
+            doubtful: the robust accuracy is an upper bound.
 
     Args:
         model: from pixels in [0, 1], (B, C, H, W), to logits (B, K); normalisation belongs inside it.
@@ -161,7 +191,7 @@ def evaluate(
     Raises:
         TypeError: if ``model`` is no module, or ``images`` or ``labels`` is no tensor of a suitable dtype.
         ValueError: if another argument, a shape or a value does not fit; if ``state_path`` holds another
-            evaluation, or is no such file; if logits are NaN; if AutoAttack is to attack fewer than 4
+            evaluation, or is no such file; if logits are NaN or infinite; if AutoAttack is to attack fewer than 4
             classes, for which its targeted DLR loss is undefined
             (https://github.com/fra31/auto-attack/issues/70).
     """
@@ -182,8 +212,10 @@ def evaluate(
             if name not in state.accuracies:
                 _run(name, run, target, state, file, progress)
         checks.check_square_sr({"clean": _share(state.clean_correct), **state.accuracies}, logger=warner)
-    found = {name: getattr(state, name) for name in ("accuracies", "clean_correct", "robust", "seconds")}
-    return Robustness(**asdict(settings), **found)
+    measured = {item.name for item in fields(Robustness)} - {item.name for item in fields(_Settings)}
+    result = Robustness(**asdict(settings), **{name: getattr(state, name) for name in measured})
+    _warn(result)
+    return result
 
 
 def robustness_curve(
@@ -234,15 +266,17 @@ class _Target:
 
     def logits(self, pixels: Tensor) -> Tensor:
         """(B, K) float32, in which the attacks calculate."""
-        return self.model(pixels.to(self.dtype)).float()
+        logits = self.model(pixels.to(self.dtype))
+        check_logits(logits, pixels)
+        return logits.float()
 
     def predict(self, pixels: Tensor, which: str) -> tuple[Tensor, int]:
         """The class of each image, and the number of classes; ``which`` names the images in errors."""
         logits = self.logits(pixels)
-        check_logits(logits, pixels)
-        # The class of NaN is none in particular, so that they would count as fooled.
-        if logits.isnan().any():
-            raise ValueError(f"model: logits of {which} are NaN")
+        # The class of NaN is none in particular, so that they would count as fooled; of infinite ones the
+        # gradient is NaN, so that none could be.
+        if not logits.isfinite().all():
+            raise ValueError(f"model: logits of {which} are NaN or infinite")
         return logits.max(dim=1)[1], logits.shape[1]
 
     def batches(self, indices: Tensor, start: int = 0) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -262,18 +296,23 @@ class _State:
         clean_correct: (N,) bool.
         robust: (N,) bool: not fooled so far.
         pending: (N,) bool: ``robust`` when the current attack began, which determines its batches.
+        zero_gradient, unmoved: those of :class:`Robustness`; ``moved`` is whether the current attack has
+            changed an image.
     """
 
     classes: int
     clean_correct: Tensor
     robust: Tensor
     pending: Tensor
+    zero_gradient: Tensor
+    unmoved: list[str] = field(default_factory=list)
+    moved: bool = False
     batches: int = 0
     accuracies: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
 
 
-_MASKS = ("clean_correct", "robust", "pending")
+_MASKS = ("clean_correct", "robust", "pending", "zero_gradient")
 
 
 class _StateFile:
@@ -329,31 +368,35 @@ def _clean_pass(target: _Target, settings: _Settings) -> _State:
         ValueError: if the logits, or the number of classes, do not suit the labels or the attack.
     """
     start = time.perf_counter()
-    correct = torch.zeros(len(target.images), dtype=torch.bool)
+    correct, zero = (torch.zeros(len(target.images), dtype=torch.bool) for _ in range(2))
     classes = 0
     for indices, x, y in target.batches(torch.arange(len(correct))):
         predicted, classes = target.predict(x, "the images")
         if y.max() >= classes:
             raise ValueError(f"labels: expected class indices from 0 to {classes - 1}, got {int(y.max())}")
         if settings.attack == "autoattack" and settings.eps and classes < 4:
-            why = "its targeted DLR loss is undefined for fewer; apgd-ce or pgd will do"
-            raise ValueError(f"attack: autoattack needs at least 4 classes, got {classes}: {why}")
+            raise ValueError(f"attack: {FEW_CLASSES.format(classes)}")
         correct[indices] = (predicted == y).cpu()
+        if settings.eps:
+            gradient = input_gradient(target.logits, x, y).flatten(1)
+            zero[indices] = ((gradient == 0).all(1) & (predicted == y)).cpu()
     seconds = time.perf_counter() - start
-    return _State(classes, correct, correct.clone(), correct.clone(), seconds=seconds)
+    return _State(classes, correct, correct.clone(), correct.clone(), zero, seconds=seconds)
 
 
 def _run(name: str, attack: Attack, target: _Target, state: _State, file: _StateFile, progress: bool) -> None:
     """Runs what is left of an attack, and brings ``state`` and ``file`` up to date after each batch."""
     if not state.batches:
-        state.pending = state.robust.clone()
+        state.pending, state.moved = state.robust.clone(), False
     indices = state.pending.nonzero().flatten()
     done = min(state.batches * target.batch_size, len(indices))
     with tqdm(total=len(indices), initial=done, desc=name, unit="image", disable=not progress) as bar:
         start = time.perf_counter()
         for part, x, y in target.batches(indices, state.batches):
-            predicted, _ = target.predict(attack(x, y), f"the images that {name} made")
+            attacked = attack(x, y)
+            predicted, _ = target.predict(attacked, f"the images that {name} made")
             state.robust[part[(predicted != y).cpu()]] = False
+            state.moved |= not torch.equal(attacked.to(target.dtype), x.to(target.dtype))
             state.batches += 1
             now = time.perf_counter()
             state.seconds, start = state.seconds + now - start, now
@@ -361,6 +404,9 @@ def _run(name: str, attack: Attack, target: _Target, state: _State, file: _State
             bar.set_postfix_str(f"robust accuracy {_share(state.robust):.2%}", refresh=False)
             bar.update(len(part))
     state.accuracies[name] = _share(state.robust)
+    # The others return what does not fool the model as it was.
+    if name in _OWN and len(indices) and not state.moved:
+        state.unmoved.append(name)
     state.batches = 0
     file.write(state)
 
@@ -397,6 +443,17 @@ def _attacks(target: _Target, settings: _Settings, classes: int, warner: "_Warne
         return perturb(target.logits, x, y, eps=eps, norm=norm, generator=generator, **start)
 
     return {settings.attack: descend}
+
+
+def _warn(result: Robustness) -> None:
+    bound = f"{result.attack} at eps {result.eps:g} gives an upper bound of the robust accuracy"
+    remedy = "Square, the last attack of autoattack, follows no gradient"
+    if result.gradient_masking >= _MASKED:
+        share = f"{result.gradient_masking:.1%} of the images that the model classifies correctly"
+        why = f"gradient masking: the cross-entropy's gradient is exactly zero for {share}"
+        warnings.warn(f"{why}, so that {bound}; {remedy}", stacklevel=3)
+    for name in result.unmoved:
+        warnings.warn(f"{name} changed no image that the model sees, so that {bound}; {remedy}", stacklevel=3)
 
 
 class _Warner:

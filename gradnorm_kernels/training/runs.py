@@ -37,6 +37,9 @@ class Evaluation:
         for result in self.results:
             left = (f"{result.accuracies[name]:.2%}" if name in result.accuracies else "" for name in attacks)
             rows.append([f"{result.eps:.4g}", f"{result.clean_accuracy:.2%}", *left, str(result.images)])
+        if any(result.is_doubtful for result in self.results):
+            doubts = (f"{r.gradient_masking:.1%}" if r.is_doubtful else "" for r in self.results)
+            rows = [[*row, doubt] for row, doubt in zip(rows, ["zero gradient", *doubts], strict=True)]
         return text_table(rows)
 
 

@@ -15,6 +15,7 @@ from .._json import by_line
 from .attacks import input_gradient
 from .config import MAY_CHANGE, TrainConfig, load_recipe
 from .data import Data, load_data
+from .evaluation import FEW_CLASSES
 from .files import CHECKPOINT, load_checkpoint, write_text
 from .models import load_model
 from .objectives.edge import edges
@@ -89,6 +90,8 @@ class Row:
     """One kind of training. Lists have one entry a seed; accuracies are shares of 1.
 
     Attributes:
+        gradient_masking: :attr:`~.evaluation.Robustness.gradient_masking`; where it is not 0, the robust
+            accuracies are upper bounds.
         step_seconds: median time of a training step.
         collapsed: by seed, the epoch in which the run collapsed, where it did: from which accuracy under
             APGD-CE stays below half of its best.
@@ -96,6 +99,7 @@ class Row:
 
     clean: list[float]
     robust: list[float]
+    gradient_masking: list[float]
     step_seconds: float
     histories: list[list[dict[str, Any]]] = field(repr=False)
     collapsed: list[int | None]
@@ -122,6 +126,8 @@ class Outcome:
         if reference := self.rows.get(self.study.reference):
             per_step = reference.step_seconds
             columns[f"step / {self.study.reference}"] = lambda row: f"{row.step_seconds / per_step:.2f}"
+        if any(map(any, (row.gradient_masking for row in self.rows.values()))):
+            columns["zero gradient"] = lambda row: _spread(row.gradient_masking)
         if self.study.per_epoch:
             columns["collapsed in epoch"] = lambda row: ", ".join(str(at or "no") for at in row.collapsed)
         cells = [[name, *(cell(row) for cell in columns.values())] for name, row in self.rows.items()]
@@ -195,6 +201,10 @@ def study(
     if chosen.per_epoch:
         options = {"robust_every": 1, **options}
     shared = TrainConfig(**options)
+    held_out = load_data(shared)
+    # Before the trainings, which take hours.
+    if attack == "autoattack" and held_out.num_classes < 4:
+        raise TrainingError(f"attack: {FEW_CLASSES.format(held_out.num_classes)}")
 
     configs = {
         row: replace(shared, **varied) for row, varied in chosen.rows.items() if only is None or row in only
@@ -204,7 +214,6 @@ def study(
         row: [_trained(replace(config, seed=config.seed + i), output / "runs") for i in range(seeds)]
         for row, config in configs.items()
     }
-    held_out = load_data(shared)
     first = {row: paths[0] for row, paths in runs.items()}
     # From their ends, since a fresh run's ramp would begin without the gradient norm.
     trainers = {
@@ -217,9 +226,10 @@ def study(
         results = [evaluate_run(path, attack=attack, n=n).results[0] for path in paths]
         clean = [result.clean_accuracy for result in results]
         robust = [result.robust_accuracy for result in results]
+        masking = [result.gradient_masking for result in results]
         histories = [load_checkpoint(path)["history"] for path in paths]
         collapsed = [_collapse(history, held_out.num_classes) for history in histories]
-        rows[row] = Row(clean, robust, seconds[row], histories, collapsed)
+        rows[row] = Row(clean, robust, masking, seconds[row], histories, collapsed)
     outcome = Outcome(chosen, shared, attack, min(n, len(held_out.evaluation)), rows)
     write_text(output / "study.json", by_line(outcome.to_dict()))
     write_text(output / "report.html", _report(outcome, held_out, first))

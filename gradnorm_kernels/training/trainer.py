@@ -239,6 +239,7 @@ class Trainer:
         return {
             "eval_gradient_norm": epsilon * gradients.abs().flatten(1).sum(1).mean().item(),
             "eval_apgd_accuracy": result.robust_accuracy,
+            "eval_gradient_masking": result.gradient_masking,
         }
 
     def state_dict(self) -> State:

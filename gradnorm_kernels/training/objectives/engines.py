@@ -55,6 +55,11 @@ def _forward_over_reverse(batch: Batch, norm: Norm, step: float) -> Tensor:
     with forward_ad.dual_level(), _NoNativeNormalisation() as native, _FusedNormalisation(native):
         try:
             logits = batch.logits_at(forward_ad.make_dual(batch.pixels.detach(), direction))
+        except NotImplementedError as error:
+            raise RuntimeError(
+                f"forward_over_reverse: {error} (such as that of reentrant activation checkpointing);"
+                " use double_backprop"
+            ) from error
         except RuntimeError as error:
             # TorchScript drops the message.
             raise (native.refused or error) from None
@@ -107,7 +112,9 @@ def _check_precision(batch: Batch) -> None:
 
 
 class _NoNativeNormalisation(TorchDispatchMode):
-    """Refuses PyTorch's normalisations, wrong in forward mode, where nothing replaced them (TorchScript)."""
+    """Refuses what is wrong in forward mode: PyTorch's normalisations, where nothing replaced them
+    (TorchScript), and activation checkpointing, which computes again without the tangents.
+    """
 
     trusted = False
     refused: RuntimeError | None = None
@@ -119,12 +126,17 @@ class _NoNativeNormalisation(TorchDispatchMode):
         names = [argument.name for argument in function._schema.arguments]
         training = dict(zip(names, args, strict=False)).get("training", True)
         if name in _UNSOUND and training and not self.trusted:
-            self.refused = RuntimeError(
-                f"forward_over_reverse: PyTorch differentiates {name} wrongly in forward mode;"
-                " call it through torch.nn.functional, or use another engine"
+            self._refuse(
+                f"PyTorch differentiates {name} wrongly in forward mode; call it through torch.nn.functional"
             )
-            raise self.refused
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+        if hooks and hooks[0].__module__ == "torch.utils.checkpoint":
+            self._refuse("activation checkpointing loses forward-mode derivatives; switch it off")
         return function(*args, **kwargs or {})
+
+    def _refuse(self, why: str) -> None:
+        self.refused = RuntimeError(f"forward_over_reverse: {why}, or use another engine")
+        raise self.refused
 
 
 class _FusedNormalisation(TorchFunctionMode):
