@@ -9,6 +9,10 @@
 namespace gradnorm_kernels::activation {
 namespace {
 
+// Whether PyTorch's own op is differentiated wrongly or not at all, so that the composite is made of others.
+template <class Definition>
+constexpr bool has_parts = requires { Definition::aten; };
+
 template <class Definition, class Make = decltype(&Definition::make)>
 struct ActivationOps;
 
@@ -98,7 +102,11 @@ struct ActivationOps<Definition, Act (*)(Params...)> {
       return record_forward<&Forward::by_aten, &Backward::by_switched>(*this);
     }
     static Tensor by_aten(const Forward& op) {
-      return std::apply([&](const auto&... p) { return Definition::composite(op.input, p...); }, op.params);
+      if constexpr (has_parts<Definition>) {
+        return Definition::aten(op.input);
+      } else {
+        return std::apply([&](const auto&... p) { return Definition::composite(op.input, p...); }, op.params);
+      }
     }
   };
 
@@ -240,6 +248,10 @@ struct ActivationOps<Definition, Act (*)(Params...)> {
     }
   };
 
+  struct OfInPlace : OfForward<&Backward::by_switched> {
+    static constexpr bool is_in_place = true;
+  };
+
   template <Tensor (*backward_op)(const Backward&)>
   struct OfBackward {
     using Settings = ActivationOps::Settings;
@@ -303,8 +315,17 @@ struct Silu : WithoutParams<gradnorm_kernels::Silu, &at::silu, &at::silu_backwar
   static constexpr auto name = "silu";
 };
 
-struct Mish : WithoutParams<gradnorm_kernels::Mish, &at::mish, &at::mish_backward> {
+// The derivatives of PyTorch's own are NaN where the exponential overflows.
+Tensor mish_by_parts(const Tensor& input) {
+  if (input.is_nested() || !is_elementwise_match(input, input)) {
+    return at::mish(input);
+  }
+  const Tensor x = to_opmath(input);
+  return (x * at::softplus(x).tanh()).to(input.scalar_type());
+}
+struct Mish : WithoutParams<gradnorm_kernels::Mish, &mish_by_parts, &at::mish_backward> {
   static constexpr auto name = "mish";
+  static constexpr auto aten = &at::mish;
 };
 
 struct Softplus : InAten<&at::softplus, &at::softplus_backward> {
@@ -371,6 +392,7 @@ Tensor hardsigmoid_by_parts(const Tensor& input) {
 struct Hardsigmoid
     : WithoutParams<gradnorm_kernels::Hardsigmoid, &hardsigmoid_by_parts, &at::hardsigmoid_backward> {
   static constexpr auto name = "hardsigmoid";
+  static constexpr auto aten = &at::hardsigmoid;
 };
 
 struct Hardswish : WithoutParams<gradnorm_kernels::Hardswish, &at::hardswish, &at::hardswish_backward> {
@@ -402,14 +424,42 @@ double unscalar(const at::Scalar& value) {
   return value.toDouble();
 }
 
-// An op of the signature (Tensor self), which PyTorch decomposes when its backward is to be differentiated.
+// An op of the signature (Tensor self), which PyTorch decomposes when its backward is to be differentiated, or
+// cannot differentiate twice.
 template <class Definition>
 struct AtenForward : Override<AtenForward<Definition>> {
   static Tensor autograd(c10::DispatchKeySet keys, const Tensor& self) {
+    if (has_parts<Definition> && is_differentiated_by_transform({self})) {
+      return Definition::composite(self);
+    }
     if (!is_covered(self, self)) {
       return AtenForward::template stock<Tensor>(keys, self);
     }
     return typename ActivationOps<Definition>::Forward(self).switched();
+  }
+};
+
+// An op of the signature (Tensor(a!) self, Params...) -> Tensor(a!).
+template <class Definition, auto aten, class... Params>
+struct AtenInPlace : Override<AtenInPlace<Definition, aten, Params...>> {
+  static Tensor& autograd(c10::DispatchKeySet keys, Tensor& self, Params... params) {
+    using Ops = ActivationOps<Definition>;
+    if (!torch::autograd::compute_requires_grad(self) || !is_covered(self, self) || !accepts(params...)) {
+      AtenInPlace::template stock<Tensor>(keys, self, params...);
+      return self;
+    }
+    record<typename Ops::OfInPlace>({self}, {unscalar(params)...}, [&](variable_list& saved) {
+      saved = {self.clone()};
+      aten(self, params...);
+      return variable_list{self};
+    });
+    return self;
+  }
+  static bool accepts(const Params&... params) try {
+    Definition::make(unscalar(params)...);
+    return true;
+  } catch (const c10::Error&) {
+    return false;
   }
 };
 
@@ -429,7 +479,7 @@ struct AtenEluBackward : Override<AtenEluBackward> {
   static Tensor autograd(
       c10::DispatchKeySet keys, const Tensor& grad_output, const at::Scalar& alpha, const at::Scalar& scale,
       const at::Scalar& input_scale, bool is_result, const Tensor& self_or_result) {
-    // is_result: elu_ saves its result, from which ours does not compute.
+    // is_result: of elu_ without the switch, whose result is saved, from which ours does not compute.
     if (is_result || input_scale.toDouble() < 0 || !is_covered(grad_output, self_or_result)) {
       return stock<Tensor>(keys, grad_output, alpha, scale, input_scale, is_result, self_or_result);
     }
@@ -477,6 +527,10 @@ struct AtenLeakyReluBackward : Override<AtenLeakyReluBackward> {
 const StockOverride override_aten([](AtenAutograd& m) {
   using namespace definitions;
   using Scalar = const at::Scalar&;
+  AtenForward<Hardsigmoid>::install(m, "hardsigmoid");
+  AtenInPlace<Elu, &at::elu_, Scalar, Scalar, Scalar>::install(m, "elu_");
+  AtenInPlace<Mish, &at::mish_>::install(m, "mish_");
+  AtenInPlace<Silu, &at::silu_>::install(m, "silu_");
   AtenForward<Silu>::install(m, "silu");
   AtenForward<Mish>::install(m, "mish");
   AtenBackward<Gelu, std::string_view>::install(m, "gelu_backward");

@@ -867,50 +867,105 @@ const Registration<
     Softmax, SoftmaxBackward, SoftmaxDoubleBackward>
     registration;
 
-// The backwards of PyTorch's fused attention, which it cannot differentiate. Whatever ours does not cover
-// stays PyTorch's. Boxed, since their schemas differ from op to op and between releases: arguments are found
-// by name.
-struct AtenAttentionBackward {
-  static inline std::map<std::string, StockKernel> stock;
+// PyTorch's fused attention, which it cannot differentiate twice, nor under torch.func and in forward mode.
+// Whatever ours does not cover stays PyTorch's. Boxed, since schemas differ from op to op and between releases:
+// arguments are found by name.
+std::map<std::string, StockKernel> stock;
 
-  static void autograd(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
-    const auto& schema = op.schema();
-    const auto arguments = torch::jit::last(*stack, schema.arguments().size());
-    const auto argument = [&](std::initializer_list<const char*> names) {
-      for (const auto* name : names) {
-        if (const auto index = schema.argumentIndexWithName(name)) {
-          return arguments[*index];
-        }
+struct AtenArguments {
+  const c10::FunctionSchema& schema;
+  at::ArrayRef<c10::IValue> values;
+
+  AtenArguments(const c10::OperatorHandle& op, const torch::jit::Stack& stack)
+      : schema(op.schema()), values(torch::jit::last(stack, schema.arguments().size())) {}
+  c10::IValue get(std::initializer_list<const char*> names) const {
+    for (const auto* name : names) {
+      if (const auto index = schema.argumentIndexWithName(name)) {
+        return values[*index];
       }
-      return c10::IValue();
-    };
-    const auto tensor = [&](std::initializer_list<const char*> names) {
-      return OptionalTensor(argument(names).toOptional<Tensor>());
-    };
-    const Tensor grad_output = tensor({"grad_out", "grad_out_"});
-    const Tensor query = tensor({"query"});
-    Tensor key = tensor({"key"}), value = tensor({"value"}), attn_mask = tensor({"attn_mask", "attn_bias"});
-    const bool is_plain = !torch::autograd::compute_requires_grad(grad_output, query, key, value, attn_mask) ||
-        needs_composite(grad_output, query, key, value, attn_mask) || argument({"dropout_p"}).toDouble() > 0;
-    const auto queries = is_plain ? 1 : queries_of_each_key(query, key);
-    if (queries > 1) {
-      key = key.repeat_interleave(queries, 1);
-      value = value.repeat_interleave(queries, 1);
     }
+    return c10::IValue();
+  }
+  Tensor tensor(std::initializer_list<const char*> names) const {
+    return OptionalTensor(get(names).toOptional<Tensor>());
+  }
+  std::optional<double> scale() const {
+    return get({"scale"}).toOptional<double>();
+  }
+  bool has_dropout() const {
+    return get({"dropout_p"}).toDouble() > 0;
+  }
+  Tensor attn_mask(const Tensor& query, const Tensor& key) const {
+    const Tensor mask = tensor({"attn_mask", "attn_bias"});
+    if (!get({"is_causal"}).toBool()) {
+      return mask;
+    }
+    const Tensor causal =
+        at::full_symint({query.sym_size(-2), key.sym_size(-2)}, -kInfinity, query.options()).triu(1);
+    return mask.defined() ? mask + causal : causal;
+  }
+};
+
+// In grouped-query attention, (N, heads, L, E) and fewer heads of keys and values.
+int64_t queries_of_each_key(const Tensor& query, const Tensor& key) {
+  if (query.dim() != 4 || key.dim() != 4 || key.size(1) == 0) {
+    return 1;
+  }
+  const auto heads = query.size(1), shared = key.size(1);
+  return heads % shared == 0 ? heads / shared : 1;
+}
+Tensor repeat_heads(const Tensor& tensor, int64_t times) {
+  return times > 1 ? tensor.repeat_interleave(times, 1) : tensor;
+}
+
+struct AtenAttention {
+  static void autograd(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+    const AtenArguments arguments(op, *stack);
+    const Tensor query = arguments.tensor({"query"}), key = arguments.tensor({"key"}),
+                 value = arguments.tensor({"value"});
+    const Tensor attn_mask = arguments.tensor({"attn_mask", "attn_bias"});
+    if (arguments.has_dropout() || !is_differentiated_by_transform({query, key, value, attn_mask})) {
+      stock.at(op.operator_name().name).call_boxed(keys, *stack);
+      return;
+    }
+    const auto times = queries_of_each_key(query, key);
+    const Tensor k = repeat_heads(key, times), v = repeat_heads(value, times);
+    const Tensor output =
+        Op<Forward<Separate>>{{{query, k, v}, arguments.attn_mask(query, key), arguments.scale()}}
+            .composite();
+    // What else it returns is of use to its own backward alone.
+    for (auto argument = stack->end() - arguments.values.size(); argument != stack->end(); ++argument) {
+      if (argument->isTensor() && argument->toTensor().defined()) {
+        *argument = argument->toTensor().detach();
+      }
+    }
+    op.callBoxed(stack);
+    (*stack)[stack->size() - op.schema().returns().size()] = output;
+  }
+};
+
+struct AtenAttentionBackward {
+  static void autograd(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+    const AtenArguments arguments(op, *stack);
+    const Tensor grad_output = arguments.tensor({"grad_out", "grad_out_"});
+    const Tensor query = arguments.tensor({"query"});
+    Tensor key = arguments.tensor({"key"}), value = arguments.tensor({"value"});
+    Tensor attn_mask = arguments.tensor({"attn_mask", "attn_bias"});
+    const bool is_plain = !torch::autograd::compute_requires_grad(grad_output, query, key, value, attn_mask) ||
+        needs_composite(grad_output, query, key, value, attn_mask) || arguments.has_dropout();
+    const auto queries = is_plain ? 1 : queries_of_each_key(query, key);
+    key = repeat_heads(key, queries);
+    value = repeat_heads(value, queries);
     if (is_plain || !covers({grad_output, {query, key, value}, attn_mask})) {
       stock.at(op.operator_name().name).call_boxed(keys, *stack);
       return;
     }
-    if (argument({"is_causal"}).toBool()) {
-      const Tensor causal =
-          at::full_symint({query.sym_size(-2), key.sym_size(-2)}, -kInfinity, query.options()).triu(1);
-      attn_mask = attn_mask.defined() ? attn_mask + causal : causal;
-    }
-    const auto scale = argument({"scale"}).toOptional<double>();
+    attn_mask = arguments.attn_mask(query, key);
+    const auto scale = arguments.scale();
     // Not all of these ops return a gradient of the mask.
-    const auto count = schema.returns().size();
+    const auto count = arguments.schema.returns().size();
     if (queries > 1) {
-      torch::jit::drop(*stack, schema.arguments().size());
+      torch::jit::drop(*stack, arguments.values.size());
       const auto of_mask = attn_mask.defined() && attn_mask.requires_grad();
       auto [grad_query, grad_key, grad_value, grad_mask] = call(
           Op<Backward<Separate>>{
@@ -938,14 +993,6 @@ struct AtenAttentionBackward {
     stack->insert(stack->end(), grads.begin(), grads.begin() + count);
   }
 
-  // In grouped-query attention, (N, heads, L, E) and fewer heads of keys and values.
-  static int64_t queries_of_each_key(const Tensor& query, const Tensor& key) {
-    if (query.dim() != 4 || key.dim() != 4 || key.size(1) == 0) {
-      return 1;
-    }
-    const auto heads = query.size(1), shared = key.size(1);
-    return heads % shared == 0 ? heads / shared : 1;
-  }
   static bool covers(const Backward<Separate>& backward) try {
     backward.pass();
     return true;
@@ -953,19 +1000,23 @@ struct AtenAttentionBackward {
     return false;
   }
 
-  static void install(AtenAutograd& aten) {
-    for (const std::string kernels :
-         {"flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention"}) {
-      const auto name = "aten::_scaled_dot_product_" + kernels + "_backward";
-      if (c10::Dispatcher::singleton().findSchema({name, ""})) {
-        stock.try_emplace(name, name.c_str());
-        aten.impl(name.c_str(), torch::CppFunction::makeFromBoxedFunction<&autograd>());
-      }
-    }
-  }
 };
 
-const StockOverride override_aten(&AtenAttentionBackward::install);
+template <class Aten>
+void install(AtenAutograd& aten, const std::string& name) {
+  if (c10::Dispatcher::singleton().findSchema({name, ""})) {
+    stock.try_emplace(name, name.c_str());
+    aten.impl(name.c_str(), torch::CppFunction::makeFromBoxedFunction<&Aten::autograd>());
+  }
+}
+const StockOverride override_aten([](AtenAutograd& aten) {
+  for (const std::string kernels :
+       {"flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention"}) {
+    const auto name = "aten::_scaled_dot_product_" + kernels;
+    install<AtenAttention>(aten, name);
+    install<AtenAttentionBackward>(aten, name + "_backward");
+  }
+});
 
 }  // namespace
 }  // namespace gradnorm_kernels::attention

@@ -501,6 +501,25 @@ bool is_covered(
          is_real(s.mean()) && is_real(s.var_or_invstd());
 }
 
+struct AtenBatchNorm : Override<AtenBatchNorm> {
+  static TensorTriple autograd(
+      c10::DispatchKeySet keys, const Tensor& input, const std::optional<Tensor>& weight,
+      const std::optional<Tensor>& bias, const std::optional<Tensor>& running_mean,
+      const std::optional<Tensor>& running_var, bool training, double momentum, double eps) {
+    const Forward op{input, weight, bias, running_mean, running_var, training, momentum, eps};
+    // With running statistics alone, which are constants, PyTorch's own is right.
+    if (!training || input.sym_numel() == 0 ||
+        !is_differentiated_by_transform({input, op.weight, op.bias})) {
+      return stock<TensorTriple>(
+          keys, input, weight, bias, running_mean, running_var, training, momentum, eps);
+    }
+    const auto [output, mean, invstd] = at::native_batch_norm(
+        input.detach(), {}, {}, running_mean, running_var, training, momentum, eps);
+    const auto normal = normalized(input, input, {{}, {}, {}, {}, training, eps});
+    return {normal.affine(op.weight, op.bias).to(input.scalar_type()), mean, invstd};
+  }
+};
+
 struct AtenBatchNormBackward : Override<AtenBatchNormBackward> {
   static TensorTriple autograd(
       c10::DispatchKeySet keys, const Tensor& grad_out, const Tensor& input,
@@ -542,6 +561,7 @@ struct AtenCudnnBatchNormBackward : Override<AtenCudnnBatchNormBackward> {
 };
 
 const StockOverride override_aten([](AtenAutograd& m) {
+  AtenBatchNorm::install(m, "native_batch_norm");
   AtenBatchNormBackward::install(m, "native_batch_norm_backward");
   AtenCudnnBatchNormBackward::install(m, "cudnn_batch_norm_backward");
 });

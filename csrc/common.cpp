@@ -4,6 +4,7 @@
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 
 #include <torch/csrc/autograd/functions/accumulate_grad.h>
+#include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/graph_task.h>
 
 #include <memory>
@@ -34,6 +35,21 @@ bool is_supported_dtype(at::ScalarType dtype) {
 }
 
 }  // namespace
+
+bool is_differentiated_by_transform(std::initializer_list<Tensor> tensors) {
+  bool has_tangent = false, requires_grad = false;
+  for (const auto& tensor : tensors) {
+    if (!tensor.defined()) {
+      continue;
+    }
+    if (!is_supported_dtype(tensor.scalar_type()) || tensor.is_nested() || tensor.layout() != at::kStrided) {
+      return false;
+    }
+    has_tangent |= tensor._fw_grad(/*level=*/0).defined();
+    requires_grad |= torch::autograd::compute_requires_grad(tensor);
+  }
+  return has_tangent || (requires_grad && is_transforming());
+}
 
 void check_floating(const char* op, std::initializer_list<NamedTensor> tensors, bool same_dtype) {
   const auto& first = *tensors.begin();

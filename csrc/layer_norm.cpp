@@ -671,6 +671,19 @@ const Registration<
 
 // PyTorch's own ops. Whatever ours do not cover stays PyTorch's.
 
+struct AtenLayerNorm : Override<AtenLayerNorm> {
+  static TensorTriple autograd(
+      c10::DispatchKeySet keys, const Tensor& input, c10::SymIntArrayRef normalized_shape,
+      const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, double eps) {
+    const LayerNorm op{input, normalized_shape, weight, bias, eps};
+    if (!is_differentiated_by_transform({input, op.weight, op.bias})) {
+      return stock<TensorTriple>(keys, input, normalized_shape, weight, bias, eps);
+    }
+    const auto rows = op.pass().normalized_last(normalized_shape, Statistics::kCentred);
+    return {op.pass().output(rows), rows.mean_of_input, rows.rstd};
+  }
+};
+
 struct AtenLayerNormBackward : Override<AtenLayerNormBackward> {
   static bool is_covered(const Backward& pass) {
     const auto& [op, grad_output, input, mean, rstd, weight, bias, output_mask] = pass;
@@ -726,6 +739,7 @@ struct AtenFusedRmsNorm : Override<AtenFusedRmsNorm> {
 };
 
 const StockOverride override_aten([](AtenAutograd& m) {
+  AtenLayerNorm::install(m, "native_layer_norm");
   AtenLayerNormBackward::install(m, "native_layer_norm_backward");
   AtenRmsNorm::install_whole(m, "rms_norm");
   AtenFusedRmsNorm::install_whole(m, "_fused_rms_norm");

@@ -302,6 +302,9 @@ struct Recorded : torch::autograd::Function<Recorded<Derivative>> {
     ctx->save_for_backward(std::move(saved));
     ctx->saved_data["state"] =
         std::make_tuple(settings, operands.defined, operands.count, results->defined, results->count);
+    if constexpr (requires { Derivative::is_in_place; }) {
+      ctx->mark_dirty(outputs);
+    }
     if constexpr (requires { Derivative::differentiable_results; }) {
       ctx->mark_non_differentiable(
           variable_list(outputs.begin() + Derivative::differentiable_results, outputs.end()));

@@ -310,6 +310,16 @@ struct WithBias {
 const Registration<Forward, WithBias, Backward, DoubleBackward> registration;
 
 // aten::_softmax_backward_data whose own backward is fused. Whatever ours does not cover stays PyTorch's.
+struct AtenSoftmax : Override<AtenSoftmax> {
+  static Tensor autograd(
+      c10::DispatchKeySet keys, const Tensor& self, int64_t dim, bool half_to_float) {
+    if (!is_differentiated_by_transform({self})) {
+      return stock<Tensor>(keys, self, dim, half_to_float);
+    }
+    return softmax_by_parts(to_opmath(self), dim).to(half_to_float ? at::kFloat : self.scalar_type());
+  }
+};
+
 struct AtenSoftmaxBackward : Override<AtenSoftmaxBackward> {
   static Tensor autograd(
       c10::DispatchKeySet keys, const Tensor& grad_output, const Tensor& output, int64_t dim,
@@ -322,6 +332,7 @@ struct AtenSoftmaxBackward : Override<AtenSoftmaxBackward> {
 };
 
 const StockOverride override_aten([](AtenAutograd& m) {
+  AtenSoftmax::install(m, "_softmax");
   AtenSoftmaxBackward::install(m, "_softmax_backward_data");
 });
 

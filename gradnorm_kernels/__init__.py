@@ -10,12 +10,16 @@
 from importlib.metadata import version as _version
 
 from . import _load, functional, kernels, modules
+from .diagnose import Diagnosis, Finding, diagnose
 from .fuse import fuse, unfuse
 from .modules import *  # noqa: F403
 from .switch import is_fused_double_backward_enabled, set_fused_double_backward
 
 __all__ = [
     *modules.__all__,
+    "Diagnosis",
+    "Finding",
+    "diagnose",
     "functional",
     "fuse",
     "is_fused_double_backward_enabled",

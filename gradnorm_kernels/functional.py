@@ -7,14 +7,14 @@ cannot, a dtype raises ``TypeError``. A bad parameter raises ``ValueError``. At 
 PyTorch's.
 
 The double backward reads three tensors and writes two in one kernel. The third order and ``torch.func``
-transforms are exact, through plain ATen ops; in a region compiled by ``torch.compile`` each function is its
-namesake in ``torch.nn.functional``, which the compiler fuses with its neighbours. Nested tensors and tensor
-subclasses such as DTensor take PyTorch's own kernels.
+transforms are exact, through plain ATen ops, as is a region compiled by ``torch.compile``, where the compiler
+fuses them with their neighbours. Nested tensors and tensor subclasses such as DTensor take PyTorch's own
+kernels.
 
 The activations of linear pieces (ReLU, ReLU6, Leaky ReLU, hard sigmoid) have no second derivative. Their
-double backward reads two tensors, writes one, and gives the input no gradient, where PyTorch writes zeros or,
-for the hard sigmoid, raises. ``torch.autograd.grad`` of nothing but that gradient needs
-``materialize_grads=True``.
+double backward reads two tensors and writes one. The gradient of the input, which is zero (PyTorch's hard
+sigmoid raises), is written where ``torch.autograd.grad`` is asked for something before it, or the input is a
+leaf without a gradient; ``backward`` passes nothing on instead.
 
 ``inplace`` is accepted because ``torch.nn.functional`` has it, and ignored: the result is always a new
 tensor, since derivatives are computed from the input.
@@ -85,8 +85,6 @@ def silu(input: Tensor, inplace: bool = False) -> Tensor:
 
 def mish(input: Tensor, inplace: bool = False) -> Tensor:
     r"""As :func:`torch.nn.functional.mish`: :math:`x \tanh(\log(1 + e^x))` (Misra 2019, arXiv:1908.08681)."""
-    if torch.compiler.is_compiling():
-        return torch.nn.functional.mish(input)
     return torch.ops.gradnorm_kernels.mish(input)
 
 
@@ -148,8 +146,6 @@ def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
     r"""As :func:`torch.nn.functional.hardsigmoid`: :math:`(x + 3) / 6`, clamped to 0 and 1. Of linear pieces:
     see above for its double backward, which PyTorch lacks.
     """
-    if torch.compiler.is_compiling():
-        return torch.nn.functional.hardsigmoid(input)
     return torch.ops.gradnorm_kernels.hardsigmoid(input)
 
 
@@ -187,9 +183,9 @@ def layer_norm(
     arXiv:1607.06450).
 
     Forward and first backward are PyTorch's own kernels. The double backward reads three tensors and writes
-    two in one kernel, and adds the sum of small partial gradients of ``weight``. The third order and
-    ``torch.func`` transforms are exact, through plain ATen ops; in a region compiled by ``torch.compile``
-    this is ``torch.nn.functional.layer_norm``. Nested tensors take PyTorch's own kernels.
+    two in one kernel, and adds the sum of small partial gradients of ``weight``. The third order,
+    ``torch.func`` transforms and regions compiled by ``torch.compile`` are exact, through plain ATen ops.
+    Nested tensors take PyTorch's own kernels.
 
     Args:
         input: any strides; float16, bfloat16, float32 or float64. Arithmetic is done in float32 (float64
@@ -210,7 +206,7 @@ def layer_norm(
         RuntimeError: if devices differ, or dtypes that PyTorch does not mix.
     """
     # torch.jit.trace gives sizes of its own kind, which our op does not take.
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.jit.is_tracing():
         return torch.nn.functional.layer_norm(input, normalized_shape, weight, bias, eps)  # type: ignore[arg-type]
     return torch.ops.gradnorm_kernels.layer_norm(input, normalized_shape, weight, bias, eps)
 
@@ -295,8 +291,8 @@ def batch_norm(
     constants, it reads two tensors and writes one; the first backward is ours there too, and if only
     ``input`` needs a gradient it reads one tensor and writes one.
 
-    The third order and ``torch.func`` transforms are exact, through plain ATen ops (PyTorch's own third order
-    in training is not); in a region compiled by ``torch.compile`` this is ``torch.nn.functional.batch_norm``.
+    The third order, ``torch.func`` transforms and regions compiled by ``torch.compile`` are exact, through
+    plain ATen ops (PyTorch's own third order in training is not).
 
     Args:
         input: shape ``(N, C, ...)``, any strides; float16, bfloat16, float32 or float64. Arithmetic is done
@@ -318,10 +314,6 @@ def batch_norm(
         ValueError: if ``input`` has less than two dimensions, or in training one value a channel; if another
             argument's shape is not ``(C,)``; if the running statistics are missing where they are needed.
     """
-    if torch.compiler.is_compiling():
-        return torch.nn.functional.batch_norm(
-            input, running_mean, running_var, weight, bias, training, momentum, eps
-        )
     return torch.ops.gradnorm_kernels.batch_norm(
         input, weight, bias, running_mean, running_var, training, momentum, eps
     )
@@ -341,9 +333,8 @@ def group_norm(
 
     Forward and first backward are PyTorch's fused kernels, the latter also where it will be differentiated
     again. The double backward reads three tensors and writes two in one kernel, and larger groups' tensors
-    twice. The third order and ``torch.func`` transforms are exact, through plain ATen ops; in a region
-    compiled by ``torch.compile`` this is ``torch.nn.functional.group_norm``. Tensor subclasses such as
-    DTensor take PyTorch's own kernels.
+    twice. The third order, ``torch.func`` transforms and regions compiled by ``torch.compile`` are exact,
+    through plain ATen ops. Tensor subclasses such as DTensor take PyTorch's own kernels.
 
     Args:
         input: shape (N, C, \*), any strides; float16, bfloat16, float32 or float64. Arithmetic is done in
@@ -361,8 +352,6 @@ def group_norm(
         ValueError: if ``input`` has fewer than two dimensions or a single value for each group and no more,
             ``num_groups`` does not divide C, or ``weight`` or ``bias`` is not of shape (C,).
     """
-    if torch.compiler.is_compiling():
-        return torch.nn.functional.group_norm(input, num_groups, weight, bias, eps)
     return torch.ops.gradnorm_kernels.group_norm(input, num_groups, weight, bias, eps)
 
 
@@ -379,8 +368,8 @@ def instance_norm(
     r"""Instance normalisation (Ulyanov et al. 2016, arXiv:1607.08022), as
     :func:`torch.nn.functional.instance_norm`.
 
-    This is :func:`group_norm` with a group for each channel. With running statistics, to update or to
-    normalise by, it is ``torch.nn.functional.instance_norm`` itself.
+    This is :func:`group_norm` with a group for each channel; where it normalises by running statistics,
+    :func:`batch_norm` in evaluation mode.
 
     Args:
         input: shape (N, C, \*), any strides; float16, bfloat16, float32 or float64. Arithmetic is done in
@@ -402,11 +391,18 @@ def instance_norm(
         ValueError: if a channel has only one element, or a shape is none of these.
     """
     # PyTorch says what is wrong with an instance of a single element, or with no channels to group.
-    of_its_own = use_input_stats and running_mean is None and running_var is None
-    if not of_its_own or input.ndim < 3 or input.shape[1] == 0 or input.shape[2:].numel() == 1:
+    if input.ndim < 3 or 0 in input.shape or input.shape[2:].numel() == 1:
         return torch.nn.functional.instance_norm(
             input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
         )
+    if not use_input_stats:
+        return batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+    if running_mean is not None and running_var is not None:
+        wide = torch.promote_types(input.dtype, torch.float32)
+        var, mean = torch.var_mean(input.detach().to(wide), tuple(range(2, input.ndim)))
+        for running, new in ((running_mean, mean), (running_var, var)):
+            # torch.func refuses to change in place what it did not make, and has made an alias.
+            torch.ops.aten.alias(running).lerp_(new.mean(0).to(running.dtype), momentum)
     return group_norm(input, input.shape[1], weight, bias, eps)
 
 

@@ -1,10 +1,13 @@
 """torch.compile: ATen's ops inside, and a whole compiled step with the gradients of the eager one."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.testing import EagerAndRecordGraphs
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import gradnorm_kernels as gk
 
@@ -63,6 +66,79 @@ def test_whole_step_gives_eagers_gradients(batch, backend, fused_by):
             torch.compile(penalised_step, backend=backend, fullgraph=True)(model, *batch)
         for parameter, wanted in zip(model.parameters(), expected, strict=True):
             torch.testing.assert_close(parameter.grad, wanted)
+
+
+class Channels(nn.Module):
+    """Runs a module that wants channels in the second of at least three dimensions."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x):
+        return self.module(x.view(-1, 2, 4)).view(-1, 8)
+
+
+NORMS = {
+    "layer": lambda: nn.LayerNorm(8),
+    "rms": lambda: nn.RMSNorm(8, 1e-5),
+    "group": lambda: nn.GroupNorm(2, 8),
+    "batch": lambda: nn.BatchNorm1d(8),
+    "instance": lambda: Channels(nn.InstanceNorm1d(2, affine=True)),
+    "instance with running statistics": lambda: Channels(nn.InstanceNorm1d(2, track_running_stats=True)),
+    "hardsigmoid": nn.Hardsigmoid,
+    "mish": nn.Mish,
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("fused_by", ["module", "switch"])
+@pytest.mark.parametrize("name", NORMS)
+def test_third_order(name, fused_by):
+    """Of a physics-informed step, compiled and captured: the parameters' gradient of u_xx, as plain autograd
+    has it of the fused modules."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 8), NORMS[name](), nn.Tanh(), nn.Linear(8, 1)).double()
+    x = 10 * torch.randn(16, 2, dtype=torch.float64)
+    x[0] = 1e3  # Mish's exponential overflows
+    parameters = {key: p.detach() for key, p in model.named_parameters()}
+    buffers = {key: b.clone() for key, b in model.named_buffers()}
+
+    def u(p, x):
+        return torch.func.functional_call(model, (p, {k: b.clone() for k, b in buffers.items()}), (x,)).sum()
+
+    def u_x(p, x):
+        return torch.func.grad(u, 1)(p, x)[:, 0].sum()
+
+    def step(p, x):
+        return torch.func.grad(lambda p, x: torch.func.grad(u_x, 1)(p, x)[:, 0].square().sum())(p, x)
+
+    def by_autograd():
+        leaves = {key: p.clone().requires_grad_() for key, p in parameters.items()}
+        variable = x.clone().requires_grad_()
+        result = u(leaves, variable)
+        for _ in range(2):
+            (gradient,) = torch.autograd.grad(result, variable, create_graph=True, materialize_grads=True)
+            result = gradient[:, 0].sum()
+        loss = gradient[:, 0].square().sum() + sum(0 * leaf.sum() for leaf in leaves.values())
+        return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+
+    stock = copy.deepcopy(model)
+    gk.fuse(model)
+    expected = by_autograd()
+    assert all(gradient.isfinite().all() for gradient in expected.values())
+    model = model if fused_by == "module" else stock
+    with gk.set_fused_double_backward(fused_by == "switch"):
+        results = {
+            "torch.func": step(parameters, x),
+            "compiled": torch.compile(step, backend="aot_eager", fullgraph=True)(parameters, x),
+            "captured": make_fx(step)(parameters, x)(parameters, x),
+        }
+    # Some are 0 but for rounding.
+    largest = max(gradient.abs().max() for gradient in expected.values())
+    for how, gradients in results.items():
+        for key, gradient in gradients.items():
+            assert (gradient - expected[key]).abs().max() <= 1e-8 * largest, f"{how}: {key}"
 
 
 def test_compiled_region_holds_atens_gelu():
