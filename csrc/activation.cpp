@@ -489,41 +489,6 @@ struct AtenEluBackward : Override<AtenEluBackward> {
   }
 };
 
-// The backward of relu, which is saved by its output. With any other threshold it is not relu's.
-struct AtenReluBackward : Override<AtenReluBackward> {
-  static Tensor autograd(
-      c10::DispatchKeySet keys, const Tensor& grad_output, const Tensor& self, const at::Scalar& threshold) {
-    if (threshold.toDouble() != 0 || !is_covered(grad_output, self)) {
-      return stock<Tensor>(keys, grad_output, self, threshold);
-    }
-    return ActivationOps<definitions::Relu>::Backward(grad_output, self).switched();
-  }
-};
-
-struct AtenRelu6Backward : Override<AtenRelu6Backward> {
-  static Tensor autograd(
-      c10::DispatchKeySet keys, const Tensor& grad_output, const Tensor& self, const at::Scalar& min_val,
-      const at::Scalar& max_val) {
-    if (min_val.toDouble() != 0 || max_val.toDouble() != 6 || !is_covered(grad_output, self)) {
-      return stock<Tensor>(keys, grad_output, self, min_val, max_val);
-    }
-    return ActivationOps<definitions::Relu6>::Backward(grad_output, self).switched();
-  }
-};
-
-struct AtenLeakyReluBackward : Override<AtenLeakyReluBackward> {
-  static Tensor autograd(
-      c10::DispatchKeySet keys, const Tensor& grad_output, const Tensor& self,
-      const at::Scalar& negative_slope, bool self_is_result) {
-    // A result has the sign of self, unless the slope is negative.
-    if ((self_is_result && negative_slope.toDouble() < 0) || !is_covered(grad_output, self)) {
-      return stock<Tensor>(keys, grad_output, self, negative_slope, self_is_result);
-    }
-    return ActivationOps<definitions::LeakyRelu>::Backward(grad_output, self, negative_slope.toDouble())
-        .switched();
-  }
-};
-
 const StockOverride override_aten([](AtenAutograd& m) {
   using namespace definitions;
   using Scalar = const at::Scalar&;
@@ -542,9 +507,6 @@ const StockOverride override_aten([](AtenAutograd& m) {
   AtenBackward<Sigmoid>::install(m, "sigmoid_backward");
   AtenBackward<Hardsigmoid>::install(m, "hardsigmoid_backward");
   AtenBackward<Hardswish>::install(m, "hardswish_backward");
-  AtenReluBackward::install(m, "threshold_backward");
-  AtenRelu6Backward::install(m, "hardtanh_backward");
-  AtenLeakyReluBackward::install(m, "leaky_relu_backward");
 });
 
 // PyTorch's autocast runs softplus in float32 on CUDA.

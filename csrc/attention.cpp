@@ -868,27 +868,9 @@ const Registration<
     registration;
 
 // PyTorch's fused attention, which it cannot differentiate twice, nor under torch.func and in forward mode.
-// Whatever ours does not cover stays PyTorch's. Boxed, since schemas differ from op to op and between releases:
-// arguments are found by name.
-std::map<std::string, StockKernel> stock;
-
-struct AtenArguments {
-  const c10::FunctionSchema& schema;
-  at::ArrayRef<c10::IValue> values;
-
-  AtenArguments(const c10::OperatorHandle& op, const torch::jit::Stack& stack)
-      : schema(op.schema()), values(torch::jit::last(stack, schema.arguments().size())) {}
-  c10::IValue get(std::initializer_list<const char*> names) const {
-    for (const auto* name : names) {
-      if (const auto index = schema.argumentIndexWithName(name)) {
-        return values[*index];
-      }
-    }
-    return c10::IValue();
-  }
-  Tensor tensor(std::initializer_list<const char*> names) const {
-    return OptionalTensor(get(names).toOptional<Tensor>());
-  }
+// Whatever ours does not cover stays PyTorch's. The arguments' names differ from op to op and between releases.
+struct AttentionArguments : AtenArguments {
+  using AtenArguments::AtenArguments;
   std::optional<double> scale() const {
     return get({"scale"}).toOptional<double>();
   }
@@ -918,14 +900,14 @@ Tensor repeat_heads(const Tensor& tensor, int64_t times) {
   return times > 1 ? tensor.repeat_interleave(times, 1) : tensor;
 }
 
-struct AtenAttention {
+struct AtenAttention : BoxedOverride<AtenAttention> {
   static void autograd(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
-    const AtenArguments arguments(op, *stack);
+    const AttentionArguments arguments(op, *stack);
     const Tensor query = arguments.tensor({"query"}), key = arguments.tensor({"key"}),
                  value = arguments.tensor({"value"});
     const Tensor attn_mask = arguments.tensor({"attn_mask", "attn_bias"});
     if (arguments.has_dropout() || !is_differentiated_by_transform({query, key, value, attn_mask})) {
-      stock.at(op.operator_name().name).call_boxed(keys, *stack);
+      stock(op, keys, stack);
       return;
     }
     const auto times = queries_of_each_key(query, key);
@@ -944,9 +926,9 @@ struct AtenAttention {
   }
 };
 
-struct AtenAttentionBackward {
+struct AtenAttentionBackward : BoxedOverride<AtenAttentionBackward> {
   static void autograd(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
-    const AtenArguments arguments(op, *stack);
+    const AttentionArguments arguments(op, *stack);
     const Tensor grad_output = arguments.tensor({"grad_out", "grad_out_"});
     const Tensor query = arguments.tensor({"query"});
     Tensor key = arguments.tensor({"key"}), value = arguments.tensor({"value"});
@@ -957,7 +939,7 @@ struct AtenAttentionBackward {
     key = repeat_heads(key, queries);
     value = repeat_heads(value, queries);
     if (is_plain || !covers({grad_output, {query, key, value}, attn_mask})) {
-      stock.at(op.operator_name().name).call_boxed(keys, *stack);
+      stock(op, keys, stack);
       return;
     }
     attn_mask = arguments.attn_mask(query, key);
@@ -1002,19 +984,11 @@ struct AtenAttentionBackward {
 
 };
 
-template <class Aten>
-void install(AtenAutograd& aten, const std::string& name) {
-  if (c10::Dispatcher::singleton().findSchema({name, ""})) {
-    stock.try_emplace(name, name.c_str());
-    aten.impl(name.c_str(), torch::CppFunction::makeFromBoxedFunction<&Aten::autograd>());
-  }
-}
 const StockOverride override_aten([](AtenAutograd& aten) {
   for (const std::string kernels :
        {"flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention"}) {
-    const auto name = "aten::_scaled_dot_product_" + kernels;
-    install<AtenAttention>(aten, name);
-    install<AtenAttentionBackward>(aten, name + "_backward");
+    AtenAttention::install(aten, "_scaled_dot_product_" + kernels);
+    AtenAttentionBackward::install(aten, "_scaled_dot_product_" + kernels + "_backward");
   }
 });
 

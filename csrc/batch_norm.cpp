@@ -501,22 +501,27 @@ bool is_covered(
          is_real(s.mean()) && is_real(s.var_or_invstd());
 }
 
-struct AtenBatchNorm : Override<AtenBatchNorm> {
+template <class... Running>
+constexpr TensorTriple (*kLegit)(
+    const Tensor&, const std::optional<Tensor>&, const std::optional<Tensor>&, Running..., bool, double,
+    double) = &at::_native_batch_norm_legit;
+
+// Of these arguments, and of running statistics that are optional, mutable or absent.
+template <auto aten, class... Running>
+struct AtenBatchNorm : Override<AtenBatchNorm<aten, Running...>> {
   static TensorTriple autograd(
       c10::DispatchKeySet keys, const Tensor& input, const std::optional<Tensor>& weight,
-      const std::optional<Tensor>& bias, const std::optional<Tensor>& running_mean,
-      const std::optional<Tensor>& running_var, bool training, double momentum, double eps) {
-    const Forward op{input, weight, bias, running_mean, running_var, training, momentum, eps};
+      const std::optional<Tensor>& bias, Running... running, bool training, double momentum, double eps) {
+    const OptionalTensor w(weight), b(bias);
     // With running statistics alone, which are constants, PyTorch's own is right.
-    if (!training || input.sym_numel() == 0 ||
-        !is_differentiated_by_transform({input, op.weight, op.bias})) {
-      return stock<TensorTriple>(
-          keys, input, weight, bias, running_mean, running_var, training, momentum, eps);
+    if (!training || input.sym_numel() == 0 || !is_differentiated_by_transform({input, w, b})) {
+      return AtenBatchNorm::template stock<TensorTriple>(
+          keys, input, weight, bias, running..., training, momentum, eps);
     }
-    const auto [output, mean, invstd] = at::native_batch_norm(
-        input.detach(), {}, {}, running_mean, running_var, training, momentum, eps);
+    const auto [output, mean, invstd] =
+        aten(input.detach(), std::nullopt, std::nullopt, running..., training, momentum, eps);
     const auto normal = normalized(input, input, {{}, {}, {}, {}, training, eps});
-    return {normal.affine(op.weight, op.bias).to(input.scalar_type()), mean, invstd};
+    return {normal.affine(w, b).to(input.scalar_type()), mean, invstd};
   }
 };
 
@@ -561,7 +566,11 @@ struct AtenCudnnBatchNormBackward : Override<AtenCudnnBatchNormBackward> {
 };
 
 const StockOverride override_aten([](AtenAutograd& m) {
-  AtenBatchNorm::install(m, "native_batch_norm");
+  using Given = const std::optional<Tensor>&;
+  AtenBatchNorm<&at::native_batch_norm, Given, Given>::install(m, "native_batch_norm");
+  // Compilers take these.
+  AtenBatchNorm<kLegit<Tensor&, Tensor&>, Tensor&, Tensor&>::install(m, "_native_batch_norm_legit");
+  AtenBatchNorm<kLegit<>>::install(m, "_native_batch_norm_legit.no_stats");
   AtenBatchNormBackward::install(m, "native_batch_norm_backward");
   AtenCudnnBatchNormBackward::install(m, "cudnn_batch_norm_backward");
 });

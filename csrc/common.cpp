@@ -112,8 +112,12 @@ bool is_zero_asked_for(uint32_t i) {
     return true;
   }
   const auto node = torch::autograd::get_current_node();
-  const auto* leaf = node ? dynamic_cast<torch::autograd::AccumulateGrad*>(node->next_edge(i).function.get())
-                          : nullptr;
+  const auto* operand = node ? node->next_edge(i).function.get() : nullptr;
+  // Relu saves its output, not its input.
+  if (operand && operand->name() == "ReluBackward0") {
+    operand = operand->next_edge(0).function.get();
+  }
+  const auto* leaf = dynamic_cast<const torch::autograd::AccumulateGrad*>(operand);
   return leaf && !leaf->variable.grad().defined();
 }
 
@@ -165,8 +169,8 @@ StockOverride::StockOverride(Install install) {
   stock_overrides().push_back(install);
 }
 
-StockKernel::StockKernel(const char* op)
-    : op_(c10::Dispatcher::singleton().findSchemaOrThrow(op, "")),
+StockKernel::StockKernel(const std::string& op, const std::string& overload)
+    : op_(c10::Dispatcher::singleton().findSchemaOrThrow(op.c_str(), overload.c_str())),
       kernel_(op_.getComputedKernelForDispatchKey(c10::DispatchKey::AutogradCPU)) {}
 
 TORCH_LIBRARY(gradnorm_kernels, m) {

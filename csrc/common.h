@@ -64,7 +64,7 @@ c10::TypedOperatorHandle<Signature> find_op(const std::string& name) {
 // PyTorch's own implementation of an op at the Autograd key, held from before ours replaces it.
 class StockKernel {
  public:
-  explicit StockKernel(const char* op);
+  explicit StockKernel(const std::string& op, const std::string& overload = "");
 
   // Return may be a tuple of tensors.
   template <class Return, class... Args>

@@ -385,11 +385,52 @@ struct Override {
  private:
   static void keep(const std::string& op) {
     if (!kernel) {
-      kernel.emplace(("aten::" + op).c_str());
+      const auto dot = op.find('.');
+      kernel.emplace("aten::" + op.substr(0, dot), dot == std::string::npos ? "" : op.substr(dot + 1));
     }
   }
 
   static inline std::optional<StockKernel> kernel;
+};
+
+// The arguments of an op of PyTorch's on the stack, found by name.
+struct AtenArguments {
+  const c10::FunctionSchema& schema;
+  at::ArrayRef<c10::IValue> values;
+
+  AtenArguments(const c10::OperatorHandle& op, const torch::jit::Stack& stack)
+      : schema(op.schema()), values(torch::jit::last(stack, schema.arguments().size())) {}
+  // Under the first of these names that there is.
+  c10::IValue get(std::initializer_list<const char*> names) const {
+    for (const auto* name : names) {
+      if (const auto index = schema.argumentIndexWithName(name)) {
+        return values[*index];
+      }
+    }
+    return c10::IValue();
+  }
+  Tensor tensor(std::initializer_list<const char*> names) const {
+    return OptionalTensor(get(names).toOptional<Tensor>());
+  }
+};
+
+// As Override, of several ops whose schemas differ: Self::autograd takes the op, keys and a stack.
+template <class Self>
+struct BoxedOverride {
+  static void stock(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+    kernels.at(op.operator_name().name).call_boxed(keys, *stack);
+  }
+  // Not every release has every op.
+  static void install(AtenAutograd& aten, const std::string& op) {
+    const auto name = "aten::" + op;
+    if (c10::Dispatcher::singleton().findSchema({name, ""})) {
+      kernels.try_emplace(name, name);
+      aten.impl(name, torch::CppFunction::makeFromBoxedFunction<&Self::autograd>());
+    }
+  }
+
+ private:
+  static inline std::map<std::string, StockKernel> kernels;
 };
 
 }  // namespace gradnorm_kernels

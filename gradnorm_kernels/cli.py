@@ -107,6 +107,19 @@ def _demo(output: Path) -> int:
     return 0
 
 
+def _diagnose(model: str, size: int | None, fused: bool) -> int:
+    import torch
+
+    from .diagnose import diagnose
+    from .fuse import fuse
+    from .training.models import create_model, input_spec
+
+    spec = input_spec(model, 3, size)
+    network = create_model(model, spec, 10).eval()
+    print(diagnose(fuse(network) if fused else network, torch.rand(2, 3, spec.size, spec.size)))
+    return 0
+
+
 def _recipes(name: str | None) -> int:
     if name is None:
         print("\n".join(recipe_names()))
@@ -196,6 +209,17 @@ def _parser() -> argparse.ArgumentParser:
     add("--only", nargs="+", metavar="NAME", help="only these rows of the study")
     add_settings(add)
     add("--output", type=Path, metavar="DIR", help="(default: study/ and the study's name)")
+
+    add = command(
+        "diagnose",
+        _diagnose,
+        "say what differentiating a model twice comes to",
+        "Takes the input gradient of a model of timm, and lists what in it raises, is silently wrong or slow when"
+        " it is differentiated again, by which modules, and what to do about it.",
+    )
+    add("model", metavar="MODEL", help="timm's name of it")
+    add("--size", type=_count, metavar="N", help="side of the images in pixels (default: the model's own)")
+    add("--fused", action="store_true", help="of the model after fuse()")
 
     add = command("recipes", _recipes, "list the recipes, or print one")
     add("name", nargs="?", metavar="RECIPE")

@@ -19,11 +19,16 @@ class set_fused_double_backward(ContextDecorator):  # noqa: N801 - the idiom of 
 
     Code that is not touched at all (a WGAN-GP, a PINN, a force field, ``torch.nn.GELU``) then
     differentiates twice at fused speed. Only the double backward changes: forward and first backward stay
-    PyTorch's. Covered: the activations (GELU, SiLU, Mish, Softplus, ELU and its kin, tanh, sigmoid, hard
-    sigmoid, hard swish), layer, batch, group and instance normalisation, softmax, every convolution, and
-    scaled dot-product attention, whose fused kernels PyTorch cannot differentiate twice. Under
-    ``torch.func`` transforms, forward-mode AD and ``torch.compile``, and for nested tensors and tensor
-    subclasses, PyTorch's own formulas stay in force.
+    PyTorch's. Covered, in place too: the activations (GELU, SiLU, Mish, Softplus, ELU and its kin, tanh,
+    sigmoid, hard sigmoid, hard swish, ReLU, ReLU6, leaky ReLU), layer, batch, group and instance
+    normalisation, softmax, every convolution, and scaled dot-product attention, whose fused kernels PyTorch
+    cannot differentiate twice. RMS normalisation is fused from the forward on, as is the first backward of
+    grouped-query attention.
+
+    Under ``torch.func`` transforms, forward-mode AD and in graphs that are captured for a compiler, layer,
+    batch and instance normalisation, softmax, attention, Mish and hard sigmoid are plain ops, which are right
+    to every order where PyTorch's own formulas are wrong or missing; the rest is PyTorch's own. So are nested
+    tensors and tensor subclasses.
 
     Works as ``torch.set_grad_enabled`` does: calling it sets the mode at once, ``with`` restores the
     previous one at the end, and it decorates functions. Unlike it, the mode belongs to the whole process,

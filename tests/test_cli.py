@@ -91,6 +91,16 @@ def test_errors(status, command, message, run, capsys):
     assert exit.value.code == 2 if exit else error.startswith("gradnorm: error: ")
 
 
+def test_diagnose(capsys):
+    assert cli.main(["diagnose", "mobilenetv3_small_100", "--size", "32"]) == 0
+    output = capsys.readouterr().out
+    assert "raises    9 x HardsigmoidBackward0 in model.blocks" in output and "slow" in output
+    assert cli.main(["diagnose", "mobilenetv3_small_100", "--size", "32", "--fused"]) == 0
+    assert capsys.readouterr().out.startswith("nothing found")
+    assert cli.main(["diagnose", "no_such_model"]) == 1
+    assert "timm knows no model called no_such_model" in capsys.readouterr().err
+
+
 def test_recipes(capsys):
     assert cli.main(["recipes"]) == 0
     assert {"digits", "swin_b", "resnet50"} <= set(capsys.readouterr().out.split())

@@ -14,13 +14,19 @@ with torch.backends.__allow_nonbracketed_mutation():
 
 # OpInfo's names. Each op is in one table, and no table lets an op pass that belongs in another.
 
-# Differentiated twice by our formulas.
+# Differentiated twice by our formulas, or without the zeros that PyTorch's write.
 FUSED = [
     "_native_batch_norm_legit",
     "masked.softmax",
     "native_batch_norm",
     "native_group_norm",
     "native_layer_norm",
+    "nn.functional.adaptive_avg_pool2d",
+    "nn.functional.adaptive_avg_pool3d",
+    "nn.functional.adaptive_max_pool2d",
+    "nn.functional.adaptive_max_pool3d",
+    "nn.functional.avg_pool2d",
+    "nn.functional.avg_pool3d",
     "nn.functional.batch_norm",
     "nn.functional.batch_norm.without_cudnn",
     "nn.functional.celu",
@@ -33,12 +39,18 @@ FUSED = [
     "nn.functional.elu",
     "nn.functional.gelu",
     "nn.functional.group_norm",
+    "nn.functional.hardshrink",
     "nn.functional.hardsigmoid",
     "nn.functional.hardswish",
+    "nn.functional.hardtanh",
     "nn.functional.instance_norm",
     "nn.functional.layer_norm",
     "nn.functional.leaky_relu",
+    "nn.functional.max_pool2d",
+    "nn.functional.max_pool3d",
     "nn.functional.mish",
+    "nn.functional.pad.reflect",
+    "nn.functional.pad.replicate",
     "nn.functional.relu",
     "nn.functional.relu6",
     "nn.functional.rms_norm",
@@ -48,7 +60,9 @@ FUSED = [
     "nn.functional.softmin",
     "nn.functional.softmin.with_dtype",
     "nn.functional.softplus",
+    "nn.functional.softshrink",
     "nn.functional.tanhshrink",
+    "nn.functional.threshold",
     "sigmoid",
     "softmax",
     "softmax.with_dtype",
@@ -61,11 +75,7 @@ STOCK = [
     "log_softmax",
     "log_softmax.with_dtype",
     "masked.log_softmax",
-    "nn.functional.hardshrink",
-    "nn.functional.hardtanh",
     "nn.functional.logsigmoid",
-    "nn.functional.softshrink",
-    "nn.functional.threshold",
 ]
 
 # PyTorch releases before these drop gradients, first ones already: those of the mean and rstd here.

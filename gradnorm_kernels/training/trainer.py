@@ -28,6 +28,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..diagnose import diagnose
 from .attacks import input_gradient
 from .config import Interrupted, TrainConfig
 from .data import Data, load_data, seed_everything
@@ -36,6 +37,7 @@ from .execution import allow_tf32, compiled, find_device, for_training, tf32, wi
 from .files import CHECKPOINT, load_checkpoint, write_file, write_lines, write_tensorboard
 from .models import build_model
 from .objectives import Loss, Objective, make_objective
+from .objectives.common import evaluated
 from .options import TrainingError
 
 # One stream of random numbers for the initial weights and one for the steps, apart from the data's.
@@ -100,6 +102,8 @@ def _train(config: TrainConfig, output: Path, device: torch.device, resume: bool
         output.mkdir(parents=True, exist_ok=True)
         write_lines(output / "config.json", [asdict(config)])
     write_metrics()
+    if rank() == 0 and (trainer.epoch, trainer.step_in_epoch) == (0, 0):
+        trainer.warn_of_double_backward()
     with _interrupts_noted() as interrupted:
 
         def stop_if_interrupted() -> None:
@@ -152,6 +156,16 @@ class Trainer:
         self.history: list[State] = []
         if saved:
             self.load_state_dict(saved)
+
+    def warn_of_double_backward(self) -> None:
+        """Says on stderr what :func:`~..diagnose.diagnose` finds harmful, where a run differentiates twice."""
+        config, shape = self.config, (2, len(self.data.spec.mean), self.data.spec.size, self.data.spec.size)
+        if config.objective in ("natural", "adversarial") or config.engine != "double_backprop":
+            return
+        with evaluated(self.model):
+            harmful = diagnose(self.model, torch.rand(shape, device=self.device)).harmful
+        if harmful:
+            print(f"differentiating this model twice:\n{harmful}", file=sys.stderr)
 
     def run_epoch(self, after_step: Callable[[], None] = lambda: None) -> None:
         """Does what is left of the epoch, evaluates, and adds the epoch to ``history``.

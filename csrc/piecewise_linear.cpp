@@ -1,0 +1,51 @@
+// PyTorch's ops of linear pieces under the switch: their backward is linear in the gradient, and of the input
+// takes only which piece it is in. PyTorch gives the input zeros, which are written, and added to what comes
+// from elsewhere.
+#include "op.h"
+
+namespace gradnorm_kernels::piecewise_linear {
+namespace {
+
+// The first of two tensors, as a function of both.
+struct OfBoth {
+  using Settings = std::tuple<>;
+
+  static variable_list backward(
+      const variable_list& grads, const variable_list& saved, Needs needs, const Settings&) {
+    return {grads[0], needs[1] && is_zero_asked_for(1) ? at::zeros_like(saved[0]) : Tensor()};
+  }
+};
+
+struct AtenBackward : BoxedOverride<AtenBackward> {
+  static void autograd(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+    const AtenArguments arguments(op, *stack);
+    const Tensor input = arguments.tensor({"self"});
+    const Tensor grad_output = arguments.tensor({"grad_output", "grad_out"});
+    if (!torch::autograd::compute_requires_grad(input) || needs_composite(input, grad_output)) {
+      return stock(op, keys, stack);
+    }
+    const auto first = stack->size() - arguments.values.size();
+    (*stack)[first + *arguments.schema.argumentIndexWithName("self")] = input.detach();
+    stock(op, keys, stack);
+    const Tensor grad_input = torch::jit::pop(*stack).toTensor();
+    stack->emplace_back(record<OfBoth>({grad_input, input}, {}, [&](variable_list& saved) {
+      saved = {input.detach()};
+      return variable_list{grad_input.detach()};
+    })[0]);
+  }
+};
+
+const StockOverride override_aten([](AtenAutograd& aten) {
+  for (const auto* name :
+       {"_adaptive_avg_pool2d_backward", "_adaptive_avg_pool3d_backward", "adaptive_max_pool2d_backward",
+        "adaptive_max_pool3d_backward", "avg_pool2d_backward", "avg_pool3d_backward", "hardshrink_backward",
+        "hardtanh_backward", "leaky_relu_backward", "max_pool2d_with_indices_backward",
+        "max_pool3d_with_indices_backward", "reflection_pad1d_backward", "reflection_pad2d_backward",
+        "reflection_pad3d_backward", "replication_pad1d_backward", "replication_pad2d_backward",
+        "replication_pad3d_backward", "softshrink_backward", "threshold_backward"}) {
+    AtenBackward::install(aten, name);
+  }
+});
+
+}  // namespace
+}  // namespace gradnorm_kernels::piecewise_linear
