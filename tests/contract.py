@@ -162,7 +162,7 @@ class Case:
         return ["output", *gradients, "grad_grad_output", *(f"second {name}" for name in gradients)]
 
     def is_pytorchs(self, call: Call) -> bool:
-        """Whether the kernel is PyTorch's own, of which the number of threads may change bits."""
+        """Whether the kernel is PyTorch's own, whose bits may change with the threads and the mask."""
         return False
 
     def is_small(self) -> bool:
@@ -801,13 +801,14 @@ class OpContract:
         for call in case.calls(operands):
             if "output_mask" not in call.arguments:
                 continue
-            everything = call()
+            everything, exact = call(), {} if case.is_pytorchs(call) else {"rtol": 0, "atol": 0}
             full = call.args[call.arguments.index("output_mask")]
             for mask in itertools.product((True, False), repeat=len(full)):
                 mask = [asked and possible for asked, possible in zip(mask, full, strict=True)]
                 for result, wanted, asked in zip(call(output_mask=mask), everything, mask, strict=True):
                     assert (result is None) == (wanted is None or not asked)
-                    assert result is None or torch.equal(result, wanted)
+                    if result is not None:
+                        torch.testing.assert_close(result, wanted, **exact)
 
     def test_inference_mode_and_meta_tensors(self, case, ours):
         operands = case.draw(torch.float32)
@@ -925,12 +926,13 @@ class OpContract:
 
         compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=dynamic)
         # With symbolic shapes test_opcheck differentiates, where PyTorch can.
-        inputs = [t.requires_grad_(not dynamic) for t in inputs]
+        inputs = [t.requires_grad_(not dynamic and t.is_floating_point()) for t in inputs]
         results, expected = compiled(*inputs), step(*inputs)
         assert_close(results, expected)
         if not dynamic:
             losses = (sum(r.sin().sum() for r in some if r.requires_grad) for some in (results, expected))
-            assert_close(*(torch.autograd.grad(loss, inputs, materialize_grads=True) for loss in losses))
+            leaves = [t for t in inputs if t.requires_grad]
+            assert_close(*(torch.autograd.grad(loss, leaves, materialize_grads=True) for loss in losses))
 
     def test_bad_input_is_named(self, traced_case, broken):
         operands = traced_case.draw(torch.float32)
