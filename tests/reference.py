@@ -244,12 +244,11 @@ def convolution(
     else:
         sizes = zip(input.shape[2:], weight.shape[2:], stride, padding, dilation, output_padding, strict=True)
         size = [(n - 1) * s - 2 * p + d * (k - 1) + 1 + extra for n, k, s, p, d, extra in sizes]
-        with torch.enable_grad():
-            image = input.new_zeros(input.shape[0], weight.shape[1] * groups, *size, requires_grad=True)
-            sums = _sums_over_windows(image, weight, *settings)
-            # An output_padding as large as the stride leaves room for more windows.
-            sums = sums[(..., *(slice(n) for n in input.shape[2:]))]
-            (output,) = torch.autograd.grad(sums, image, input, create_graph=True)
+        # An output_padding as large as the stride leaves room for more windows.
+        inner = (..., *(slice(n) for n in input.shape[2:]))
+        image = input.new_zeros(input.shape[0], weight.shape[1] * groups, *size)
+        _, transpose = torch.func.vjp(lambda x: _sums_over_windows(x, weight, *settings)[inner], image)
+        (output,) = transpose(input)
     return output if bias is None else output + bias.view(-1, *[1] * len(stride))
 
 
