@@ -40,12 +40,6 @@ class BatchNorm(Case):
         words = ["x".join(map(str, self.shape)), "train" if self.training else "eval"]
         return "-".join(words + ["plain"] * (not self.affine) + ["channels_last"] * self.channels_last)
 
-    @property
-    def wrong_in_pytorch(self):
-        # Which takes the statistics for constants (#186779, #196700).
-        wrong = ("third order", "forward over reverse", "reverse over jvp", "reverse over dual numbers")
-        return wrong if self.training else ()
-
     def shapes(self):
         of_channels = self.shape[1:2] if self.affine else None
         return self.shape, of_channels, of_channels

@@ -37,13 +37,6 @@ class LayerNorm(Case):
     weight: bool = True
     bias: bool = True
     names = ("input", "weight", "bias")
-    # Which takes the statistics for constants (#176234, #196699).
-    wrong_in_pytorch = (
-        "third order",
-        "forward over reverse",
-        "reverse over jvp",
-        "reverse over dual numbers",
-    )
 
     @property
     def normalized_shape(self):
@@ -203,7 +196,6 @@ class RmsNorm(LayerNorm):
 
     bias: bool = False
     names = ("input", "weight")
-    wrong_in_pytorch = ()
     parameters = 1
 
     def shapes(self):

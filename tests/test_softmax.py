@@ -23,8 +23,6 @@ class Softmax(Case):
     dim: int = -1
     bias: tuple | None = None
     names = ("input", "bias")
-    # Whose forward-mode derivative changes in place what its own gradient needs.
-    wrong_in_pytorch = ("reverse over dual numbers",)
 
     @property
     def parameters(self):
