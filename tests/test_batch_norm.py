@@ -1,7 +1,7 @@
 """Batch normalisation on the CPU: its table, and what is its own."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import pytest
 import reference
@@ -64,7 +64,8 @@ class BatchNorm(Case):
 
     def roundings(self, dtype):
         # PyTorch's statistics of channels_last add up many values one after the other.
-        return 16 if self.training and math.prod(self.shape) > 1000 * self.shape[1] else 0
+        many = self.training and math.prod(self.shape) > 1000 * self.shape[1]
+        return 16 if many and dtype == torch.float32 else 0
 
     def same_bits(self, operands):
         return False
@@ -189,7 +190,7 @@ class TestBatchNorm(OpContract):
 
 
 @pytest.mark.parametrize("switch", [False, True])
-@pytest.mark.parametrize("case", CASES[:10], ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if not case.training], ids=str)
 def test_strided_running_statistics(case, switch):
     """Of which ATen's own kernels on the CPU get some gradients wrong."""
 
@@ -197,7 +198,7 @@ def test_strided_running_statistics(case, switch):
         def running(self, like):
             return [torch.stack([t, t.cos()], -1)[:, 0] for t in super().running(like)]
 
-    strided = Strided(case.shape, case.training)
+    strided = Strided(*astuple(case))
     operands = case.draw()
     with gk.set_fused_double_backward(switch):
         ours = operands.orders(strided.stock if switch else strided.fused)

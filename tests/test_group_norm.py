@@ -73,7 +73,8 @@ class GroupNorm(Case):
         double = ["group_norm_double_backward"]
         # stock's own adds a weight.
         adds = switch and IS_BEFORE_2_15 and self.bias and not self.weight
-        return [(None if adds else ["native_group_norm"], 2), (["group_norm_backward"], 3), (double, 5), (double, 4)]
+        forward = None if adds else ["native_group_norm"]
+        return [(forward, 2), (["group_norm_backward"], 3), (double, 5), (double, 4)]
 
 
 CASES = [
@@ -113,7 +114,7 @@ class TestGroupNorm(OpContract):
     traced = ("small channels_last", "small without parameters")
     kernels = ("rows", "large channels_last", "no inner dimension", "sequence")
     random_cases = random_cases()
-    # Of the wrong input PyTorch's dtype, device and shape, another argument's are wrong.
+    # To an input of another shape, dtype or device the parameters do not fit: they are named.
     accepted = (
         *(("group_norm", "input", how) for how in ("shape", "dtype", "device")),
         *(("", name, "dtype") for name in ("mean", "rstd")),
