@@ -471,10 +471,10 @@ class OpContract:
         """Calls that the broken tensors below leave out, the error that each raises, and what it says."""
         yield from ()
 
-    def check_accuracy(self, case, operands, ours, roundings=0):
-        """With every choice of defined gradients of the first gradients."""
+    def check_accuracy(self, case, operands, ours, roundings=0, choices=None):
+        """With every choice of defined gradients of the first gradients, or so many."""
         given = [k for k, v in enumerate(operands.grad_grads) if v is not None]
-        for defined in subsets(given):
+        for defined in itertools.islice(subsets(given), choices):
             grad_grads = [v if k in defined else None for k, v in enumerate(operands.grad_grads)]
             some = Operands(operands.inputs, operands.grad_output, grad_grads)
             exact = flat(some.map(Tensor.double).orders(case.reference))
@@ -723,6 +723,8 @@ class OpContract:
             assert_close(gradients(fused), expected)
 
     def test_tensor_subclasses(self, small_case, ours):
+        if ours is by_switch and "tensor subclasses" in small_case.wrong_in_pytorch:
+            pytest.skip("PyTorch's own raises")
         operands = small_case.draw()
         function, inputs = given_inputs(small_case, ours(small_case), operands)
         reference, _ = given_inputs(small_case, small_case.reference, operands)
@@ -816,7 +818,10 @@ class OpContract:
         operands = case.draw(torch.float32)
         results = operands.orders(ours(case))
         with torch.inference_mode():
-            assert torch.equal(ours(case)(*operands.inputs), results[0][0])
+            output = ours(case)(*operands.inputs)
+            # Without a gradient PyTorch's own may take another kernel.
+            tolerance = 1e-5 if ours is by_switch else 0
+            assert_close(output, results[0][0], rtol=tolerance, atol=tolerance)
             for call in case.calls(operands):
                 meta = tree_map_only(Tensor, lambda t: t.to("meta"), call.args)
                 self.check_meta(tree_leaves(Call(call.name, meta)()), tree_leaves(call()))

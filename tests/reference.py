@@ -208,10 +208,10 @@ def scaled_dot_product_attention(
     """
     scores = (query.shape[-1] ** -0.5 if scale is None else scale) * query @ key.mT
     if attn_mask is None:
-        return scores.softmax(-1) @ value
+        return softmax(scores, -1) @ value
     scores = scores + attn_mask
     nothing = (scores == -torch.inf).all(-1, keepdim=True)
-    return scores.masked_fill(nothing, 0).softmax(-1).masked_fill(nothing, 0) @ value
+    return softmax(scores.masked_fill(nothing, 0), -1).masked_fill(nothing, 0) @ value
 
 
 def qkv_attention(qkv: Tensor, attn_mask: Tensor | None = None, scale: float | None = None) -> Tensor:

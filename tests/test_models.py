@@ -105,6 +105,17 @@ def test_parameter_gradients_equal_stocks(name, mode):
         assert error <= 2 * stock_error, f"{run.__name__}: {error}, stock {stock_error}"
 
 
+def test_fused_attention_under_the_switch():
+    model, images = make_model("vit_tiny_patch16_224")
+    exact = penalised_gradients(model, images)
+    attentions = [module for module in model.modules() if hasattr(module, "fused_attn")]
+    assert attentions
+    for module in attentions:
+        module.fused_attn = True
+    for gradient, expected in zip(switched_gradients(model, images), exact, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-8, atol=1e-10)
+
+
 @each_model
 def test_fuse_keeps_the_model_and_its_output(name, mode):
     model, images = make_model(name, mode)
