@@ -129,7 +129,11 @@ struct ActivationOps<Definition, Act (*)(Params...)> {
     }
     Tensor composite() const {
       check();
-      return df(grad_output, input, params);
+      if constexpr (!is_curved && !has_parts<Definition>) {
+        return by_aten(*this);  // which has a second derivative, of zeros
+      } else {
+        return df(grad_output, input, params);
+      }
     }
     Tensor cpu() const {
       check();
@@ -424,8 +428,8 @@ double unscalar(const at::Scalar& value) {
   return value.toDouble();
 }
 
-// An op of the signature (Tensor self), which PyTorch decomposes when its backward is to be differentiated, or
-// cannot differentiate twice.
+// An op of the signature (Tensor self), which PyTorch decomposes when its backward is to be differentiated,
+// or cannot differentiate twice.
 template <class Definition>
 struct AtenForward : Override<AtenForward<Definition>> {
   static Tensor autograd(c10::DispatchKeySet keys, const Tensor& self) {
@@ -439,24 +443,34 @@ struct AtenForward : Override<AtenForward<Definition>> {
   }
 };
 
+template <class... Params>
+auto settings_of(Params... params) {
+  return std::make_tuple(unscalar(params)...);
+}
+auto celu_settings(const at::Scalar& alpha) {
+  return std::make_tuple(alpha.toDouble(), 1.0, 1 / alpha.toDouble());
+}
+
 // An op of the signature (Tensor(a!) self, Params...) -> Tensor(a!).
-template <class Definition, auto aten, class... Params>
-struct AtenInPlace : Override<AtenInPlace<Definition, aten, Params...>> {
+template <class Definition, auto aten, auto settings, class... Params>
+struct AtenInPlace : Override<AtenInPlace<Definition, aten, settings, Params...>> {
   static Tensor& autograd(c10::DispatchKeySet keys, Tensor& self, Params... params) {
     using Ops = ActivationOps<Definition>;
     if (!torch::autograd::compute_requires_grad(self) || !is_covered(self, self) || !accepts(params...)) {
       AtenInPlace::template stock<Tensor>(keys, self, params...);
       return self;
     }
-    record<typename Ops::OfInPlace>({self}, {unscalar(params)...}, [&](variable_list& saved) {
-      saved = {self.clone()};
+    // A function of what self was: a second derivative takes this way.
+    const Tensor input = self.clone();
+    record<typename Ops::OfInPlace>({self}, settings(params...), [&](variable_list& saved) {
+      saved = {input};
       aten(self, params...);
       return variable_list{self};
     });
     return self;
   }
   static bool accepts(const Params&... params) try {
-    Definition::make(unscalar(params)...);
+    std::apply(Definition::make, settings(params...));
     return true;
   } catch (const c10::Error&) {
     return false;
@@ -493,9 +507,11 @@ const StockOverride override_aten([](AtenAutograd& m) {
   using namespace definitions;
   using Scalar = const at::Scalar&;
   AtenForward<Hardsigmoid>::install(m, "hardsigmoid");
-  AtenInPlace<Elu, &at::elu_, Scalar, Scalar, Scalar>::install(m, "elu_");
-  AtenInPlace<Mish, &at::mish_>::install(m, "mish_");
-  AtenInPlace<Silu, &at::silu_>::install(m, "silu_");
+  AtenInPlace<Elu, &at::celu_, &celu_settings, Scalar>::install(m, "celu_");
+  AtenInPlace<Elu, &at::elu_, &settings_of<Scalar, Scalar, Scalar>, Scalar, Scalar, Scalar>::install(
+      m, "elu_");
+  AtenInPlace<Mish, &at::mish_, &settings_of<>>::install(m, "mish_");
+  AtenInPlace<Silu, &at::silu_, &settings_of<>>::install(m, "silu_");
   AtenForward<Silu>::install(m, "silu");
   AtenForward<Mish>::install(m, "mish");
   AtenBackward<Gelu, std::string_view>::install(m, "gelu_backward");

@@ -868,7 +868,8 @@ const Registration<
     registration;
 
 // PyTorch's fused attention, which it cannot differentiate twice, nor under torch.func and in forward mode.
-// Whatever ours does not cover stays PyTorch's. The arguments' names differ from op to op and between releases.
+// Whatever ours does not cover stays PyTorch's. The arguments' names differ from op to op and between
+// releases.
 struct AttentionArguments : AtenArguments {
   using AtenArguments::AtenArguments;
   std::optional<double> scale() const {
@@ -912,9 +913,10 @@ struct AtenAttention : BoxedOverride<AtenAttention> {
     }
     const auto times = queries_of_each_key(query, key);
     const Tensor k = repeat_heads(key, times), v = repeat_heads(value, times);
-    const Tensor output =
-        Op<Forward<Separate>>{{{query, k, v}, arguments.attn_mask(query, key), arguments.scale()}}
-            .composite();
+    const Tensor output = Op<Forward<Separate>>{
+        {{query, k, v},
+         arguments.attn_mask(query, key),
+         arguments.scale()}}.composite();
     // What else it returns is of use to its own backward alone.
     for (auto argument = stack->end() - arguments.values.size(); argument != stack->end(); ++argument) {
       if (argument->isTensor() && argument->toTensor().defined()) {
@@ -933,7 +935,8 @@ struct AtenAttentionBackward : BoxedOverride<AtenAttentionBackward> {
     const Tensor query = arguments.tensor({"query"});
     Tensor key = arguments.tensor({"key"}), value = arguments.tensor({"value"});
     Tensor attn_mask = arguments.tensor({"attn_mask", "attn_bias"});
-    const bool is_plain = !torch::autograd::compute_requires_grad(grad_output, query, key, value, attn_mask) ||
+    const bool is_plain =
+        !torch::autograd::compute_requires_grad(grad_output, query, key, value, attn_mask) ||
         needs_composite(grad_output, query, key, value, attn_mask) || arguments.has_dropout();
     const auto queries = is_plain ? 1 : queries_of_each_key(query, key);
     key = repeat_heads(key, queries);
@@ -952,17 +955,14 @@ struct AtenAttentionBackward : BoxedOverride<AtenAttentionBackward> {
       auto [grad_query, grad_key, grad_value, grad_mask] = call(
           Op<Backward<Separate>>{
               {grad_output, {query, key, value}, attn_mask, scale, {true, true, true, of_mask}}});
-      const auto summed = [&](const Tensor& grad) {
-        return grad.unflatten(1, {-1, queries}).sum(2);
-      };
+      const auto summed = [&](const Tensor& grad) { return grad.unflatten(1, {-1, queries}).sum(2); };
       const variable_list grads{grad_query, summed(grad_key), summed(grad_value), grad_mask};
       stack->insert(stack->end(), grads.begin(), grads.begin() + count);
       return;
     }
     // The value is PyTorch's, its derivative ours.
     const auto grads = record<Backward<Separate>::Derivative>(
-        {grad_output, query, key, value, attn_mask}, {scale},
-        [&](variable_list& saved) {
+        {grad_output, query, key, value, attn_mask}, {scale}, [&](variable_list& saved) {
           saved = {grad_output, query, key, value, attn_mask};
           op.callBoxed(stack);
           variable_list results;
@@ -981,7 +981,6 @@ struct AtenAttentionBackward : BoxedOverride<AtenAttentionBackward> {
   } catch (const c10::Error&) {
     return false;
   }
-
 };
 
 const StockOverride override_aten([](AtenAutograd& aten) {

@@ -22,8 +22,8 @@ bool is_transforming();
 // for nested tensors and tensor subclasses that implement ATen's ops (DTensor), and under forward-mode AD.
 bool is_foreign(const Tensor& tensor);
 
-// Whether PyTorch's own op is about to be differentiated in one of these ways, in which its formulas, that take
-// saved statistics for constants, are wrong, or of which it has none.
+// Whether PyTorch's own op is about to be differentiated in one of these ways, in which its formulas, that
+// take saved statistics for constants, are wrong, or of which it has none.
 bool is_differentiated_by_transform(std::initializer_list<Tensor> tensors);
 
 template <class... Tensors>
@@ -83,8 +83,8 @@ class StockKernel {
 };
 
 // Whether someone would miss a gradient that is 0 and not there: that of the running node's i-th operand.
-// autograd.grad raises where it finds none, and a leaf's grad would stay None. Else what comes before has less
-// to do without it.
+// autograd.grad raises where it finds none, and a leaf's grad would stay None. Else what comes before has
+// less to do without it.
 bool is_zero_asked_for(uint32_t i);
 
 // Registrations at the Autograd key of PyTorch's own ops, as long as it lives.

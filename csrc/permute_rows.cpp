@@ -26,9 +26,9 @@ struct PermuteRows {
           tensor.dim() == 1 && tensor.sym_size(0) == input.sym_size(1), "permute_rows: expected ", name,
           " of shape (", input.sym_size(1), "), got ", tensor.sym_sizes());
       TORCH_CHECK(
-          tensor.layout() == at::kStrided && tensor.device() == input.device(), "permute_rows: expected ", name,
-          " to be a strided tensor on the device of input (", input.device(), "), got ", tensor.layout(), " on ",
-          tensor.device());
+          tensor.layout() == at::kStrided && tensor.device() == input.device(), "permute_rows: expected ",
+          name, " to be a strided tensor on the device of input (", input.device(), "), got ",
+          tensor.layout(), " on ", tensor.device());
     }
   }
 

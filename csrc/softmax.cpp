@@ -311,8 +311,7 @@ const Registration<Forward, WithBias, Backward, DoubleBackward> registration;
 
 // aten::_softmax_backward_data whose own backward is fused. Whatever ours does not cover stays PyTorch's.
 struct AtenSoftmax : Override<AtenSoftmax> {
-  static Tensor autograd(
-      c10::DispatchKeySet keys, const Tensor& self, int64_t dim, bool half_to_float) {
+  static Tensor autograd(c10::DispatchKeySet keys, const Tensor& self, int64_t dim, bool half_to_float) {
     if (!is_differentiated_by_transform({self})) {
       return stock<Tensor>(keys, self, dim, half_to_float);
     }

@@ -214,8 +214,8 @@ def _parser() -> argparse.ArgumentParser:
         "diagnose",
         _diagnose,
         "say what differentiating a model twice comes to",
-        "Takes the input gradient of a model of timm, and lists what in it raises, is silently wrong or slow when"
-        " it is differentiated again, by which modules, and what to do about it.",
+        "Takes the input gradient of a model of timm, and lists what in it raises, is silently wrong or slow"
+        " when it is differentiated again, by which modules, and what to do about it.",
     )
     add("model", metavar="MODEL", help="timm's name of it")
     add("--size", type=_count, metavar="N", help="side of the images in pixels (default: the model's own)")

@@ -181,7 +181,9 @@ class _Step:
     def recorded(self) -> list[str]:
         """The nodes that its backward recorded, of which a view's may be that of what it was given."""
         given = {g.grad_fn for g in self.grad_outputs}
-        return [g.grad_fn.name() for g in self.grad_inputs if g.grad_fn is not None and g.grad_fn not in given]
+        return [
+            g.grad_fn.name() for g in self.grad_inputs if g.grad_fn is not None and g.grad_fn not in given
+        ]
 
 
 def _backward(outputs: list[Tensor], inputs: list[Tensor]) -> list[_Step]:
@@ -208,7 +210,9 @@ def _backward(outputs: list[Tensor], inputs: list[Tensor]) -> list[_Step]:
         for handle in handles:
             handle.remove()
     if not outputs or all(gradient is None for gradient in gradients):
-        raise ValueError("diagnose: expected outputs that depend on inputs, and inputs that require a gradient")
+        raise ValueError(
+            "diagnose: expected outputs that depend on inputs, and inputs that require a gradient"
+        )
     return steps
 
 
@@ -245,10 +249,16 @@ def _verdicts(step: _Step) -> Iterator[tuple[str, str, str]]:
     elif any("CompiledFunctionBackwardBackward" in name for name in recorded):
         yield "raises", "torch.compile does not support double backward", remedy
     elif any(name.endswith("Error") for name in recorded):
-        why = "its backward is marked once_differentiable: backward() raises, torch.autograd.grad leaves it out"
+        why = (
+            "its backward is marked once_differentiable: backward() raises, torch.autograd.grad leaves it out"
+        )
         yield "cut", why, "a backward of differentiable operations, without the mark"
     elif _is_cut(step):
-        yield "cut", "its backward returns a gradient without a graph", "a backward of differentiable operations"
+        yield (
+            "cut",
+            "its backward returns a gradient without a graph",
+            "a backward of differentiable operations",
+        )
     elif any("gradnorm_kernels" in name for name in recorded):
         return
     elif base in ("NativeLayerNorm", "NativeBatchNorm") and _has_bias_alone(step):

@@ -332,7 +332,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
 def _attention_mask(
     attn_mask: Tensor | None, key_padding_mask: Tensor | None, batch: int, heads: int, dtype: torch.dtype
 ) -> Tensor | None:
-    """The sum of (L, S) or (N * heads, L, S) and (N, S), either of which may say True where no key takes part."""
+    """The sum of (L, S) or (N * heads, L, S) and (N, S), of which a bool says where no key takes part."""
 
     def additive(mask: Tensor) -> Tensor:
         if mask.is_floating_point():

@@ -99,6 +99,8 @@ class Case:
     wrong_in_pytorch: Sequence[str] = ()
     # Arguments of calls that may not need a gradient.
     constants: Sequence[str] = ()
+    # Whether its second derivative by an input is anything but zeros.
+    curved = True
     # How many of the inputs have a dtype of their own: the last ones.
     parameters = 0
 
@@ -646,7 +648,8 @@ class OpContract:
             taken = [any(t is a for a in call.args) for t in tensors]
             tensors = [t.detach().clone().requires_grad_(r) for t, r in zip(tensors, taken, strict=True)]
             assert torch.autograd.gradcheck(function, tensors, fast_mode=True), call.name
-            assert torch.autograd.gradgradcheck(function, tensors, fast_mode=True), call.name
+            # Its fast mode compares the wrong outputs where one of them is constant, such as zeros.
+            assert torch.autograd.gradgradcheck(function, tensors, fast_mode=small_case.curved), call.name
 
     def test_third_and_fourth_order_equal_the_references(self, small_case, ours):
         operands = small_case.draw().map(Tensor.requires_grad_)

@@ -268,18 +268,46 @@ def test_switch_covers_hardsigmoid_which_pytorch_cannot_differentiate_twice(dtyp
 
 @pytest.mark.parametrize(
     "function",
-    [F.silu, F.mish, F.elu, F.relu, F.hardswish, F.leaky_relu],
+    [F.silu, F.mish, F.elu, F.celu, F.selu, F.relu, F.relu6, F.hardswish, F.hardsigmoid, F.leaky_relu],
     ids=lambda function: function.__name__,
 )
-def test_switch_leaves_in_place_ops_alone(function):
-    def second():
-        x = torch.linspace(-4, 4, 101, dtype=torch.float64, requires_grad=True)
-        (gradient,) = torch.autograd.grad(function(x * 1, inplace=True).sin().sum(), x, create_graph=True)
-        return torch.autograd.grad(gradient.sin().sum(), x)[0]
+def test_in_place_under_the_switch(function):
+    """Of whole tensors and of views: the values and errors of PyTorch's own, and our double backward."""
+    x = torch.linspace(-4, 4, 102, dtype=torch.float64, requires_grad=True)
 
-    expected = second()
+    def first(inplace, view):
+        hidden = x * 1
+        part = hidden.view(2, 51)[1] if view else hidden
+        output = function(part, inplace=inplace)
+        assert (output is part) == inplace and (part._version == 0 or inplace)
+        return torch.autograd.grad(hidden.sin().sum() + output.cos().sum(), x, create_graph=True)[0]
+
+    def orders(inplace, view):
+        return list(nth_gradients(lambda x: first(inplace, view), [x], 2))
+
+    for view in (False, True):
+        with gk.set_fused_double_backward(True):
+            ours = orders(True, view)
+            assert any("gradnorm_kernels" in node.name() for node in graph(first(True, view)))
+        if function is not F.hardsigmoid:
+            assert_close(ours, orders(True, view))
     with gk.set_fused_double_backward(True):
-        torch.testing.assert_close(second(), expected)
+        with pytest.raises(RuntimeError, match="leaf"):
+            function(x, inplace=True)
+        saved = x * 1
+        saved.sin().sum(), function(saved, inplace=True)
+        y = torch.ones(3)
+        assert function(y, inplace=True) is y and torch.equal(y, function(torch.ones(3)))
+
+
+def graph(tensor):
+    seen, stack = set(), [tensor.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            stack += [parent for parent, _ in node.next_functions]
+    return seen
 
 
 def test_switch_leaves_what_ours_does_not_cover_to_pytorch():

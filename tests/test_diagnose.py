@@ -1,4 +1,4 @@
-"""What diagnose says of PyTorch's own models and functions, and that it is silent about those that are right."""
+"""What diagnose says of PyTorch's own models and functions, and its silence about those that are right."""
 
 import json
 import warnings
@@ -68,8 +68,18 @@ HARMFUL = {
         "raises",
         "CtcLoss",
     ),
-    "multi_margin_loss": (lambda x: F.multi_margin_loss(x, torch.tensor([0, 1, 2])), X, "raises", "MultiMarginLoss"),
-    "layer norm without weight": (lambda t: F.layer_norm(t[:2], (4,), None, t[2]), X, "raises", "NativeLayerNorm"),
+    "multi_margin_loss": (
+        lambda x: F.multi_margin_loss(x, torch.tensor([0, 1, 2])),
+        X,
+        "raises",
+        "MultiMarginLoss",
+    ),
+    "layer norm without weight": (
+        lambda t: F.layer_norm(t[:2], (4,), None, t[2]),
+        X,
+        "raises",
+        "NativeLayerNorm",
+    ),
     "batch norm without weight": (
         lambda t: F.batch_norm(t[:2], None, None, None, t[2], True),
         X,

@@ -85,8 +85,16 @@ def test_fuse_is_idempotent_and_survives_copy_and_pickle():
 
 
 def test_unfuse_is_the_inverse_of_fuse():
-    parts = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Mish(inplace=True), gk.FusedGeLU()]
-    model = nn.Sequential(*parts, weight_norm(nn.Conv2d(4, 4, 1)), nn.TransformerEncoderLayer(4, 2, activation="gelu"))
+    parts = [
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(inplace=True),
+        nn.Mish(inplace=True),
+        gk.FusedGeLU(),
+    ]
+    model = nn.Sequential(
+        *parts, weight_norm(nn.Conv2d(4, 4, 1)), nn.TransformerEncoderLayer(4, 2, activation="gelu")
+    )
     before = [(type(m), dict(m.__dict__)) for m in model.modules()]
     gk.fuse(gk.fuse(model))
     assert type(model[3]) is gk.FusedMish and model[6].activation is gk.functional.gelu
@@ -137,16 +145,23 @@ class Attending(nn.Module):
         other = x if self.is_self else torch.randn(*x.shape[:2], 5, dtype=x.dtype)
         padding = torch.zeros(batch, n, dtype=torch.bool)
         padding[0, 1] = True
-        masks = [None, torch.ones(n, n, dtype=torch.bool).triu(1), torch.randn(3 * batch, n, n, dtype=x.dtype)]
+        masks = [
+            None,
+            torch.ones(n, n, dtype=torch.bool).triu(1),
+            torch.randn(3 * batch, n, n, dtype=x.dtype),
+        ]
         total = 0
         for mask in masks:
             for pad in (None, padding):
                 if mask is not None and mask.is_floating_point() and pad is not None:
                     pad = pad.to(x.dtype)
                 causal = mask is masks[1]
-                total = total + self.attention(
-                    x, other, other, pad, attn_mask=mask, is_causal=causal, need_weights=False
-                )[0]
+                total = (
+                    total
+                    + self.attention(
+                        x, other, other, pad, attn_mask=mask, is_causal=causal, need_weights=False
+                    )[0]
+                )
         weights = self.attention(x, other, other)
         return total + weights[0] + weights[1].sum()
 
@@ -159,7 +174,9 @@ class Attending(nn.Module):
         lambda: Attending(kdim=5, vdim=5, batch_first=True),
         lambda: Attending(add_bias_kv=True, add_zero_attn=True),
         lambda: nn.TransformerEncoderLayer(12, 3, 24, 0.0, "gelu", batch_first=True, norm_first=True),
-        lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(12, 3, 24, 0.0), 2, enable_nested_tensor=False),
+        lambda: nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(12, 3, 24, 0.0), 2, enable_nested_tensor=False
+        ),
     ],
 )
 def test_attention_modules_of_torch(make):

@@ -38,8 +38,8 @@ _MASKED = 0.01
 
 _OWN = ("pgd", "fgsm")
 FEW_CLASSES = (
-    "autoattack needs at least 4 classes, got {}: its targeted DLR loss is undefined for fewer; apgd-ce or pgd"
-    " will do"
+    "autoattack needs at least 4 classes, got {}: its targeted DLR loss is undefined for fewer; apgd-ce or"
+    " pgd will do"
 )
 
 Attack = Callable[[Tensor, Tensor], Tensor]
@@ -191,8 +191,8 @@ def evaluate(
     Raises:
         TypeError: if ``model`` is no module, or ``images`` or ``labels`` is no tensor of a suitable dtype.
         ValueError: if another argument, a shape or a value does not fit; if ``state_path`` holds another
-            evaluation, or is no such file; if logits are NaN or infinite; if AutoAttack is to attack fewer than 4
-            classes, for which its targeted DLR loss is undefined
+            evaluation, or is no such file; if logits are NaN or infinite; if AutoAttack is to attack fewer
+            than 4 classes, for which its targeted DLR loss is undefined
             (https://github.com/fra31/auto-attack/issues/70).
     """
     steps = _STEPS.get(attack) if steps is None else steps

@@ -158,7 +158,7 @@ class Trainer:
             self.load_state_dict(saved)
 
     def warn_of_double_backward(self) -> None:
-        """Says on stderr what :func:`~..diagnose.diagnose` finds harmful, where a run differentiates twice."""
+        """Says on stderr what :func:`~..diagnose.diagnose` finds harmful, if a run differentiates twice."""
         config, shape = self.config, (2, len(self.data.spec.mean), self.data.spec.size, self.data.spec.size)
         if config.objective in ("natural", "adversarial") or config.engine != "double_backprop":
             return

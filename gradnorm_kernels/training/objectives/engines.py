@@ -55,11 +55,6 @@ def _forward_over_reverse(batch: Batch, norm: Norm, step: float) -> Tensor:
     with forward_ad.dual_level(), _NoNativeNormalisation() as native, _FusedNormalisation(native):
         try:
             logits = batch.logits_at(forward_ad.make_dual(batch.pixels.detach(), direction))
-        except NotImplementedError as error:
-            raise RuntimeError(
-                f"forward_over_reverse: {error} (such as that of reentrant activation checkpointing);"
-                " use double_backprop"
-            ) from error
         except RuntimeError as error:
             # TorchScript drops the message.
             raise (native.refused or error) from None
