@@ -111,8 +111,8 @@ class PackedAttention(Attention):
 
 
 CASES = [
-    Attention("shifted windows", (2, 3, 2), 49, 49, 32, 32, (3, 2, 49, 49)),
-    Attention("windows with a bias", (4, 3), 49, 49, 32, 32, (3, 49, 49)),
+    Attention("shifted windows", (2, 2, 2), 49, 49, 32, 32, (2, 2, 49, 49)),
+    Attention("windows with a bias", (3, 2), 49, 49, 32, 32, (2, 49, 49)),
     # Some heads of whole vectors, some not.
     Attention("plain", (2, 2), 33, 33, 16, 16, scale=0.3),
     # More rows of scores than one tile holds, and columns that leave part of a vector.
