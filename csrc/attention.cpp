@@ -655,7 +655,8 @@ struct Forward {
     if (!pass.attn_mask.defined()) {
       return;
     }
-    check_floating(op, {{"query", pass.query}, {"attn_mask", pass.attn_mask}}, /*same_dtype=*/false);
+    check_floating(
+        op, {{Operands::names[0], pass.query}, {"attn_mask", pass.attn_mask}}, /*same_dtype=*/false);
     const auto scores = with_last_sizes(pass.query, pass.query.sym_size(-2), pass.key.sym_size(-2));
     const auto sizes = pass.attn_mask.sym_sizes();
     TORCH_CHECK_VALUE(
@@ -686,7 +687,7 @@ struct Backward {
   Pass pass(const char* op = name_of<Backward>()) const {
     Pass pass = Forward<Form>{operands, attn_mask, scale}.pass(op);
     pass.order = kBackward;
-    check_floating(op, {{"query", pass.query}, {"grad_output", grad_output}});
+    check_floating(op, {{Operands::names[0], pass.query}, {"grad_output", grad_output}});
     auto sizes = Operands::exchanged(pass.query).sym_sizes().vec();
     sizes.back() = pass.value.sym_size(-1);
     check_shape(op, "grad_output", grad_output, sizes);
@@ -752,6 +753,8 @@ struct DoubleBackward {
     std::tie(pass.grad_grad_query, pass.grad_grad_key, pass.grad_grad_value) = grad_grads.heads();
     if (grad_grad_attn_mask.defined()) {
       TORCH_CHECK_VALUE(attn_mask.defined(), op, ": expected no grad_grad_attn_mask without attn_mask");
+      check_floating(
+          op, {{"attn_mask", attn_mask}, {"grad_grad_attn_mask", grad_grad_attn_mask}}, /*same_dtype=*/false);
       check_shape(op, "grad_grad_attn_mask", grad_grad_attn_mask, attn_mask.sym_sizes());
       pass.grad_grad_attn_mask = grad_grad_attn_mask;
     }

@@ -213,7 +213,7 @@ struct Backward {
   }
   TensorTriple meta() const {
     check();
-    if (s.training) {
+    if (s.training && grad_output.sym_numel() != 0) {
       return aten_backward(grad_output, input, weight, s, output_mask);
     }
     return {

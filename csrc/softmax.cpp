@@ -262,7 +262,7 @@ struct WithBias {
     TORCH_CHECK_VALUE(
         input.dim() > 0 && at::is_expandable_to(bias.sym_sizes(), input.sym_sizes()), op,
         ": expected bias to broadcast to input's shape (", input.sym_sizes(), "), got ", bias.sym_sizes());
-    return dtype.value_or(c10::promoteTypes(input.scalar_type(), bias.scalar_type()));
+    return dtype.value_or(at::result_type(input, bias));
   }
   Tensor composite() const {
     const auto result = check();

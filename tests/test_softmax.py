@@ -26,7 +26,7 @@ class Softmax(Case):
 
     @property
     def parameters(self):
-        return int(bool(self.bias))  # of one without dimensions the dtype counts for nothing in PyTorch
+        return int(self.bias is not None)
 
     @property
     def along_rows(self):
