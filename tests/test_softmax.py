@@ -26,7 +26,7 @@ class Softmax(Case):
 
     @property
     def parameters(self):
-        return int(self.bias is not None)
+        return int(bool(self.bias))  # the gradient of a single value is 0 but for rounding
 
     @property
     def along_rows(self):
