@@ -228,15 +228,24 @@ struct Backward {
   TensorTriple cpu() const {
     check();
     std::optional<Tensor> gamma = optional(weight);
+    auto mask = output_mask;
+#if TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR < 14
+    // With interleaved channels the kernel writes to the gradient of the input, whether it is there or not.
+    mask[0] = mask[0] || mask[1] || mask[2];
+#endif
 #if TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR < 15
     // The kernels take the weight's type for that of both parameters' gradients.
     if (!gamma && (output_mask[1] || output_mask[2])) {
       gamma = at::ones_symint({input.sym_size(1)}, input.options());
     }
 #endif
-    return at::native_group_norm_backward_symint(
+    auto gradients = at::native_group_norm_backward_symint(
         as_native_kernels_want(grad_output, input), as_native_kernels_want(input, input), mean, rstd, gamma,
-        input.sym_size(0), input.sym_size(1), inner_size(input), num_groups, output_mask);
+        input.sym_size(0), input.sym_size(1), inner_size(input), num_groups, mask);
+    if (!output_mask[0]) {
+      std::get<0>(gradients).reset();
+    }
+    return gradients;
   }
   TensorTriple cuda() const {
     return cpu();
