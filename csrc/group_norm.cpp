@@ -64,7 +64,14 @@ struct Grouped : Normalized {
   }
 
   Tensor split(const Tensor& tensor) const {
-    return tensor.defined() ? at::unflatten_symint(to_opmath(tensor), 1, {num_groups, size}) : tensor;
+    if (!tensor.defined()) {
+      return tensor;
+    }
+    auto sizes = tensor.sym_sizes().vec();
+    sizes[1] = size;
+    sizes.insert(sizes.begin() + 1, num_groups);
+    // Not unflatten: that is a view, which not every stride allows under vmap.
+    return to_opmath(tensor).reshape_symint(sizes);
   }
   Tensor join(const Tensor& tensor, const Tensor& input) const {
     return tensor.defined() ? tensor.reshape_symint(input.sym_sizes()).to(input.scalar_type()) : tensor;

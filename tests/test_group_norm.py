@@ -55,7 +55,9 @@ class GroupNorm(Case):
     def calls(self, operands):
         (x, w, b), g = operands.inputs, operands.grad_output
         sizes = (*x.shape[:2], math.prod(x.shape[2:]))
-        statistics = torch.native_group_norm(x.detach(), None, None, *sizes, self.num_groups, 1e-5)[1:]
+        statistics = torch.native_group_norm(
+            x.detach().contiguous(), None, None, *sizes, self.num_groups, 1e-5
+        )[1:]
         yield Call("group_norm", (x, self.num_groups, w, b, 1e-5))
         tail = (g, x, *statistics, w, self.num_groups, 1e-5, [True] * 3)
         yield Call("group_norm_backward", tail)
@@ -71,9 +73,10 @@ class GroupNorm(Case):
 
     def passes(self, switch):
         double = ["group_norm_double_backward"]
-        # stock's own adds a weight.
-        adds = switch and IS_BEFORE_2_15 and self.bias and not self.weight
-        forward = None if adds else ["native_group_norm"]
+        # stock's own adds a weight, and PyTorch before 2.14 copies.
+        adds = IS_BEFORE_2_15 and self.bias and not self.weight
+        copies = self.channels_last and torch.__version__ < "2.14"
+        forward = None if switch and (adds or copies) else ["native_group_norm"]
         return [(forward, 2), (["group_norm_backward"], 3), (double, 5), (double, 4)]
 
 
