@@ -238,7 +238,7 @@ struct Backward {
     auto mask = output_mask;
 #if TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR < 14
     // With interleaved channels the kernel writes to the gradient of the input, whether it is there or not.
-    mask[0] = mask[0] || mask[1] || mask[2];
+    mask[0] = true;
 #endif
 #if TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR < 15
     // The kernels take the weight's type for that of both parameters' gradients.
