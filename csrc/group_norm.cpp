@@ -103,6 +103,10 @@ Tensor as_native_kernels_want(const Tensor& tensor, const Tensor& input) {
 #endif
 }
 
+std::optional<Tensor> as_native_kernels_want(const Tensor& parameter) {
+  return optional(parameter.defined() ? parameter.contiguous() : parameter);
+}
+
 struct DoubleBackward {
   static constexpr auto schema =
       "group_norm_double_backward(Tensor? grad_grad_input, Tensor? grad_grad_weight, Tensor? grad_grad_bias, "
@@ -234,7 +238,7 @@ struct Backward {
   }
   TensorTriple cpu() const {
     check();
-    std::optional<Tensor> gamma = optional(weight);
+    std::optional<Tensor> gamma = as_native_kernels_want(weight);
     auto mask = output_mask;
 #if TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR < 14
     // With interleaved channels the kernel writes to the gradient of the input, whether it is there or not.
@@ -333,8 +337,8 @@ struct Forward {
   }
   TensorTriple native() const {
     return at::native_group_norm_symint(
-        as_native_kernels_want(input, input), optional(weight), optional(bias), input.sym_size(0),
-        input.sym_size(1), inner_size(input), num_groups, eps);
+        as_native_kernels_want(input, input), as_native_kernels_want(weight), as_native_kernels_want(bias),
+        input.sym_size(0), input.sym_size(1), inner_size(input), num_groups, eps);
   }
   Tensor cpu() const {
     check();

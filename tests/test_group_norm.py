@@ -71,13 +71,22 @@ class GroupNorm(Case):
         groups = 64 if self.num_groups == self.shape[1] else 32
         return replace(self, shape=(8, 64, 28, 28), num_groups=groups)
 
+    def is_small(self):
+        # In torch before 2.14 vmap raises for interleaved channels; why was not found out.
+        return super().is_small() and not (self.channels_last and torch.__version__ < "2.14")
+
     def passes(self, switch):
         double = ["group_norm_double_backward"]
         # stock's own adds a weight, and PyTorch before 2.14 copies.
         adds = IS_BEFORE_2_15 and self.bias and not self.weight
         copies = self.channels_last and torch.__version__ < "2.14"
         forward = None if switch and (adds or copies) else ["native_group_norm"]
-        return [(forward, 2), (["group_norm_backward"], 3), (double, 5), (double, 4)]
+        return [
+            (forward, None if forward is None else 2),
+            (["group_norm_backward"], 3),
+            (double, 5),
+            (double, 4),
+        ]
 
 
 CASES = [
