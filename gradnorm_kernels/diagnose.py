@@ -19,7 +19,6 @@ __all__ = ["Diagnosis", "Finding", "diagnose"]
 Node = Any  # of an autograd graph
 
 FUSE = "gk.fuse(model), or gk.set_fused_double_backward(True)"
-SWITCH = "gk.set_fused_double_backward(True)"
 
 # Of the nodes that PyTorch records in the forward, without "Backward0": what their double backward moves, in
 # tensors of the output's size, the least that it could, and what covers them. Counted on meta tensors, of a
@@ -197,7 +196,9 @@ def _backward(outputs: list[Tensor], inputs: list[Tensor]) -> list[_Step]:
 
         return hook
 
-    handles = [node.register_hook(note(node)) for node in _graph(outputs) if not hasattr(node, "variable")]
+    handles = [
+        node.register_hook(note(node)) for node in graph_nodes(outputs) if not hasattr(node, "variable")
+    ]
     # Gradients come in from what was differentiated before, in general.
     incoming = [torch.ones_like(output).requires_grad_() for output in outputs]
     try:
@@ -216,7 +217,8 @@ def _backward(outputs: list[Tensor], inputs: list[Tensor]) -> list[_Step]:
     return steps
 
 
-def _graph(outputs: list[Tensor]) -> set[Node]:
+def graph_nodes(outputs: Sequence[Tensor]) -> set[Node]:
+    """All nodes of the graphs that ``outputs`` were computed by."""
     seen: set[Node] = set()
     stack = [output.grad_fn for output in outputs]
     while stack:
@@ -243,6 +245,7 @@ def _summary(steps: list[_Step], spans: list[_Span]) -> Diagnosis:
 def _verdicts(step: _Step) -> Iterator[tuple[str, str, str]]:
     """Of each the kind, why, and the remedy."""
     recorded, base = step.recorded(), step.base
+    is_ours = any("gradnorm_kernels" in name for name in recorded)
     remedy = next((text for name, text in _REMEDIES.items() if base.startswith(name)), "")
     if base in _WITHOUT_DERIVATIVE or any(name.endswith("NotImplemented") for name in recorded):
         yield "raises", "PyTorch has no derivative of its backward", remedy
@@ -259,14 +262,14 @@ def _verdicts(step: _Step) -> Iterator[tuple[str, str, str]]:
             "its backward returns a gradient without a graph",
             "a backward of differentiable operations",
         )
-    elif any("gradnorm_kernels" in name for name in recorded):
+    elif is_ours:
         return
     elif base in ("NativeLayerNorm", "NativeBatchNorm") and _has_bias_alone(step):
         yield "raises", "PyTorch expects a weight where the gradient of a bias is differentiated", remedy
     elif base in _WRONG:
         why, remedy = _WRONG[base]
         yield "wrong", why, remedy
-    if base in _TRAFFIC and not any("gradnorm_kernels" in name for name in recorded):
+    if base in _TRAFFIC and not is_ours:
         moved, least, covered = _TRAFFIC[base]
         why = f"its double backward moves {moved:g} tensors of its size, where {least:g} would do"
         yield "slow", why, covered or ""

@@ -566,7 +566,12 @@ def _repeat_heads(name: str, tensor: Tensor, query: Tensor) -> Tensor:
 def _additive(attn_mask: Tensor | None, like: Tensor) -> Tensor | None:
     if attn_mask is None or attn_mask.dtype != torch.bool:
         return attn_mask
-    return torch.zeros_like(attn_mask, dtype=like.dtype).masked_fill_(~attn_mask, -torch.inf)
+    return additive_mask(attn_mask, like.dtype)
+
+
+def additive_mask(takes_part: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to scores: 0 where a key takes part, minus infinity elsewhere."""
+    return torch.zeros_like(takes_part, dtype=dtype).masked_fill_(~takes_part, -torch.inf)
 
 
 def _plain_attention(

@@ -339,7 +339,7 @@ def _attention_mask(
             return mask.to(dtype)
         if mask.dtype != torch.bool:
             raise TypeError(f"MultiheadAttention: expected bool or floating masks, got {mask.dtype}")
-        return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -torch.inf)
+        return functional.additive_mask(~mask, dtype)
 
     masks = []
     if attn_mask is not None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradnorm_kernels as gk
+from gradnorm_kernels.diagnose import graph_nodes
 
 
 @dataclass(frozen=True)
@@ -165,18 +166,6 @@ class TestConvolution(OpContract):
         super().opcheck(call, test_utils=[*test_utils, dynamic] if len(test_utils) == 3 else test_utils)
 
 
-def graph(tensor):
-    """Names of the nodes that computed it."""
-    names, seen, stack = [], set(), [tensor.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            names.append(node.name())
-            stack += [parent for parent, _ in node.next_functions]
-    return names
-
-
 @each_convolution
 @pytest.mark.parametrize("switch", [False, True])
 def test_the_third_order_is_exact_and_every_backward_in_it_ours(conv, switch):
@@ -185,7 +174,7 @@ def test_the_third_order_is_exact_and_every_backward_in_it_ours(conv, switch):
         *_, gradients = nth_gradients(conv.stock if switch else conv.fused, inputs, 3)
     *_, expected = nth_gradients(conv.reference, inputs, 3)
     assert_close(gradients, expected)
-    names = graph(gradients[0])
+    names = [node.name() for node in graph_nodes(gradients[:1])]
     assert any("gradnorm_kernels" in name for name in names)
     assert not any("ConvolutionBackwardBackward" in name for name in names)
 

@@ -91,7 +91,13 @@ def input_gradient(model: Model, pixels: Tensor, targets: Tensor, dtype: torch.d
     with torch.enable_grad():
         logits = model(pixels.to(dtype or pixels.dtype))
         check_logits(logits, pixels)
-        check_targets(targets, logits)
+    return cross_entropy_gradient(logits, pixels, targets)
+
+
+def cross_entropy_gradient(logits: Tensor, pixels: Tensor, targets: Tensor) -> Tensor:
+    """Gradient of the summed cross-entropy by ``pixels``, from which ``logits`` were computed."""
+    check_targets(targets, logits)
+    with torch.enable_grad():
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if targets.is_floating_point():
             targets = targets.to(logits.dtype)

@@ -25,7 +25,7 @@ from pyautoattack.autopgd_base import APGDAttack
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .attacks import ATTACKS, NORMS, input_gradient, perturb
+from .attacks import ATTACKS, NORMS, cross_entropy_gradient, perturb
 from .checks import check_choice, check_count, check_images, check_logits, check_non_negative, check_pixels
 from .files import write_text
 from .objectives.common import evaluated
@@ -270,14 +270,14 @@ class _Target:
         check_logits(logits, pixels)
         return logits.float()
 
-    def predict(self, pixels: Tensor, which: str) -> tuple[Tensor, int]:
-        """The class of each image, and the number of classes; ``which`` names the images in errors."""
+    def finite_logits(self, pixels: Tensor, which: str) -> Tensor:
+        """The logits, or an error in which ``which`` names the images."""
         logits = self.logits(pixels)
         # The class of NaN is none in particular, so that they would count as fooled; of infinite ones the
         # gradient is NaN, so that none could be.
         if not logits.isfinite().all():
             raise ValueError(f"model: logits of {which} are NaN or infinite")
-        return logits.max(dim=1)[1], logits.shape[1]
+        return logits
 
     def batches(self, indices: Tensor, start: int = 0) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Indices, images and labels, from batch ``start`` on of those that ``indices`` make up."""
@@ -371,14 +371,16 @@ def _clean_pass(target: _Target, settings: _Settings) -> _State:
     correct, zero = (torch.zeros(len(target.images), dtype=torch.bool) for _ in range(2))
     classes = 0
     for indices, x, y in target.batches(torch.arange(len(correct))):
-        predicted, classes = target.predict(x, "the images")
+        with torch.set_grad_enabled(settings.eps > 0):
+            logits = target.finite_logits(x.requires_grad_(settings.eps > 0), "the images")
+        predicted, classes = logits.max(dim=1)[1], logits.shape[1]
         if y.max() >= classes:
             raise ValueError(f"labels: expected class indices from 0 to {classes - 1}, got {int(y.max())}")
         if settings.attack == "autoattack" and settings.eps and classes < 4:
             raise ValueError(f"attack: {FEW_CLASSES.format(classes)}")
         correct[indices] = (predicted == y).cpu()
         if settings.eps:
-            gradient = input_gradient(target.logits, x, y).flatten(1)
+            gradient = cross_entropy_gradient(logits, x, y).flatten(1)
             zero[indices] = ((gradient == 0).all(1) & (predicted == y)).cpu()
     seconds = time.perf_counter() - start
     return _State(classes, correct, correct.clone(), correct.clone(), zero, seconds=seconds)
@@ -394,7 +396,7 @@ def _run(name: str, attack: Attack, target: _Target, state: _State, file: _State
         start = time.perf_counter()
         for part, x, y in target.batches(indices, state.batches):
             attacked = attack(x, y)
-            predicted, _ = target.predict(attacked, f"the images that {name} made")
+            predicted = target.finite_logits(attacked, f"the images that {name} made").max(dim=1)[1]
             state.robust[part[(predicted != y).cpu()]] = False
             state.moved |= not torch.equal(attacked.to(target.dtype), x.to(target.dtype))
             state.batches += 1

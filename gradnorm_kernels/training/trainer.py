@@ -36,7 +36,7 @@ from .distributed import any_process, process_group, rank, summed, world_size
 from .execution import allow_tf32, compiled, find_device, for_training, tf32, without_exchange
 from .files import CHECKPOINT, load_checkpoint, write_file, write_lines, write_tensorboard
 from .models import build_model
-from .objectives import Loss, Objective, make_objective
+from .objectives import OBJECTIVES, Loss, Objective, make_objective
 from .objectives.common import evaluated
 from .options import TrainingError
 
@@ -160,7 +160,7 @@ class Trainer:
     def warn_of_double_backward(self) -> None:
         """Says on stderr what :func:`~..diagnose.diagnose` finds harmful, if a run differentiates twice."""
         config, shape = self.config, (2, len(self.data.spec.mean), self.data.spec.size, self.data.spec.size)
-        if config.objective in ("natural", "adversarial") or config.engine != "double_backprop":
+        if not OBJECTIVES[config.objective].differentiates_twice or config.engine != "double_backprop":
             return
         with evaluated(self.model):
             harmful = diagnose(self.model, torch.rand(shape, device=self.device)).harmful

@@ -78,5 +78,7 @@ class AdversarialLoss:
         return self.objective.schedule(epoch)
 
 
-register("adversarial", AdversarialLoss, "cross-entropy of images perturbed by PGD")
+register(
+    "adversarial", AdversarialLoss, "cross-entropy of images perturbed by PGD", differentiates_twice=False
+)
 register("hybrid", AdversarialLoss, "gradient_norm of such images", objective="gradient_norm")

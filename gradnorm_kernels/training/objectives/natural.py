@@ -23,4 +23,4 @@ class NaturalLoss:
         return {}
 
 
-register("natural", NaturalLoss, "cross-entropy")
+register("natural", NaturalLoss, "cross-entropy", differentiates_twice=False)

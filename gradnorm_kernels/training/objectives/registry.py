@@ -16,6 +16,7 @@ class Row:
     kind: type[Any]
     help: str
     check: Callable[[Any], None]
+    differentiates_twice: bool
     parts: Mapping[str, str]
 
 
@@ -23,7 +24,13 @@ OBJECTIVES: dict[str, Row] = {}
 
 
 def register(
-    name: str, kind: type[Any], help: str, *, check: Callable[[Any], None] = lambda config: None, **parts: str
+    name: str,
+    kind: type[Any],
+    help: str,
+    *,
+    check: Callable[[Any], None] = lambda config: None,
+    differentiates_twice: bool = True,
+    **parts: str,
 ) -> None:
     """Adds an objective to those that a run can have.
 
@@ -32,9 +39,10 @@ def register(
         kind: its class, a dataclass that makes an :class:`Objective`.
         help: what ``gradnorm train --help`` says of it.
         check: raises a TrainingError where a run's options do not go together.
+        differentiates_twice: whether its loss holds a gradient of the model.
         parts: the class's arguments that are objectives, by the names under which these are registered.
     """
-    OBJECTIVES[name] = Row(kind, help, check, parts)
+    OBJECTIVES[name] = Row(kind, help, check, differentiates_twice, parts)
 
 
 def objective_options() -> list[tuple[str, Field[Any]]]:
