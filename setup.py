@@ -29,6 +29,8 @@ CSRC = Path(__file__).parent.resolve() / "csrc"
 BINDING = CSRC / "python.cpp"
 WINDOWS = sys.platform == "win32"
 CXX_FLAGS = ["/O2", "/std:c++20"] if WINDOWS else ["-O3", "-g0", "-std=c++20", "-Wno-unknown-pragmas"]
+# Yours come last, since of two levels of optimisation the last one counts.
+CXX_FLAGS += os.environ.get("CXXFLAGS", "").split()
 
 # PyTorch's own flags for its CPU kernels. The baseline comes first: where an inline function is compiled
 # more than once the linker keeps the first, which must run on every machine.

@@ -437,7 +437,7 @@ struct AtenForward : Override<AtenForward<Definition>> {
       return Definition::composite(self);
     }
     if (!is_covered(self, self)) {
-      return AtenForward::template stock<Tensor>(keys, self);
+      return AtenForward::stock(keys, self);
     }
     return typename ActivationOps<Definition>::Forward(self).switched();
   }
@@ -457,7 +457,7 @@ struct AtenInPlace : Override<AtenInPlace<Definition, aten, settings, Params...>
   static Tensor& autograd(c10::DispatchKeySet keys, Tensor& self, Params... params) {
     using Ops = ActivationOps<Definition>;
     if (!torch::autograd::compute_requires_grad(self) || !is_covered(self, self) || !accepts(params...)) {
-      AtenInPlace::template stock<Tensor>(keys, self, params...);
+      AtenInPlace::stock(keys, self, params...);
       return self;
     }
     // A function of what self was: a second derivative takes this way.
@@ -483,7 +483,7 @@ struct AtenBackward : Override<AtenBackward<Definition, Params...>> {
   static Tensor autograd(
       c10::DispatchKeySet keys, const Tensor& grad_output, const Tensor& operand, Params... params) {
     if (!is_covered(grad_output, operand)) {
-      return AtenBackward::template stock<Tensor>(keys, grad_output, operand, params...);
+      return AtenBackward::stock(keys, grad_output, operand, params...);
     }
     return typename ActivationOps<Definition>::Backward(grad_output, operand, unscalar(params)...).switched();
   }
@@ -495,7 +495,7 @@ struct AtenEluBackward : Override<AtenEluBackward> {
       const at::Scalar& input_scale, bool is_result, const Tensor& self_or_result) {
     // is_result: of elu_ without the switch, whose result is saved, from which ours does not compute.
     if (is_result || input_scale.toDouble() < 0 || !is_covered(grad_output, self_or_result)) {
-      return stock<Tensor>(keys, grad_output, alpha, scale, input_scale, is_result, self_or_result);
+      return stock(keys, grad_output, alpha, scale, input_scale, is_result, self_or_result);
     }
     return ActivationOps<definitions::Elu>::Backward(
                grad_output, self_or_result, alpha.toDouble(), scale.toDouble(), input_scale.toDouble())

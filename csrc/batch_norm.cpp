@@ -336,7 +336,13 @@ struct DoubleBackward {
   }
 };
 
+// The derivatives of evaluation mode are of the statistics that it read.
+constexpr auto kIfChanged =
+    "If that is the mean or variance of a BatchNorm: a forward in train mode changed it before the backward of "
+    "one in eval mode. Call backward first, or use a copy of the model in eval mode.";
+
 struct OfBackward {
+  static constexpr auto if_changed = kIfChanged;
   using Settings = std::tuple<bool, double>;
 
   static variable_list backward(
@@ -367,6 +373,7 @@ TensorTriple Backward::recorded(const Compute& compute) const {
 }
 
 struct OfForward {
+  static constexpr auto if_changed = kIfChanged;
   using Settings = std::tuple<bool, double, int64_t>;
 
   static variable_list backward(
@@ -515,7 +522,7 @@ struct AtenBatchNorm : Override<AtenBatchNorm<aten, Running...>> {
     const OptionalTensor w(weight), b(bias);
     // With running statistics alone, which are constants, PyTorch's own is right.
     if (!training || input.sym_numel() == 0 || !is_differentiated_by_transform({input, w, b})) {
-      return AtenBatchNorm::template stock<TensorTriple>(
+      return AtenBatchNorm::stock(
           keys, input, weight, bias, running..., training, momentum, eps);
     }
     const auto [output, mean, invstd] =
@@ -534,7 +541,7 @@ struct AtenBatchNormBackward : Override<AtenBatchNormBackward> {
     const Backward op{grad_out,  input,       weight, running_mean, running_var,
                       save_mean, save_invstd, train,  eps,          output_mask};
     if (!is_covered(grad_out, input, op.weight, op.s)) {
-      return stock<TensorTriple>(
+      return stock(
           keys, grad_out, input, weight, running_mean, running_var, save_mean, save_invstd, train, eps,
           output_mask);
     }
@@ -555,7 +562,7 @@ struct AtenCudnnBatchNormBackward : Override<AtenCudnnBatchNormBackward> {
                       save_var,    /*training=*/true,
                       epsilon,     {true, true, true}};
     if (!is_covered(grad_output, input, weight, op.s)) {
-      return stock<TensorTriple>(
+      return stock(
           keys, input, grad_output, weight, running_mean, running_var, save_mean, save_var, epsilon, reserve);
     }
     return op.recorded([&] {

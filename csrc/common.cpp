@@ -6,9 +6,7 @@
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/graph_task.h>
 
-#include <memory>
-#include <mutex>
-#include <vector>
+#include <atomic>
 
 namespace gradnorm_kernels {
 
@@ -105,6 +103,14 @@ Tensor softmax_by_parts(const Tensor& input, int64_t dim) {
   return exponentials / exponentials.sum(dim, /*keepdim=*/true);
 }
 
+Tensor log_softmax_by_parts(const Tensor& input, int64_t dim) {
+  if (input.is_nested() || input.sym_numel() == 0) {
+    return at::log_softmax(input, dim);
+  }
+  const Tensor shifted = input - input.detach().amax(dim, /*keepdim=*/true);
+  return shifted - shifted.exp().sum(dim, /*keepdim=*/true).log();
+}
+
 bool is_zero_asked_for(uint32_t i) {
   const auto* asked_for = torch::autograd::get_current_graph_task_exec_info();
   if (asked_for && !asked_for->empty()) {
@@ -122,50 +128,22 @@ bool is_zero_asked_for(uint32_t i) {
 
 namespace {
 
-std::vector<StockOverride::Install>& stock_overrides() {
-  static std::vector<StockOverride::Install> overrides;
-  return overrides;
-}
-
-// Holds the registrations at PyTorch's own ops while the switch is on. Never destroyed at exit, when the
-// dispatcher may already be gone.
-std::unique_ptr<AtenAutograd>& aten_autograd() {
-  static auto* registrations = new std::unique_ptr<AtenAutograd>();
-  return *registrations;
-}
-
-std::mutex aten_autograd_mutex;
-
-void set_fused_double_backward(bool enabled) {
-  const std::lock_guard<std::mutex> lock(aten_autograd_mutex);
-  auto& registrations = aten_autograd();
-  if (enabled == (registrations != nullptr)) {
-    return;
-  }
-  if (!enabled) {
-    registrations.reset();
-    return;
-  }
-  auto fresh = std::make_unique<AtenAutograd>();
-  for (const auto& install : stock_overrides()) {
-    install(*fresh);
-  }
-  registrations = std::move(fresh);
-}
-
-bool is_fused_double_backward_enabled() {
-  const std::lock_guard<std::mutex> lock(aten_autograd_mutex);
-  return aten_autograd() != nullptr;
-}
+std::atomic<bool> is_switched_on = false;
 
 }  // namespace
+
+bool is_fused_double_backward_enabled() {
+  return is_switched_on.load(std::memory_order_relaxed);
+}
 
 torch::Library& AtenAutograd::library(c10::DispatchKey key) {
   return libraries_.try_emplace(key, torch::Library::IMPL, "aten", key, __FILE__, __LINE__).first->second;
 }
 
 StockOverride::StockOverride(Install install) {
-  stock_overrides().push_back(install);
+  // Never destroyed at exit, when the dispatcher may already be gone.
+  static auto* aten = new AtenAutograd();
+  install(*aten);
 }
 
 StockKernel::StockKernel(const std::string& op, const std::string& overload)
@@ -173,7 +151,7 @@ StockKernel::StockKernel(const std::string& op, const std::string& overload)
       kernel_(op_.getComputedKernelForDispatchKey(c10::DispatchKey::AutogradCPU)) {}
 
 TORCH_LIBRARY(gradnorm_kernels, m) {
-  m.def("set_fused_double_backward(bool enabled) -> ()", set_fused_double_backward);
+  m.def("set_fused_double_backward(bool enabled) -> ()", [](bool enabled) { is_switched_on = enabled; });
   m.def("is_fused_double_backward_enabled() -> bool", is_fused_double_backward_enabled);
 }
 

@@ -10,6 +10,7 @@
 #include <initializer_list>
 #include <map>
 #include <string>
+#include <utility>
 
 namespace gradnorm_kernels {
 
@@ -51,6 +52,7 @@ Tensor to_opmath(const Tensor& tensor);
 // at::softmax of a tensor in its arithmetic type, from ops with derivatives of every kind: the gradient of
 // at::softmax's own forward-mode derivative raises, because that changes in place what it needs.
 Tensor softmax_by_parts(const Tensor& input, int64_t dim);
+Tensor log_softmax_by_parts(const Tensor& input, int64_t dim);
 
 // True for tensors that pass check_elementwise together.
 bool is_elementwise_match(const Tensor& a, const Tensor& b);
@@ -61,17 +63,19 @@ c10::TypedOperatorHandle<Signature> find_op(const std::string& name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), "").typed<Signature>();
 }
 
+// Whether set_fused_double_backward is on: for the whole process, since backward passes have threads of their
+// own.
+bool is_fused_double_backward_enabled();
+
 // PyTorch's own implementation of an op at the Autograd key, held from before ours replaces it.
 class StockKernel {
  public:
   explicit StockKernel(const std::string& op, const std::string& overload = "");
 
-  // Return may be a tuple of tensors.
+  // Of exactly the op's own types.
   template <class Return, class... Args>
-  Return call(c10::DispatchKeySet keys, const Args&... args) const {
-    torch::jit::Stack stack{c10::IValue(args)...};
-    call_boxed(keys, stack);
-    return c10::impl::PopResult<Return>::call(stack);
+  Return call(c10::DispatchKeySet keys, Args... args) const {
+    return kernel_.kernelFunction().call<Return, Args...>(op_, keys, std::forward<Args>(args)...);
   }
   void call_boxed(c10::DispatchKeySet keys, torch::jit::Stack& stack) const {
     kernel_.callBoxed(op_, keys, &stack);
@@ -87,7 +91,7 @@ class StockKernel {
 // less to do without it.
 bool is_zero_asked_for(uint32_t i);
 
-// Registrations at the Autograd key of PyTorch's own ops, as long as it lives.
+// Registrations at the Autograd key of PyTorch's own ops.
 class AtenAutograd {
  public:
   template <class Kernel>
@@ -109,7 +113,8 @@ class AtenAutograd {
   std::map<c10::DispatchKey, torch::Library> libraries_;
 };
 
-// A family's registrations at PyTorch's own ops, made by set_fused_double_backward(true).
+// A family's registrations at PyTorch's own ops. They are made once, when the library is loaded: the
+// dispatcher's tables must not change while other threads read them.
 struct StockOverride {
   using Install = void (*)(AtenAutograd& aten);
   explicit StockOverride(Install install);

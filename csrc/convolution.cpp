@@ -39,6 +39,13 @@ struct Geometry {
   }
 };
 
+// The shape in which a value for each channel meets a tensor.
+std::vector<int64_t> channels_first(const Tensor& tensor) {
+  std::vector<int64_t> shape(tensor.dim(), 1);
+  shape[1] = -1;
+  return shape;
+}
+
 // The gradient of the weight of a convolution whose groups have one channel in and one out.
 struct DepthwiseGradWeight {
   static constexpr auto schema =
@@ -176,6 +183,23 @@ struct Forward {
     return at::convolution_symint(
         input, weight, optional(bias), stride, padding, dilation, transposed, output_padding, groups);
   }
+  // Right to every order: PyTorch's formula for the third with an output_padding is not. That only lengthens
+  // the result, by zeros at the end of what is then cropped by the padding.
+  Tensor by_parts() const {
+    const auto& [stride, padding, dilation, transposed, output_padding, groups] = geometry;
+    const auto is_longer = [](const SymInt& length) { return length != 0; };
+    if (!transposed || std::none_of(output_padding.begin(), output_padding.end(), is_longer)) {
+      return composite();
+    }
+    const std::vector<SymInt> none(padding.size(), 0);
+    std::vector<SymInt> margins;
+    for (size_t i = padding.size(); i-- > 0;) {
+      margins.insert(margins.end(), {-padding[i], output_padding[i] - padding[i]});
+    }
+    const Tensor whole = Forward{input, weight, {}, {stride, none, dilation, true, none, groups}}.composite();
+    const Tensor output = at::constant_pad_nd_symint(whole, margins);
+    return bias.defined() ? output + bias.view(channels_first(output)) : output;
+  }
   Tensor autograd() const;
   Tensor autocast_cpu() const {
     return autocast(at::kCPU);
@@ -231,9 +255,7 @@ struct DoubleBackward {
         bias.reset();
       }
       if (bias.defined()) {
-        std::vector<int64_t> channels(grad_output.dim(), 1);
-        channels[1] = -1;
-        grad_grad_output = at::zeros_like(grad_output) + bias.view(channels);
+        grad_grad_output = at::zeros_like(grad_output) + bias.view(channels_first(grad_output));
       }
     }
     const bool has_grad_input = output_mask[1] && grad_grad_weight.defined();
@@ -284,7 +306,7 @@ struct OfForward {
 
 Tensor Forward::autograd() const {
   if (needs_composite(input, weight, bias)) {
-    return composite();
+    return by_parts();
   }
   return record<OfForward>({input, weight, bias}, geometry.kept(), [&](variable_list& saved) {
     saved = {input, weight};
@@ -312,7 +334,7 @@ struct AtenBackward : Override<AtenBackward> {
       SymIntArrayRef dilation, bool transposed, SymIntArrayRef output_padding, SymInt groups,
       Mask<3> output_mask) {
     if (!is_covered(grad_output, input, weight)) {
-      return stock<TensorTriple>(
+      return stock(
           keys, grad_output, input, weight, bias_sizes, stride, padding, dilation, transposed, output_padding,
           groups, output_mask);
     }
@@ -322,7 +344,26 @@ struct AtenBackward : Override<AtenBackward> {
   }
 };
 
-const StockOverride override_aten([](AtenAutograd& m) { AtenBackward::install(m, "convolution_backward"); });
+// Where PyTorch's own backward runs, in transforms: its formula is wrong at third order with an output_padding.
+struct AtenDoubleBackward : Override<AtenDoubleBackward> {
+  using Given = const std::optional<Tensor>&;
+
+  static TensorTriple autograd(
+      c10::DispatchKeySet, Given grad_grad_input, Given grad_grad_weight, Given grad_grad_bias,
+      const Tensor& grad_output, const Tensor& weight, const Tensor& input, SymIntArrayRef stride,
+      SymIntArrayRef padding, SymIntArrayRef dilation, bool transposed, SymIntArrayRef output_padding,
+      SymInt groups, Mask<3> output_mask) {
+    return DoubleBackward{
+        grad_grad_input, grad_grad_weight, grad_grad_bias, grad_output, input, weight,
+        {stride, padding, dilation, transposed, output_padding, groups}, output_mask}
+        .implicit();
+  }
+};
+
+const StockOverride override_aten([](AtenAutograd& m) {
+  AtenBackward::install(m, "convolution_backward");
+  AtenDoubleBackward::install_whole(m, "_convolution_double_backward");
+});
 
 }  // namespace
 }  // namespace gradnorm_kernels::convolution

@@ -407,7 +407,7 @@ struct AtenGroupNorm : Override<AtenGroupNorm> {
     const Forward op{input, group, weight, bias, eps};
     return is_covered(op, batch, channels, inner)
                ? to_tuple<3>(op.recorded(true))
-               : stock<TensorTriple>(keys, input, weight, bias, batch, channels, inner, group, eps);
+               : stock(keys, input, weight, bias, batch, channels, inner, group, eps);
   }
 };
 

@@ -677,7 +677,7 @@ struct AtenLayerNorm : Override<AtenLayerNorm> {
       const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, double eps) {
     const LayerNorm op{input, normalized_shape, weight, bias, eps};
     if (!is_differentiated_by_transform({input, op.weight, op.bias})) {
-      return stock<TensorTriple>(keys, input, normalized_shape, weight, bias, eps);
+      return stock(keys, input, normalized_shape, weight, bias, eps);
     }
     const auto rows = op.pass().normalized_last(normalized_shape, Statistics::kCentred);
     return {op.pass().output(rows), rows.mean_of_input, rows.rstd};
@@ -700,7 +700,7 @@ struct AtenLayerNormBackward : Override<AtenLayerNormBackward> {
     const OptionalTensor w(weight), b(bias);
     const Backward pass{"layer_norm_backward", grad_out, input, mean, rstd, w, b, output_mask};
     if (!is_covered(pass)) {
-      return stock<TensorTriple>(
+      return stock(
           keys, grad_out, input, normalized_shape, mean, rstd, weight, bias, output_mask);
     }
     return pass.recorded([&] {
@@ -725,7 +725,7 @@ struct AtenRmsNorm : Override<AtenRmsNorm> {
       const std::optional<Tensor>& weight, std::optional<double> eps) {
     const RmsNorm op{input, normalized_shape, weight, eps};
     return is_covered(op) ? std::get<0>(op.autograd())
-                          : stock<Tensor>(keys, input, normalized_shape, weight, eps);
+                          : stock(keys, input, normalized_shape, weight, eps);
   }
 };
 
@@ -734,7 +734,7 @@ struct AtenFusedRmsNorm : Override<AtenFusedRmsNorm> {
       c10::DispatchKeySet keys, const Tensor& input, at::IntArrayRef normalized_shape,
       const std::optional<Tensor>& weight, std::optional<double> eps) {
     const RmsNorm op{input, c10::fromIntArrayRefSlow(normalized_shape), weight, eps};
-    return is_covered(op) ? op.autograd() : stock<TensorPair>(keys, input, normalized_shape, weight, eps);
+    return is_covered(op) ? op.autograd() : stock(keys, input, normalized_shape, weight, eps);
   }
 };
 

@@ -322,7 +322,7 @@ struct Recorded : torch::autograd::Function<Recorded<Derivative>> {
       for (int64_t i = 0, next = 0; i < count; ++i) {
         needs[i] = operands.has(i) && ctx->needs_input_grad(next++);
       }
-      gradients = Derivative::backward(results.scatter(outputs), ctx->get_saved_variables(), needs, settings);
+      gradients = Derivative::backward(results.scatter(outputs), saved_by(*ctx), needs, settings);
     }
     gradients.resize(count);
     variable_list of_inputs;
@@ -334,6 +334,20 @@ struct Recorded : torch::autograd::Function<Recorded<Derivative>> {
     constexpr size_t others = 4;  // of forward's arguments
     of_inputs.resize(of_inputs.size() + others);
     return of_inputs;
+  }
+
+ private:
+  // Raises where one was changed in place since.
+  static variable_list saved_by(const torch::autograd::AutogradContext& ctx) {
+    if constexpr (requires { Derivative::if_changed; }) {
+      try {
+        return ctx.get_saved_variables();
+      } catch (const c10::Error& error) {
+        TORCH_CHECK(false, error.what_without_backtrace(), " ", Derivative::if_changed);
+      }
+    } else {
+      return ctx.get_saved_variables();
+    }
   }
 };
 
@@ -365,29 +379,40 @@ variable_list record(
   return results.scatter(outputs);
 }
 
-// PyTorch's own op, replaced at the Autograd key while set_fused_double_backward is on by Self::autograd,
-// which takes the dispatch keys and then the op's arguments, and leaves to stock() what ours does not cover.
+// PyTorch's own op, whose Autograd key has Self::autograd while set_fused_double_backward is on. That takes
+// the dispatch keys and then the op's arguments, and leaves to stock() what ours does not cover.
 template <class Self>
 struct Override {
-  template <class Return, class... Args>
-  static Return stock(c10::DispatchKeySet keys, const Args&... args) {
-    return kernel->template call<Return>(keys, args...);
+  template <class... Args>
+  static auto stock(c10::DispatchKeySet keys, Args&&... args) {
+    return call_stock(&Self::autograd, keys, args...);
   }
   static void install(AtenAutograd& aten, const std::string& op) {
     keep(op);
-    aten.impl(op, &Self::autograd);
+    aten.impl(op, switched(&Self::autograd));
   }
   static void install_whole(AtenAutograd& aten, const std::string& op) {
     keep(op);
-    aten.impl_whole(op, &Self::autograd);
+    aten.impl_whole(op, switched(&Self::autograd));
   }
 
  private:
   static void keep(const std::string& op) {
-    if (!kernel) {
-      const auto dot = op.find('.');
-      kernel.emplace("aten::" + op.substr(0, dot), dot == std::string::npos ? "" : op.substr(dot + 1));
-    }
+    const auto dot = op.find('.');
+    kernel.emplace("aten::" + op.substr(0, dot), dot == std::string::npos ? "" : op.substr(dot + 1));
+  }
+  template <class Return, class... Args>
+  static Return call_stock(
+      Return (*)(c10::DispatchKeySet, Args...), c10::DispatchKeySet keys, std::type_identity_t<Args>... args) {
+    return kernel->template call<Return, Args...>(keys, std::forward<Args>(args)...);
+  }
+  template <class Return, class... Args>
+  static auto switched(Return (*)(c10::DispatchKeySet, Args...)) {
+    return +[](c10::DispatchKeySet keys, Args... args) -> Return {
+      return is_fused_double_backward_enabled()
+                 ? Self::autograd(keys, std::forward<Args>(args)...)
+                 : kernel->template call<Return, Args...>(keys, std::forward<Args>(args)...);
+    };
   }
 
   static inline std::optional<StockKernel> kernel;
@@ -425,11 +450,15 @@ struct BoxedOverride {
     const auto name = "aten::" + op;
     if (c10::Dispatcher::singleton().findSchema({name, ""})) {
       kernels.try_emplace(name, name);
-      aten.impl(name, torch::CppFunction::makeFromBoxedFunction<&Self::autograd>());
+      aten.impl(name, torch::CppFunction::makeFromBoxedFunction<&switched>());
     }
   }
 
  private:
+  static void switched(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+    is_fused_double_backward_enabled() ? Self::autograd(op, keys, stack) : stock(op, keys, stack);
+  }
+
   static inline std::map<std::string, StockKernel> kernels;
 };
 

@@ -1,8 +1,8 @@
-// Softmax, with or without a bias added to its input: the CPU, meta and composite implementations of its ops,
-// how they are differentiated, and the override of PyTorch's own.
+// Softmax, with or without a bias added to its input, and its logarithm: the CPU, meta and composite
+// implementations of their ops, how they are differentiated, and the override of PyTorch's own.
 //
-// y = softmax(x) has the gradient h = y (g - sum(g y)). With v the gradient of h and the sums along dim,
-// everything about h is local to a row of v, g and y.
+// y = softmax(x) has the gradient h = y (g - sum(g y)), and y = log softmax(x) has h = g - e^y sum(g). With v the
+// gradient of h and the sums along dim, everything about h is local to a row of v, g and y.
 #include "cpu/softmax.h"
 
 #include <ATen/ExpandUtils.h>
@@ -24,12 +24,13 @@ Tensor empty_output(const Tensor& like) {
 struct DoubleBackward {
   static constexpr auto schema =
       "softmax_double_backward(Tensor grad_grad_input, Tensor grad_output, Tensor output, int dim, "
-      "bool to_input) -> (Tensor grad_grad_output, Tensor grad)";
+      "bool to_input, bool log=False) -> (Tensor grad_grad_output, Tensor grad)";
   const Tensor &grad_grad_input, &grad_output, &output;
   int64_t dim;
   bool to_input;  // grad is of the softmax's input, else of its output
+  bool log;       // output is the softmax's logarithm
   auto tie() const {
-    return std::tie(grad_grad_input, grad_output, output, dim, to_input);
+    return std::tie(grad_grad_input, grad_output, output, dim, to_input, log);
   }
   auto differentiable() const {
     return std::tie(grad_grad_input, grad_output, output);
@@ -47,10 +48,17 @@ struct DoubleBackward {
   }
   TensorPair composite() const {
     check();
-    const Tensor y = to_opmath(output);
+    const Tensor y = log ? to_opmath(output).exp() : to_opmath(output);
     const Tensor v = grad_grad_input.to(y.scalar_type()), g = to_opmath(grad_output);
     const auto mean = [&](const Tensor& t) { return (t * y).sum(dim, /*keepdim=*/true); };
-    const Tensor v_mean = mean(v), v_centred = v - v_mean, g_centred = g - mean(g);
+    const Tensor v_mean = mean(v), v_centred = v - v_mean;
+    if (log) {
+      const Tensor grad = -g.sum(dim, /*keepdim=*/true) * y * (to_input ? v_centred : v);
+      return {
+          v_centred.to(output.scalar_type()),
+          grad.to(to_input ? grad_grad_input.scalar_type() : output.scalar_type())};
+    }
+    const Tensor g_centred = g - mean(g);
     const Tensor grad_grad_output = (y * v_centred).to(output.scalar_type());
     if (!to_input) {
       return {grad_grad_output, (v * g_centred - v_mean * g).to(output.scalar_type())};
@@ -65,7 +73,7 @@ struct DoubleBackward {
     GRADNORM_KERNELS(softmax_kernels)
         .double_backward(
             grad_grad_output, grad, v, grad_output.contiguous(), output.contiguous(),
-            at::maybe_wrap_dim(dim, output.dim()), to_input);
+            at::maybe_wrap_dim(dim, output.dim()), to_input, log);
     return {grad_grad_output, to_input ? grad.to(grad_grad_input.scalar_type()) : grad};
   }
   TensorPair meta() const {
@@ -77,16 +85,20 @@ struct DoubleBackward {
 
 struct Backward {
   static constexpr auto schema =
-      "softmax_backward(Tensor grad_output, Tensor output, int dim, ScalarType input_dtype) -> Tensor";
+      "softmax_backward(Tensor grad_output, Tensor output, int dim, ScalarType input_dtype, bool log=False) "
+      "-> Tensor";
   const Tensor &grad_output, &output;
   int64_t dim;
   ScalarType input_dtype;
+  bool log;
   auto tie() const {
-    return std::tie(grad_output, output, dim, input_dtype);
+    return std::tie(grad_output, output, dim, input_dtype, log);
   }
 
   static Tensor by_aten(const Backward& op) {
-    return at::_softmax_backward_data(op.grad_output, op.output, op.dim, op.input_dtype);
+    const auto& [grad_output, output, dim, input_dtype, log] = op;
+    return (log ? at::_log_softmax_backward_data : at::_softmax_backward_data)(
+        grad_output, output, dim, input_dtype);
   }
   Tensor composite() const {
     check_elementwise(name_of<Backward>(), {{"output", output}, {"grad_output", grad_output}});
@@ -120,54 +132,55 @@ bool has_hooks(const Tensor& tensor) {
 // Of grad_output, output and, if there is one, the edge to the softmax's input: output's gradient then goes
 // there, past the softmax's backward.
 struct OfBackward {
-  using Settings = std::tuple<int64_t, bool>;  // dim, has_edge
+  using Settings = std::tuple<int64_t, bool, bool>;  // dim, log, has_edge
 
   static variable_list backward(
       const variable_list& grads, const variable_list& saved, Needs needs, const Settings& settings) {
     constexpr size_t kOutput = 1, kEdge = 2;
     const Tensor &grad_grad_input = grads[0], &grad_output = saved[0], &output = saved[1];
-    const auto [dim, has_edge] = settings;
+    const auto [dim, log, has_edge] = settings;
     // Past the softmax's backward, a gradient of output would not be seen.
     const bool to_input = has_edge && !has_hooks(output);
     const size_t operand = to_input ? kEdge : kOutput;
     // Where only one of the two needs a gradient, the other one is still written, unless it is grad_output:
     // its gradient is a first backward.
-    if (!needs[operand]) {
+    if (!needs[operand] && !log) {
       const auto dtype = output.scalar_type();
-      return {call(Backward{grad_grad_input.to(dtype), output, dim, dtype})};
+      return {call(Backward{grad_grad_input.to(dtype), output, dim, dtype, log})};
     }
     variable_list result(3);
     std::tie(result[0], result[operand]) =
-        call(DoubleBackward{grad_grad_input, grad_output, output, dim, to_input});
+        call(DoubleBackward{grad_grad_input, grad_output, output, dim, to_input, log});
     return result;
   }
 };
 
 // value: our own kernel, or PyTorch's where only its double backward is replaced.
 Tensor Backward::recorded(const Tensor& edge, Tensor (*value)(const Backward&)) const {
-  return record<OfBackward>({grad_output, output, edge}, {dim, edge.defined()}, [&](variable_list& saved) {
+  return record<OfBackward>({grad_output, output, edge}, {dim, log, edge.defined()}, [&](variable_list& saved) {
     saved = {grad_output, output};
     return variable_list{value(*this)};
   })[0];
 }
 
 struct OfForward {
-  using Settings = std::tuple<int64_t>;  // dim
+  using Settings = std::tuple<int64_t, bool>;  // dim, log
 
   static variable_list backward(
       const variable_list& grads, const variable_list& saved, Needs, const Settings& settings) {
+    const auto [dim, log] = settings;
     const Tensor &output = saved[0], &edge = saved[1];
-    return {Backward{grads[0], output, std::get<0>(settings), edge.scalar_type()}.differentiated(edge)};
+    return {Backward{grads[0], output, dim, edge.scalar_type(), log}.differentiated(edge)};
   }
 };
 
 // input: what the softmax is of, or only its node in the graph.
 template <class Op>
-Tensor record_forward(const Tensor& input, int64_t dim, const Op& op) {
+Tensor record_forward(const Tensor& input, int64_t dim, bool log, const Op& op) {
   if (!torch::autograd::compute_requires_grad(input)) {
     return call_below_autograd(op);
   }
-  return record<OfForward>({input}, {dim}, [&](variable_list& saved) {
+  return record<OfForward>({input}, {dim, log}, [&](variable_list& saved) {
     const Tensor output = call(op);
     // Without values, so that input need not be kept.
     Tensor edge = at::empty({0}, input.options());
@@ -183,8 +196,11 @@ std::optional<ScalarType> autocast_dtype(const Tensor& input, std::optional<Scal
   return !dtype && eligible ? at::kFloat : dtype;
 }
 
+template <bool log>
 struct Forward {
-  static constexpr auto schema = "softmax(Tensor input, int dim, ScalarType? dtype=None) -> Tensor";
+  static std::string schema() {
+    return std::string(log ? "log_softmax" : "softmax") + "(Tensor input, int dim, ScalarType? dtype=None) -> Tensor";
+  }
   const Tensor& input;
   int64_t dim;
   std::optional<ScalarType> dtype;
@@ -204,16 +220,18 @@ struct Forward {
   }
   Tensor composite() const {
     const Tensor x = checked();
-    return softmax_by_parts(to_opmath(x), dim).to(dtype.value_or(x.scalar_type()));
+    const Tensor y = (log ? log_softmax_by_parts : softmax_by_parts)(to_opmath(x), dim);
+    return y.to(dtype.value_or(x.scalar_type()));
   }
   Tensor any_device() const {
     const Tensor x = checked();
-    return at::_softmax(x, dim, /*half_to_float=*/dtype && dtype != x.scalar_type());
+    return (log ? at::_log_softmax : at::_softmax)(
+        x, dim, /*half_to_float=*/dtype && dtype != x.scalar_type());
   }
   Tensor cpu() const {
     const Tensor x = checked();
-    if (at::maybe_wrap_dim(dim, x.dim()) < x.dim() - 1) {
-      return at::_softmax(x, dim, /*half_to_float=*/false);
+    if (log || at::maybe_wrap_dim(dim, x.dim()) < x.dim() - 1) {
+      return any_device();
     }
     const Tensor output = empty_output(x);
     GRADNORM_KERNELS(softmax_kernels).forward(output, x.contiguous(), Tensor());
@@ -224,7 +242,7 @@ struct Forward {
       return composite();
     }
     const Tensor x = converted();
-    return record_forward(x, dim, Forward{x, dim, dtype});
+    return record_forward(x, dim, log, Forward{x, dim, dtype});
   }
   Tensor autocast_cuda() const {
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::DispatchKey::AutocastCUDA);
@@ -285,7 +303,7 @@ struct WithBias {
     return at::empty_like(input, input.options().dtype(check()), LEGACY_CONTIGUOUS_MEMORY_FORMAT);
   }
   Tensor autograd() const {
-    return needs_composite(input, bias) ? composite() : record_forward(sum(), /*dim=*/-1, *this);
+    return needs_composite(input, bias) ? composite() : record_forward(sum(), /*dim=*/-1, /*log=*/false, *this);
   }
   // What the softmax is of. Where only an input of the result's dtype is differentiated, input stands for it.
   Tensor sum() const {
@@ -307,32 +325,38 @@ struct WithBias {
   }
 };
 
-const Registration<Forward, WithBias, Backward, DoubleBackward> registration;
+const Registration<Forward<false>, Forward<true>, WithBias, Backward, DoubleBackward> registration;
 
-// aten::_softmax_backward_data whose own backward is fused. Whatever ours does not cover stays PyTorch's.
-struct AtenSoftmax : Override<AtenSoftmax> {
+// PyTorch's own backwards, whose own backward is fused. Whatever ours does not cover stays PyTorch's.
+template <bool log>
+struct AtenSoftmax : Override<AtenSoftmax<log>> {
   static Tensor autograd(c10::DispatchKeySet keys, const Tensor& self, int64_t dim, bool half_to_float) {
     if (!is_differentiated_by_transform({self})) {
-      return stock<Tensor>(keys, self, dim, half_to_float);
+      return AtenSoftmax::stock(keys, self, dim, half_to_float);
     }
-    return softmax_by_parts(to_opmath(self), dim).to(half_to_float ? at::kFloat : self.scalar_type());
+    const Tensor y = (log ? log_softmax_by_parts : softmax_by_parts)(to_opmath(self), dim);
+    return y.to(half_to_float ? at::kFloat : self.scalar_type());
   }
 };
 
-struct AtenSoftmaxBackward : Override<AtenSoftmaxBackward> {
+template <bool log>
+struct AtenSoftmaxBackward : Override<AtenSoftmaxBackward<log>> {
   static Tensor autograd(
       c10::DispatchKeySet keys, const Tensor& grad_output, const Tensor& output, int64_t dim,
       ScalarType input_dtype) {
     if (needs_composite(grad_output, output) || !is_elementwise_match(grad_output, output)) {
-      return stock<Tensor>(keys, grad_output, output, dim, input_dtype);
+      return AtenSoftmaxBackward::stock(keys, grad_output, output, dim, input_dtype);
     }
-    return Backward{grad_output, output, dim, input_dtype}.recorded(/*edge=*/Tensor(), &Backward::by_aten);
+    return Backward{grad_output, output, dim, input_dtype, log}.recorded(
+        /*edge=*/Tensor(), &Backward::by_aten);
   }
 };
 
 const StockOverride override_aten([](AtenAutograd& m) {
-  AtenSoftmax::install(m, "_softmax");
-  AtenSoftmaxBackward::install(m, "_softmax_backward_data");
+  AtenSoftmax<false>::install(m, "_softmax");
+  AtenSoftmax<true>::install(m, "_log_softmax");
+  AtenSoftmaxBackward<false>::install(m, "_softmax_backward_data");
+  AtenSoftmaxBackward<true>::install(m, "_log_softmax_backward_data");
 });
 
 }  // namespace

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .switch import is_fused_double_backward_enabled
+
 __all__ = ["Diagnosis", "Finding", "diagnose"]
 
 Node = Any  # of an autograd graph
@@ -49,7 +51,7 @@ _TRAFFIC: dict[str, tuple[float, float, str | None]] = {
     "Glu": (32, 4, None),
     "LinalgVectorNorm": (29, 3, None),
     "LogSigmoid": (17, 5, None),
-    "LogSoftmax": (19, 5, None),
+    "LogSoftmax": (19, 5, FUSE),
     "Logsumexp": (21, 3, None),
     "MkldnnRnnLayer": (98, 10, None),
     "PdistForward": (911, 19, None),
@@ -59,7 +61,7 @@ _TRAFFIC: dict[str, tuple[float, float, str | None]] = {
 _WRONG = {
     "WeightNormInterface": (
         "takes the weight's norm for a constant",
-        "write the weight as g * v / v.norm() in plain operations",
+        f"{FUSE}; only that for torch.nn.utils.weight_norm",
     ),
 }
 # Whose backward has a derivative that does nothing but raise.
@@ -266,7 +268,7 @@ def _verdicts(step: _Step) -> Iterator[tuple[str, str, str]]:
         return
     elif base in ("NativeLayerNorm", "NativeBatchNorm") and _has_bias_alone(step):
         yield "raises", "PyTorch expects a weight where the gradient of a bias is differentiated", remedy
-    elif base in _WRONG:
+    elif base in _WRONG and not is_fused_double_backward_enabled():
         why, remedy = _WRONG[base]
         yield "wrong", why, remedy
     if base in _TRAFFIC and not is_ours:

@@ -42,6 +42,7 @@ __all__ = [
     "layer_norm",
     "layer_norm_2d",
     "leaky_relu",
+    "log_softmax",
     "mish",
     "qkv_attention",
     "relu",
@@ -53,6 +54,7 @@ __all__ = [
     "softmax",
     "softplus",
     "tanh",
+    "weight_norm",
 ]
 
 
@@ -459,6 +461,23 @@ def softmax(
     return torch.ops.gradnorm_kernels.softmax(input + bias, dim, dtype)
 
 
+def log_softmax(
+    input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
+) -> Tensor:
+    r"""The logarithm of :func:`softmax` along ``dim``, as :func:`torch.nn.functional.log_softmax`.
+
+    :math:`y_i = x_i - \log \sum_j e^{x_j}`. Forward and first backward are PyTorch's kernels; the double backward,
+    as :func:`softmax`'s, reads three tensors and writes two. Arguments and errors as there.
+    """
+    if dim is None:
+        dim = torch.nn.functional._get_softmax_dim(  # type: ignore[attr-defined]
+            "log_softmax", input.dim(), _stacklevel
+        )
+    if torch.compiler.is_compiling():
+        return torch.nn.functional.log_softmax(input, dim, dtype=dtype)
+    return torch.ops.gradnorm_kernels.log_softmax(input, dim, dtype)
+
+
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,
@@ -765,3 +784,17 @@ def _convolution(
         groups,
     )
     return output if is_batch else output.squeeze(0)
+
+
+def weight_norm(v: Tensor, g: Tensor, dim: int | None = 0) -> Tensor:
+    r"""The weight :math:`g\,v / \lVert v \rVert` of weight normalisation (Salimans and Kingma 2016,
+    arXiv:1602.07868), as ``torch.nn.utils.parametrizations.weight_norm`` computes it.
+
+    Right to every order, by plain ops: the second derivative of PyTorch's own takes the norm for a constant.
+
+    Args:
+        v: the direction.
+        g: the length, of size 1 in all dimensions but ``dim``; without dimensions where ``dim`` is None.
+        dim: the dimension that keeps a norm for each index; None for one norm of all.
+    """
+    return v * (g / torch.norm_except_dim(v, 2, -1 if dim is None else dim))

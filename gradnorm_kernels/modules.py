@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.utils.parametrizations import _WeightNorm
 
 from . import functional
 
@@ -32,6 +33,7 @@ __all__ = [
     "FusedInstanceNorm3d",
     "FusedLayerNorm",
     "FusedLeakyReLU",
+    "FusedLogSoftmax",
     "FusedMish",
     "FusedMultiheadAttention",
     "FusedRMSNorm",
@@ -42,6 +44,7 @@ __all__ = [
     "FusedSoftmax",
     "FusedSoftplus",
     "FusedTanh",
+    "FusedWeightNorm",
 ]
 
 
@@ -156,6 +159,13 @@ class FusedSoftmax(nn.Softmax):
 
     def forward(self, input: Tensor) -> Tensor:
         return F.softmax(input, self.dim) if self.dim is None else functional.softmax(input, self.dim)
+
+
+class FusedLogSoftmax(nn.LogSoftmax):
+    """:class:`torch.nn.LogSoftmax` with a fused double backward."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.log_softmax(input, self.dim)
 
 
 class FusedLayerNorm(nn.LayerNorm):
@@ -329,6 +339,13 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         return output if self.batch_first else output.transpose(0, 1), None
 
 
+class FusedWeightNorm(_WeightNorm):
+    """What ``torch.nn.utils.parametrizations.weight_norm`` registers, with the right second derivative."""
+
+    def forward(self, weight_g: Tensor, weight_v: Tensor) -> Tensor:
+        return functional.weight_norm(weight_v, weight_g, self.dim)
+
+
 def _attention_mask(
     attn_mask: Tensor | None, key_padding_mask: Tensor | None, batch: int, heads: int, dtype: torch.dtype
 ) -> Tensor | None:
@@ -369,6 +386,7 @@ REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
         FusedInstanceNorm3d,
         FusedLayerNorm,
         FusedLeakyReLU,
+        FusedLogSoftmax,
         FusedMish,
         FusedMultiheadAttention,
         FusedRMSNorm,
@@ -379,5 +397,6 @@ REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
         FusedSoftmax,
         FusedSoftplus,
         FusedTanh,
+        FusedWeightNorm,
     )
 }

@@ -196,6 +196,11 @@ def softmax(input: Tensor, dim: int, bias: Tensor | None = None) -> Tensor:
     return exponentials / exponentials.sum(dim, keepdim=True)
 
 
+def log_softmax(input: Tensor, dim: int) -> Tensor:
+    r""":math:`x_i - \log \sum_j e^{x_j}`."""
+    return input - torch.logsumexp(input, dim, keepdim=True)
+
+
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,

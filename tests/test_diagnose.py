@@ -132,6 +132,9 @@ def test_weight_norm_is_wrong_where_the_weight_is_differentiated():
     parameters = [p for name, p in model.named_parameters() if "original" in name]
     diagnosis = gk.diagnose(model(X), parameters)
     assert found(diagnosis.harmful) == {("wrong", "WeightNormInterface")}
+    with gk.set_fused_double_backward(True):
+        assert not gk.diagnose(model(X), parameters).harmful
+    assert not gk.diagnose(gk.fuse(model)(X), parameters).harmful
 
 
 def test_compiled_modules():

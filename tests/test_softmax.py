@@ -22,6 +22,7 @@ class Softmax(Case):
     shape: tuple
     dim: int = -1
     bias: tuple | None = None
+    log: bool = False
     names = ("input", "bias")
 
     @property
@@ -36,28 +37,36 @@ class Softmax(Case):
         return self.shape, self.bias
 
     def fused(self, x, bias=None):
+        if self.log:
+            return gk.functional.log_softmax(x, self.dim)
         return gk.functional.softmax(x, self.dim, bias=bias)
 
     def stock(self, x, bias=None):
-        return F.softmax(x if bias is None else x + bias, self.dim)
+        function = F.log_softmax if self.log else F.softmax
+        return function(x if bias is None else x + bias, self.dim)
 
     def reference(self, x, bias=None):
+        if self.log:
+            return reference.log_softmax(x, self.dim)
         return reference.softmax(x, self.dim, bias)
 
     def calls(self, operands):
         """A backward is of any output, not of a softmax's only."""
         (y, bias), v, g = operands.inputs, operands.grad_grads[0], operands.grad_output
-        yield Call("softmax", (y, self.dim, None))
-        yield Call("softmax", (y, self.dim, torch.float64))
+        name = "log_softmax" if self.log else "softmax"
+        yield Call(name, (y, self.dim, None))
+        yield Call(name, (y, self.dim, torch.float64))
         if bias is not None and self.dim == -1:
             yield Call("softmax_with_bias", (y, bias, None))
             yield Call("softmax_with_bias", (y, bias, torch.float64))
-        yield Call("softmax_backward", (g, y, self.dim, y.dtype))
+        y = y.log_softmax(self.dim) if self.log else y
+        yield Call("softmax_backward", (g, y, self.dim, y.dtype, self.log))
         for to_input in (False, True):
-            yield Call("softmax_double_backward", (v, g, y, self.dim, to_input))
+            yield Call("softmax_double_backward", (v, g, y, self.dim, to_input, self.log))
 
     def is_pytorchs(self, call):
-        return call.name == "softmax_backward" or (call.name == "softmax" and not self.along_rows)
+        forwards = {"log_softmax"} if self.along_rows else {"log_softmax", "softmax"}
+        return call.name in {"softmax_backward", *forwards}
 
     def roundings(self, dtype):
         # Of 1 / n, about what an element is: which of two errors has the greater maximum is luck.
@@ -75,9 +84,14 @@ class Softmax(Case):
             return None
         if switch:
             # Our double backward and, through PyTorch's own graph, the softmax's backward.
-            first, double = ["_softmax_backward_data"], "softmax_double_backward"
-            return [(["_softmax"], 2), (first, 3), ([double, *first], 8), (["softmax_backward"], 3)]
+            log = "_log" if self.log else ""
+            first, double = [f"{log}_softmax_backward_data"], "softmax_double_backward"
+            linear = ([double], 5) if self.log else (["softmax_backward"], 3)
+            return [([f"{log}_softmax"], 2), (first, 3), ([double, *first], 8), linear]
         first = ["softmax_backward"]
+        if self.log:
+            double = (["softmax_double_backward"], 5)
+            return [(["log_softmax"], 2), (first, 3), double, double]
         return [(["softmax"], 2), (first, 3), (["softmax_double_backward"], 5), (first, 3)]
 
 
@@ -106,6 +120,12 @@ CASES = [
     Softmax("small", (2, 5)),
     Softmax("small, across", (2, 3, 2), dim=1),
     Softmax("small, bias", (2, 3, 4), bias=(3, 4)),
+    Softmax("logarithm, tokens", (4, 3, 197, 197), log=True),
+    Softmax("logarithm, long", (3, 9001), log=True),
+    Softmax("logarithm, across", (3, 50, 71), dim=1, log=True),
+    Softmax("logarithm, scalar", (), dim=0, log=True),
+    Softmax("logarithm, no columns", (4, 0), log=True),
+    Softmax("logarithm, small", (2, 3, 2), dim=-2, log=True),
     Softmax("small, bias across", (2, 3, 2), dim=-2, bias=(3, 1)),
 ]
 
@@ -118,28 +138,34 @@ def random_cases(draw):
     tail = shape[len(shape) - len(kept) :]
     bias = tuple(n if keep else 1 for n, keep in zip(tail, kept, strict=True))
     dim = draw(st.integers(-len(shape), len(shape) - 1))
-    return Softmax("", tuple(shape), dim, bias if draw(st.booleans()) else None)
+    bias, log = draw(st.sampled_from([(bias, False), (None, False), (None, True)]))
+    return Softmax("", tuple(shape), dim, bias, log)
 
 
 class TestSoftmax(OpContract):
     cases = CASES
-    traced = ("small, across", "small, bias")
-    kernels = ("heads", "intricate bias", "bias of one", "short", "long", "across", "first of all", "scalar")
+    traced = ("small, across", "small, bias", "logarithm, small")
+    kernels = ("logarithm, long", "logarithm, across", "heads", "intricate bias", "bias of one", "short", "long", "across", "first of all", "scalar")
     outlived = 3
     random_cases = random_cases()
     accepted = (
         # Any shape and device, and what dtype=float64 makes a float64 of.
-        *(("softmax", "input", broken) for broken in ("dtype", "shape", "device", "integers", "complex")),
+        *(
+            (name, "input", broken)
+            for name in ("softmax", "log_softmax")
+            for broken in ("dtype", "shape", "device", "integers", "complex")
+        ),
         # As bias may have another dtype than input, and input than output.
         ("softmax_with_bias", "", "dtype"),
         ("softmax_double_backward", "grad_grad_input", "dtype"),
     )
     schemas = """
         softmax(Tensor input, int dim, ScalarType? dtype=None) -> Tensor;
+        log_softmax(Tensor input, int dim, ScalarType? dtype=None) -> Tensor;
         softmax_with_bias(Tensor input, Tensor bias, ScalarType? dtype=None) -> Tensor;
-        softmax_backward(Tensor grad_output, Tensor output, int dim, ScalarType input_dtype) -> Tensor;
+        softmax_backward(Tensor grad_output, Tensor output, int dim, ScalarType input_dtype, bool log=False) -> Tensor;
         softmax_double_backward(Tensor grad_grad_input, Tensor grad_output, Tensor output, int dim,
-            bool to_input) -> (Tensor grad_grad_output, Tensor grad)
+            bool to_input, bool log=False) -> (Tensor grad_grad_output, Tensor grad)
     """
 
     def bad(self):

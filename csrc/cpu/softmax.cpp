@@ -170,6 +170,34 @@ void double_backward_rows(
   });
 }
 
+template <class T, bool to_input>
+void log_double_backward_rows(
+    const Tensor& grad_grad_output, const Tensor& grad, const Tensor& grad_grad_input,
+    const Tensor& grad_output, const Tensor& output, int64_t dim) {
+  using P = Pack<T>;
+  const auto exponential = [](const P& y) {
+    return P::map([](const auto& part) { return exp_nonpositive(part); }, y);
+  };
+  const std::array operands{grad_grad_output, grad, grad_grad_input, grad_output, output};
+  for_each_row<T>(operands, 2, dim, [&](const auto& data, const auto& row) {
+    T *grad_g_row = data[0], *grad_row = data[1];
+    const T *v_row = data[2], *g_row = data[3], *y_row = data[4];
+    P v_mean, g_sum;
+    row.each([&](int64_t i, auto count) {
+      v_mean = v_mean + P::load(v_row + i, count) * exponential(P::load(y_row + i, count));
+      g_sum = g_sum + P::load(g_row + i, count);
+    });
+    v_mean = row.total(v_mean);
+    g_sum = row.total(g_sum);
+    row.each([&](int64_t i, auto count) {
+      const P v = P::load(v_row + i, count), p = exponential(P::load(y_row + i, count));
+      const P v_centred = v - v_mean;
+      v_centred.store(grad_g_row + i, count);
+      (P(0) - g_sum * p * (to_input ? v_centred : v)).store(grad_row + i, count);
+    });
+  });
+}
+
 void forward(const Tensor& output, const Tensor& input, const Tensor& bias) {
   dispatch(input.scalar_type(), [&](auto type) {
     using T = decltype(type);
@@ -179,12 +207,12 @@ void forward(const Tensor& output, const Tensor& input, const Tensor& bias) {
 
 void double_backward(
     const Tensor& grad_grad_output, const Tensor& grad, const Tensor& grad_grad_input,
-    const Tensor& grad_output, const Tensor& output, int64_t dim, bool to_input) {
+    const Tensor& grad_output, const Tensor& output, int64_t dim, bool to_input, bool log) {
   dispatch(output.scalar_type(), [&](auto type) {
     using T = decltype(type);
-    (to_input ? double_backward_rows<T, true> : double_backward_rows<T, false>)(grad_grad_output, grad,
-                                                                                grad_grad_input, grad_output,
-                                                                                output, dim);
+    const auto rows = log ? (to_input ? log_double_backward_rows<T, true> : log_double_backward_rows<T, false>)
+                          : (to_input ? double_backward_rows<T, true> : double_backward_rows<T, false>);
+    rows(grad_grad_output, grad, grad_grad_input, grad_output, output, dim);
   });
 }
 

@@ -1,4 +1,4 @@
-"""Triton kernels of softmax: the forward that adds a bias, and the double backward.
+"""Triton kernels of softmax: the forward that adds a bias, and the double backward, also of its logarithm.
 
 ATen's own forward and first backward are single kernels that read and write no more than they must.
 
@@ -53,13 +53,29 @@ def _sum(t):
 
 
 @triton.jit
-def _gradients(v, g, y, v_mean, g_mean, product_mean, to_input: tl.constexpr):
-    v_centred = v - v_mean
-    g_centred = g - g_mean
-    if to_input:
-        return y * v_centred, y * (v_centred * g_centred - product_mean)
+def _weighted(v, g, y, log: tl.constexpr):
+    """The softmax, and what of v and g is summed over a row."""
+    if log:
+        p = tl.exp(y)
+        return p, v * p, g
     else:
-        return y * v_centred, v * g_centred - v_mean * g
+        return y, v * y, g * y
+
+
+@triton.jit
+def _gradients(v, g, p, v_mean, g_sum, product_mean, to_input: tl.constexpr, log: tl.constexpr):
+    v_centred = v - v_mean
+    if log:
+        if to_input:
+            return v_centred, -g_sum * p * v_centred
+        else:
+            return v_centred, -g_sum * p * v
+    else:
+        g_centred = g - g_sum
+        if to_input:
+            return p * v_centred, p * (v_centred * g_centred - product_mean)
+        else:
+            return p * v_centred, v * g_centred - v_mean * g
 
 
 @triton.jit
@@ -129,16 +145,18 @@ def softmax_bwd_bwd_kernel(
     row_stride,
     col_stride,
     to_input: tl.constexpr,
+    log: tl.constexpr,
     block_rows: tl.constexpr,
     block_cols: tl.constexpr,
     looped: tl.constexpr,
 ):
     """With v = grad_grad_input, g = grad_output, and means over a row weighted by y = output:
     grad_grad_output = y (v - mean(v)) and grad = v (g - mean(g)) - mean(v) g, or, carried on to the
-    softmax's input, y (p - mean(p)) with p = (v - mean(v)) (g - mean(g)).
+    softmax's input, y (p - mean(p)) with p = (v - mean(v)) (g - mean(g)). If log, output is the logarithm of y:
+    grad_grad_output = v - mean(v) and grad = -sum(g) y v, or -sum(g) y (v - mean(v)).
 
-    Moves 5N elements: reads 3, writes 2. If looped, reads the 3 twice, or three times if to_input: 8N or
-    11N, unless a cache holds the row. The tensor is a stack of n_rows x n_cols matrices of these strides.
+    Moves 5N elements: reads 3, writes 2. If looped, reads the 3 twice, or three times if to_input and not log: 8N
+    or 11N, unless a cache holds the row. The tensor is a stack of n_rows x n_cols matrices of these strides.
     """
     blocks = tl.cdiv(n_rows, block_rows)
     matrix = (tl.program_id(0) // blocks).to(tl.int64)
@@ -148,28 +166,30 @@ def softmax_bwd_bwd_kernel(
     rows = matrix * n_rows * n_cols + row * row_stride
     if looped:
         v_mean = _zeros(block_rows, grad_grad_input_ptr, output_ptr)
-        g_mean = v_mean
+        g_sum = v_mean
         product_mean = v_mean
         for start in range(0, n_cols, block_cols):
             cols = start + tl.arange(0, block_cols)[None, :]
             mask = in_rows & (cols < n_cols)
             offsets = rows + cols.to(tl.int64) * col_stride
             v, g, y = _load_three(grad_grad_input_ptr, grad_output_ptr, output_ptr, offsets, mask)
-            v_mean += _sum(v * y)
-            g_mean += _sum(g * y)
-        if to_input:
+            _, of_v, of_g = _weighted(v, g, y, log)
+            v_mean += _sum(of_v)
+            g_sum += _sum(of_g)
+        if to_input and not log:
             for start in range(0, n_cols, block_cols):
                 cols = start + tl.arange(0, block_cols)[None, :]
                 mask = in_rows & (cols < n_cols)
                 offsets = rows + cols.to(tl.int64) * col_stride
                 v, g, y = _load_three(grad_grad_input_ptr, grad_output_ptr, output_ptr, offsets, mask)
-                product_mean += _sum((v - v_mean) * (g - g_mean) * y)
+                product_mean += _sum((v - v_mean) * (g - g_sum) * y)
         for start in range(0, n_cols, block_cols):
             cols = start + tl.arange(0, block_cols)[None, :]
             mask = in_rows & (cols < n_cols)
             offsets = rows + cols.to(tl.int64) * col_stride
             v, g, y = _load_three(grad_grad_input_ptr, grad_output_ptr, output_ptr, offsets, mask)
-            grad_g, grad = _gradients(v, g, y, v_mean, g_mean, product_mean, to_input)
+            p, _, _ = _weighted(v, g, y, log)
+            grad_g, grad = _gradients(v, g, p, v_mean, g_sum, product_mean, to_input, log)
             tl.store(grad_grad_output_ptr + offsets, grad_g, mask=mask)
             tl.store(grad_ptr + offsets, grad, mask=mask)
     else:
@@ -177,10 +197,11 @@ def softmax_bwd_bwd_kernel(
         mask = in_rows & (cols < n_cols)
         offsets = rows + cols.to(tl.int64) * col_stride
         v, g, y = _load_three(grad_grad_input_ptr, grad_output_ptr, output_ptr, offsets, mask)
-        v_mean = _sum(v * y)
-        g_mean = _sum(g * y)
-        product_mean = _sum((v - v_mean) * (g - g_mean) * y)
-        grad_g, grad = _gradients(v, g, y, v_mean, g_mean, product_mean, to_input)
+        p, of_v, of_g = _weighted(v, g, y, log)
+        v_mean = _sum(of_v)
+        g_sum = _sum(of_g)
+        product_mean = _sum((v - v_mean) * (g - g_sum) * p)
+        grad_g, grad = _gradients(v, g, p, v_mean, g_sum, product_mean, to_input, log)
         tl.store(grad_grad_output_ptr + offsets, grad_g, mask=mask)
         tl.store(grad_ptr + offsets, grad, mask=mask)
 
@@ -220,7 +241,9 @@ def _plan(
 
 
 @functools.lru_cache(maxsize=256)
-def _double_backward_plan(shape: tuple[int, ...], dim: int, itemsize: int, to_input: bool) -> Plan:
+def _double_backward_plan(
+    shape: tuple[int, ...], dim: int, itemsize: int, to_input: bool, log: bool
+) -> Plan:
     n_cols = shape[dim] if shape else 1
     inner = math.prod(shape[dim:][1:])
     outer = math.prod(shape) // (n_cols * inner)
@@ -229,7 +252,7 @@ def _double_backward_plan(shape: tuple[int, ...], dim: int, itemsize: int, to_in
     else:
         n_rows, row_stride, matrices = inner, 1, outer
     integers = {"n_rows": n_rows, "n_cols": n_cols, "row_stride": row_stride, "col_stride": inner}
-    return _plan(n_cols, n_rows, matrices, itemsize, integers, {"to_input": to_input})
+    return _plan(n_cols, n_rows, matrices, itemsize, integers, {"to_input": to_input, "log": log})
 
 
 @functools.lru_cache(maxsize=256)
@@ -265,7 +288,12 @@ def _launch(kernel: Any, plan: Plan, *tensors: Tensor) -> None:
 
 
 def softmax_double_backward(
-    grad_grad_input: Tensor, grad_output: Tensor, output: Tensor, dim: int, to_input: bool
+    grad_grad_input: Tensor,
+    grad_output: Tensor,
+    output: Tensor,
+    dim: int,
+    to_input: bool,
+    log: bool = False,
 ) -> tuple[Tensor, Tensor]:
     tensors = grad_grad_input, grad_output, output
     ndim = max(output.ndim, 1)
@@ -277,12 +305,12 @@ def softmax_double_backward(
         or output.dtype not in DTYPES
         or grad_grad_input.dtype not in DTYPES
     ):
-        on_meta("softmax_double_backward", tensors, dim, to_input)
+        on_meta("softmax_double_backward", tensors, dim, to_input, log)
     grad_grad_output = torch.empty_like(output, memory_format=torch.contiguous_format)
     grad = torch.empty_like(grad_grad_input if to_input else output, memory_format=torch.contiguous_format)
     if output.numel() > 0:
         itemsize = max(output.itemsize, grad_grad_input.itemsize)
-        plan = _double_backward_plan(output.shape, dim % ndim, itemsize, to_input)
+        plan = _double_backward_plan(output.shape, dim % ndim, itemsize, to_input, log)
         contiguous = (t.contiguous() for t in tensors)
         _launch(softmax_bwd_bwd_kernel, plan, *contiguous, grad_grad_output, grad)
     return grad_grad_output, grad

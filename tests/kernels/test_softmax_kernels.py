@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -34,9 +35,9 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
         ("across", (64, 1000, 49), 1),
     ):
         x = meta(*shape, dtype=dtype)
-        for to_input in (True, False):
-            case = f"{name}-{'input' if to_input else 'output'}"
-            yield case, softmax.softmax_double_backward, x, x, x, dim, to_input
+        for to_input, log in itertools.product((True, False), repeat=2):
+            case = f"{name}-{'input' if to_input else 'output'}{'-log' if log else ''}"
+            yield case, softmax.softmax_double_backward, x, x, x, dim, to_input, log
     for name, shape, bias_shape in (("swin", SWIN_SCORES, SWIN_BIAS), ("looped", (64, 16384), (16384,))):
         yield name, softmax.softmax_with_bias, meta(*shape, dtype=dtype), meta(*bias_shape, dtype=dtype)
 
@@ -52,16 +53,20 @@ def with_bias(*args: Any) -> Tensor:
     return harness.implementation(softmax, *args).softmax_with_bias(*args)
 
 
-def derived(v: Tensor, g: Tensor, y: Tensor, dim: int, to_input: bool) -> list[Tensor]:
-    """The double backward, by autograd of the backward y (g - sum(g y)), in the dtype of the tensors.
+def derived(v: Tensor, g: Tensor, y: Tensor, dim: int, to_input: bool, log: bool = False) -> list[Tensor]:
+    """The double backward, by autograd of the backward y (g - sum(g y)), or g - exp(y) sum(g) of the logarithm,
+    in the dtype of the tensors.
 
-    Carried on to the input it is what the derivative of y with respect to the input makes of it."""
+    Carried on to the input it is what that backward makes of it."""
+
+    def backward(g: Tensor, y: Tensor) -> Tensor:
+        if log:
+            return g - y.exp() * g.sum(dim, keepdim=True)
+        return y * (g - (g * y).sum(dim, keepdim=True))
+
     g, y = g.detach().requires_grad_(), y.detach().requires_grad_()
-    grad = y * (g - (g * y).sum(dim, keepdim=True))
-    grad_grad_output, grad_y = torch.autograd.grad(grad, (g, y), v)
-    if to_input:
-        grad_y = y.detach() * (grad_y - (grad_y * y.detach()).sum(dim, keepdim=True))
-    return [grad_grad_output, grad_y]
+    grad_grad_output, grad_y = torch.autograd.grad(backward(g, y), (g, y), v)
+    return [grad_grad_output, backward(grad_y, y.detach()) if to_input else grad_y]
 
 
 # Shape and dimension.
@@ -99,16 +104,17 @@ BIASES = [
 @on_every_device
 @in_every_dtype
 @pytest.mark.parametrize("to_input", [True, False])
+@pytest.mark.parametrize("log", [False, True], ids=["", "log"])
 @pytest.mark.parametrize(("shape", "dim"), ROWS, ids=str)
 def test_double_backward(
-    shape: tuple[int, ...], dim: int, to_input: bool, dtype: torch.dtype, device: str
+    shape: tuple[int, ...], dim: int, log: bool, to_input: bool, dtype: torch.dtype, device: str
 ) -> None:
     v, g, x = (normal(*shape, dtype=dtype, device=device) for _ in range(3))
-    y = x.softmax(dim)
-    ours = harness.untouched(double_backward, v, g, y, dim, to_input)
+    y = x.log_softmax(dim) if log else x.softmax(dim)
+    ours = harness.untouched(double_backward, v, g, y, dim, to_input, log)
     assert all(result.is_contiguous() for result in ours)
-    truth = derived(*harness.in_double((v, g, y)), dim, to_input)
-    harness.assert_accurate(ours, truth, harness.units(dtype, 2), derived(v, g, y, dim, to_input))
+    truth = derived(*harness.in_double((v, g, y)), dim, to_input, log)
+    harness.assert_accurate(ours, truth, harness.units(dtype, 2), derived(v, g, y, dim, to_input, log))
 
 
 @on_every_device

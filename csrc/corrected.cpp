@@ -1,0 +1,147 @@
+// PyTorch's own ops whose second derivatives it gets wrong, or NaN where the function is smooth, under the
+// switch: by formulas of plain ops, which are right to every order.
+#include <ATen/WrapDimUtils.h>
+
+#include <numbers>
+#include <numeric>
+
+#include "op.h"
+
+namespace gradnorm_kernels::corrected {
+namespace {
+
+bool is_real(const Tensor& tensor) {
+  return is_elementwise_match(tensor, tensor);
+}
+
+// PyTorch takes the norms for constants when it differentiates the first derivative of
+// v (g / |v|), |v| over all dimensions but dim.
+struct AtenWeightNormBackward : Override<AtenWeightNormBackward> {
+  static TensorPair autograd(
+      c10::DispatchKeySet, const Tensor& grad_w, const Tensor& saved_v, const Tensor& saved_g, const Tensor&,
+      int64_t dim) {
+    std::vector<int64_t> others(saved_v.dim());
+    std::iota(others.begin(), others.end(), 0);
+    others.erase(others.begin() + c10::maybe_wrap_dim(dim, saved_v.dim()));
+    const Tensor norms = at::norm_except_dim(saved_v, 2, dim);
+    const Tensor direction = saved_v / norms;
+    const Tensor grad_g = (grad_w * direction).sum(others, /*keepdim=*/true);
+    return {saved_g / norms * (grad_w - direction * grad_g), grad_g.to(saved_g.scalar_type())};
+  }
+};
+
+// The norm of a row of zeros has the subgradient 0, and so has that; PyTorch divides 0 by the norm.
+struct OfVectorNorm {
+  using Settings = std::tuple<std::vector<int64_t>, bool>;
+
+  static variable_list backward(
+      const variable_list& grads, const variable_list& saved, Needs, const Settings& settings) {
+    const auto& [dims, keepdim] = settings;
+    Tensor grad = grads[0], norm = saved[1];
+    if (!keepdim) {
+      for (const auto dim : dims) {
+        grad = grad.unsqueeze(dim);
+        norm = norm.unsqueeze(dim);
+      }
+    }
+    const Tensor is_zero = norm == 0;
+    return {saved[0] * (grad * norm.masked_fill(is_zero, 1).reciprocal().masked_fill(is_zero, 0))};
+  }
+};
+
+struct AtenVectorNorm : Override<AtenVectorNorm> {
+  static Tensor autograd(
+      c10::DispatchKeySet keys, const Tensor& self, const at::Scalar& ord, at::OptionalIntArrayRef dim,
+      bool keepdim, std::optional<at::ScalarType> dtype) {
+    if (!is_real(self) || ord.isComplex() || ord.toDouble() != 2 || dtype.value_or(self.scalar_type()) != self.scalar_type() ||
+        !(torch::autograd::compute_requires_grad(self) || self._fw_grad(/*level=*/0).defined())) {
+      return stock(keys, self, ord, dim, keepdim, dtype);
+    }
+    if (needs_composite(self)) {
+      const Tensor is_zero = at::linalg_vector_norm(self.detach(), ord, dim, /*keepdim=*/true) == 0;
+      const Tensor norm = stock(keys, self.masked_fill(is_zero, 1), ord, dim, keepdim, dtype);
+      return norm.masked_fill(is_zero.view_as(norm), 0);
+    }
+    std::vector<int64_t> dims;
+    if (dim && !dim->empty()) {
+      const auto reduced = at::dim_list_to_bitset(dim, self.dim());
+      for (int64_t i = 0; i < self.dim(); ++i) {
+        if (reduced[i]) {
+          dims.push_back(i);
+        }
+      }
+    }
+    return record<OfVectorNorm>({self}, {dims, keepdim}, [&](variable_list& saved) {
+      const Tensor norm = at::linalg_vector_norm(self, ord, dim, keepdim, dtype);
+      saved = {self, norm};
+      return variable_list{norm};
+    })[0];
+  }
+};
+
+// c[0] + c[1] x + c[2] x^2 + ...
+template <size_t N>
+Tensor polynomial(const Tensor& x, const std::array<double, N>& coefficients) {
+  Tensor sum = at::full_like(x, coefficients[N - 1]);
+  for (size_t i = N - 1; i-- > 0;) {
+    sum = sum * x + coefficients[i];
+  }
+  return sum;
+}
+
+// sin(t) / t and its derivative by t, from their power series where a quotient would cancel or divide by 0.
+Tensor by_series(const Tensor& t, bool is_derivative) {
+  std::array<double, 9> coefficients;  // of t^(2k)
+  double factorial = 1;                // (2k + 1)!, with the sign of the term
+  for (size_t k = 0; k <= coefficients.size(); ++k) {
+    if (is_derivative && k > 0) {
+      coefficients[k - 1] = 2 * k / factorial;
+    } else if (!is_derivative && k < coefficients.size()) {
+      coefficients[k] = 1 / factorial;
+    }
+    factorial *= -(2.0 * k + 2) * (2.0 * k + 3);
+  }
+  const Tensor is_small = t.detach().abs() < 1;
+  const Tensor near = t.masked_fill(is_small.logical_not(), 0), far = t.masked_fill(is_small, 1);
+  const Tensor series = polynomial(near * near, coefficients);
+  return is_derivative ? at::where(is_small, near * series, (far.cos() - far.sin() / far) / far)
+                       : at::where(is_small, series, far.sin() / far);
+}
+
+struct OfSinc {
+  using Settings = std::tuple<>;
+
+  static variable_list backward(
+      const variable_list& grads, const variable_list& saved, Needs, const Settings&) {
+    const Tensor t = to_opmath(saved[0]) * std::numbers::pi;
+    return {(grads[0] * (by_series(t, /*is_derivative=*/true) * std::numbers::pi)).to(saved[0].scalar_type())};
+  }
+};
+
+// sin(pi x) / (pi x), whose second derivative at 0 is -pi^2 / 3.
+struct AtenSinc : Override<AtenSinc> {
+  static Tensor autograd(c10::DispatchKeySet keys, const Tensor& self) {
+    if (!is_real(self)) {
+      return stock(keys, self);
+    }
+    if (is_differentiated_by_transform({self})) {
+      return by_series(to_opmath(self) * std::numbers::pi, /*is_derivative=*/false).to(self.scalar_type());
+    }
+    if (!torch::autograd::compute_requires_grad(self) || needs_composite(self)) {
+      return stock(keys, self);
+    }
+    return record<OfSinc>({self}, {}, [&](variable_list& saved) {
+      saved = {self};
+      return variable_list{at::sinc(self)};
+    })[0];
+  }
+};
+
+const StockOverride override_aten([](AtenAutograd& aten) {
+  AtenWeightNormBackward::install_whole(aten, "_weight_norm_differentiable_backward");
+  AtenVectorNorm::install(aten, "linalg_vector_norm");
+  AtenSinc::install(aten, "sinc");
+});
+
+}  // namespace
+}  // namespace gradnorm_kernels::corrected
