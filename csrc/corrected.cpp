@@ -1,6 +1,6 @@
 // PyTorch's own ops whose second derivatives it gets wrong, or NaN where the function is smooth, under the
 // switch: by formulas of plain ops, which are right to every order.
-#include <ATen/WrapDimUtils.h>
+#include <ATen/WrapDimUtilsMulti.h>
 
 #include <numbers>
 #include <numeric>
@@ -91,8 +91,8 @@ Tensor polynomial(const Tensor& x, const std::array<double, N>& coefficients) {
 
 // sin(t) / t and its derivative by t, from their power series where a quotient would cancel or divide by 0.
 Tensor by_series(const Tensor& t, bool is_derivative) {
-  std::array<double, 9> coefficients;  // of t^(2k)
-  double factorial = 1;                // (2k + 1)!, with the sign of the term
+  std::array<double, 11> coefficients;  // of t^(2k)
+  double factorial = 1;                 // (2k + 1)!, with the sign of the term
   for (size_t k = 0; k <= coefficients.size(); ++k) {
     if (is_derivative && k > 0) {
       coefficients[k - 1] = 2 * k / factorial;
