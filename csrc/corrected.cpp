@@ -14,8 +14,18 @@ bool is_real(const Tensor& tensor) {
   return is_elementwise_match(tensor, tensor);
 }
 
-// PyTorch takes the norms for constants when it differentiates the first derivative of
-// v (g / |v|), |v| over all dimensions but dim.
+// v (g / |v|) and |v|, over all dimensions but dim. PyTorch has no forward-mode derivative.
+struct AtenWeightNorm : Override<AtenWeightNorm> {
+  static TensorPair autograd(c10::DispatchKeySet keys, const Tensor& v, const Tensor& g, int64_t dim) {
+    if (!is_differentiated_by_transform({v, g})) {
+      return stock(keys, v, g, dim);
+    }
+    const Tensor norms = at::norm_except_dim(v, 2, dim);
+    return {v * (g / norms), norms};
+  }
+};
+
+// PyTorch takes the norms for constants when it differentiates its first derivative.
 struct AtenWeightNormBackward : Override<AtenWeightNormBackward> {
   static TensorPair autograd(
       c10::DispatchKeySet, const Tensor& grad_w, const Tensor& saved_v, const Tensor& saved_g, const Tensor&,
@@ -138,6 +148,7 @@ struct AtenSinc : Override<AtenSinc> {
 };
 
 const StockOverride override_aten([](AtenAutograd& aten) {
+  AtenWeightNorm::install(aten, "_weight_norm_interface");
   AtenWeightNormBackward::install_whole(aten, "_weight_norm_differentiable_backward");
   AtenVectorNorm::install(aten, "linalg_vector_norm");
   AtenSinc::install(aten, "sinc");

@@ -443,13 +443,13 @@ struct AtenArguments {
 template <class Self>
 struct BoxedOverride {
   static void stock(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
-    kernels.at(op.operator_name().name).call_boxed(keys, *stack);
+    kernels().at(op.operator_name().name).call_boxed(keys, *stack);
   }
   // Not every release has every op.
   static void install(AtenAutograd& aten, const std::string& op) {
     const auto name = "aten::" + op;
     if (c10::Dispatcher::singleton().findSchema({name, ""})) {
-      kernels.try_emplace(name, name);
+      kernels().try_emplace(name, name);
       aten.impl(name, torch::CppFunction::makeFromBoxedFunction<&switched>());
     }
   }
@@ -459,7 +459,11 @@ struct BoxedOverride {
     is_fused_double_backward_enabled() ? Self::autograd(op, keys, stack) : stock(op, keys, stack);
   }
 
-  static inline std::map<std::string, StockKernel> kernels;
+  // Made on first use: the library's overrides are installed while its static objects are initialised.
+  static std::map<std::string, StockKernel>& kernels() {
+    static auto* const by_name = new std::map<std::string, StockKernel>();
+    return *by_name;
+  }
 };
 
 }  // namespace gradnorm_kernels
