@@ -185,7 +185,10 @@ _SCORES = {  # likewise
     "cpu": ((512, 3, 49, 49), (8, 12, 197, 197)),
     "cuda": ((4096, 4, 49, 49), (64, 12, 197, 197)),
 }
-_LOGITS = {"cpu": ((1024, 1000), (128, 32000)), "cuda": ((8192, 1000), (8192, 32000))}  # ImageNet, a language model
+_LOGITS = {
+    "cpu": ((1024, 1000), (128, 32000)),
+    "cuda": ((8192, 1000), (8192, 32000)),
+}  # ImageNet, a language model
 _WINDOWS = {"cpu": ((512, 3, 49, 32),), "cuda": ((4096, 4, 49, 32),)}  # Swin-T, Swin-B
 _SEQUENCES = {"cpu": ((4, 12, 197, 64),), "cuda": ((64, 12, 197, 64),)}  # ViT-B
 _BATCH = {"running_mean": None, "running_var": None, "training": True}

@@ -338,7 +338,8 @@ struct DoubleBackward {
 
 // The derivatives of evaluation mode are of the statistics that it read.
 constexpr auto kIfChanged =
-    "If that is the mean or variance of a BatchNorm: a forward in train mode changed it before the backward of "
+    "If that is the mean or variance of a BatchNorm: a forward in train mode changed it before the backward "
+    "of "
     "one in eval mode. Call backward first, or use a copy of the model in eval mode.";
 
 struct OfBackward {
@@ -522,8 +523,7 @@ struct AtenBatchNorm : Override<AtenBatchNorm<aten, Running...>> {
     const OptionalTensor w(weight), b(bias);
     // With running statistics alone, which are constants, PyTorch's own is right.
     if (!training || input.sym_numel() == 0 || !is_differentiated_by_transform({input, w, b})) {
-      return AtenBatchNorm::stock(
-          keys, input, weight, bias, running..., training, momentum, eps);
+      return AtenBatchNorm::stock(keys, input, weight, bias, running..., training, momentum, eps);
     }
     const auto [output, mean, invstd] =
         aten(input.detach(), std::nullopt, std::nullopt, running..., training, momentum, eps);

@@ -344,7 +344,8 @@ struct AtenBackward : Override<AtenBackward> {
   }
 };
 
-// Where PyTorch's own backward runs, in transforms: its formula is wrong at third order with an output_padding.
+// Where PyTorch's own backward runs, in transforms: its formula is wrong at third order with an
+// output_padding.
 struct AtenDoubleBackward : Override<AtenDoubleBackward> {
   using Given = const std::optional<Tensor>&;
 
@@ -354,8 +355,14 @@ struct AtenDoubleBackward : Override<AtenDoubleBackward> {
       SymIntArrayRef padding, SymIntArrayRef dilation, bool transposed, SymIntArrayRef output_padding,
       SymInt groups, Mask<3> output_mask) {
     return DoubleBackward{
-        grad_grad_input, grad_grad_weight, grad_grad_bias, grad_output, input, weight,
-        {stride, padding, dilation, transposed, output_padding, groups}, output_mask}
+        grad_grad_input,
+        grad_grad_weight,
+        grad_grad_bias,
+        grad_output,
+        input,
+        weight,
+        {stride, padding, dilation, transposed, output_padding, groups},
+        output_mask}
         .implicit();
   }
 };

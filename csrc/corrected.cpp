@@ -63,7 +63,8 @@ struct AtenVectorNorm : Override<AtenVectorNorm> {
   static Tensor autograd(
       c10::DispatchKeySet keys, const Tensor& self, const at::Scalar& ord, at::OptionalIntArrayRef dim,
       bool keepdim, std::optional<at::ScalarType> dtype) {
-    if (!is_real(self) || ord.isComplex() || ord.toDouble() != 2 || dtype.value_or(self.scalar_type()) != self.scalar_type() ||
+    if (!is_real(self) || ord.isComplex() || ord.toDouble() != 2 ||
+        dtype.value_or(self.scalar_type()) != self.scalar_type() ||
         !(torch::autograd::compute_requires_grad(self) || self._fw_grad(/*level=*/0).defined())) {
       return stock(keys, self, ord, dim, keepdim, dtype);
     }
@@ -124,7 +125,8 @@ struct OfSinc {
   static variable_list backward(
       const variable_list& grads, const variable_list& saved, Needs, const Settings&) {
     const Tensor t = to_opmath(saved[0]) * std::numbers::pi;
-    return {(grads[0] * (by_series(t, /*is_derivative=*/true) * std::numbers::pi)).to(saved[0].scalar_type())};
+    return {
+        (grads[0] * (by_series(t, /*is_derivative=*/true) * std::numbers::pi)).to(saved[0].scalar_type())};
   }
 };
 

@@ -700,8 +700,7 @@ struct AtenLayerNormBackward : Override<AtenLayerNormBackward> {
     const OptionalTensor w(weight), b(bias);
     const Backward pass{"layer_norm_backward", grad_out, input, mean, rstd, w, b, output_mask};
     if (!is_covered(pass)) {
-      return stock(
-          keys, grad_out, input, normalized_shape, mean, rstd, weight, bias, output_mask);
+      return stock(keys, grad_out, input, normalized_shape, mean, rstd, weight, bias, output_mask);
     }
     return pass.recorded([&] {
       return at::native_layer_norm_backward_symint(
@@ -724,8 +723,7 @@ struct AtenRmsNorm : Override<AtenRmsNorm> {
       c10::DispatchKeySet keys, const Tensor& input, c10::SymIntArrayRef normalized_shape,
       const std::optional<Tensor>& weight, std::optional<double> eps) {
     const RmsNorm op{input, normalized_shape, weight, eps};
-    return is_covered(op) ? std::get<0>(op.autograd())
-                          : stock(keys, input, normalized_shape, weight, eps);
+    return is_covered(op) ? std::get<0>(op.autograd()) : stock(keys, input, normalized_shape, weight, eps);
   }
 };
 

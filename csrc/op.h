@@ -403,7 +403,8 @@ struct Override {
   }
   template <class Return, class... Args>
   static Return call_stock(
-      Return (*)(c10::DispatchKeySet, Args...), c10::DispatchKeySet keys, std::type_identity_t<Args>... args) {
+      Return (*)(c10::DispatchKeySet, Args...), c10::DispatchKeySet keys,
+      std::type_identity_t<Args>... args) {
     return kernel->template call<Return, Args...>(keys, std::forward<Args>(args)...);
   }
   template <class Return, class... Args>

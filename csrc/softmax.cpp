@@ -1,8 +1,8 @@
 // Softmax, with or without a bias added to its input, and its logarithm: the CPU, meta and composite
 // implementations of their ops, how they are differentiated, and the override of PyTorch's own.
 //
-// y = softmax(x) has the gradient h = y (g - sum(g y)), and y = log softmax(x) has h = g - e^y sum(g). With v the
-// gradient of h and the sums along dim, everything about h is local to a row of v, g and y.
+// y = softmax(x) has the gradient h = y (g - sum(g y)), and y = log softmax(x) has h = g - e^y sum(g). With v
+// the gradient of h and the sums along dim, everything about h is local to a row of v, g and y.
 #include "cpu/softmax.h"
 
 #include <ATen/ExpandUtils.h>
@@ -97,8 +97,10 @@ struct Backward {
 
   static Tensor by_aten(const Backward& op) {
     const auto& [grad_output, output, dim, input_dtype, log] = op;
-    return (log ? at::_log_softmax_backward_data : at::_softmax_backward_data)(
-        grad_output, output, dim, input_dtype);
+    // Of strided operands the logarithm's meta kernel gives other strides than its kernels.
+    return log ? at::_log_softmax_backward_data(
+                     grad_output.contiguous(), output.contiguous(), dim, input_dtype)
+               : at::_softmax_backward_data(grad_output, output, dim, input_dtype);
   }
   Tensor composite() const {
     check_elementwise(name_of<Backward>(), {{"output", output}, {"grad_output", grad_output}});
@@ -157,10 +159,11 @@ struct OfBackward {
 
 // value: our own kernel, or PyTorch's where only its double backward is replaced.
 Tensor Backward::recorded(const Tensor& edge, Tensor (*value)(const Backward&)) const {
-  return record<OfBackward>({grad_output, output, edge}, {dim, log, edge.defined()}, [&](variable_list& saved) {
-    saved = {grad_output, output};
-    return variable_list{value(*this)};
-  })[0];
+  return record<OfBackward>(
+      {grad_output, output, edge}, {dim, log, edge.defined()}, [&](variable_list& saved) {
+        saved = {grad_output, output};
+        return variable_list{value(*this)};
+      })[0];
 }
 
 struct OfForward {
@@ -199,7 +202,8 @@ std::optional<ScalarType> autocast_dtype(const Tensor& input, std::optional<Scal
 template <bool log>
 struct Forward {
   static std::string schema() {
-    return std::string(log ? "log_softmax" : "softmax") + "(Tensor input, int dim, ScalarType? dtype=None) -> Tensor";
+    return std::string(log ? "log_softmax" : "softmax") +
+           "(Tensor input, int dim, ScalarType? dtype=None) -> Tensor";
   }
   const Tensor& input;
   int64_t dim;
@@ -303,7 +307,8 @@ struct WithBias {
     return at::empty_like(input, input.options().dtype(check()), LEGACY_CONTIGUOUS_MEMORY_FORMAT);
   }
   Tensor autograd() const {
-    return needs_composite(input, bias) ? composite() : record_forward(sum(), /*dim=*/-1, /*log=*/false, *this);
+    return needs_composite(input, bias) ? composite()
+                                        : record_forward(sum(), /*dim=*/-1, /*log=*/false, *this);
   }
   // What the softmax is of. Where only an input of the result's dtype is differentiated, input stands for it.
   Tensor sum() const {

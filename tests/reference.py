@@ -198,7 +198,8 @@ def softmax(input: Tensor, dim: int, bias: Tensor | None = None) -> Tensor:
 
 def log_softmax(input: Tensor, dim: int) -> Tensor:
     r""":math:`x_i - \log \sum_j e^{x_j}`."""
-    return input - torch.logsumexp(input, dim, keepdim=True)
+    shifted = input - input.detach().amax(dim, keepdim=True) if input.numel() else input
+    return shifted - shifted.exp().sum(dim, keepdim=True).log()
 
 
 def scaled_dot_product_attention(

@@ -132,7 +132,9 @@ def test_sinc_near_zero(dtype):
                 coefficient = (-1) ** k * math.pi ** (2 * k) / math.factorial(2 * k + 1)
                 expected += coefficient * math.perm(2 * k, order) * x.detach().double() ** power
         largest = expected.abs().max()
-        assert_close([value.double() / largest], [expected / largest], rtol=0, atol=100 * torch.finfo(dtype).eps)
+        assert_close(
+            [value.double() / largest], [expected / largest], rtol=0, atol=100 * torch.finfo(dtype).eps
+        )
 
 
 @pytest.mark.parametrize("zero", ["first", "second", "both"])
@@ -159,7 +161,9 @@ def test_other_norms_are_pytorchs():
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
-@pytest.mark.parametrize("build", [lambda: nn.Linear(4, 3), lambda: nn.Conv1d(4, 3, 2)], ids=["linear", "conv"])
+@pytest.mark.parametrize(
+    "build", [lambda: nn.Linear(4, 3), lambda: nn.Conv1d(4, 3, 2)], ids=["linear", "conv"]
+)
 @pytest.mark.parametrize("dim", [0, 1, None])
 @pytest.mark.parametrize("api", ["function", "parametrization", "parametrization, fused"])
 def test_a_critic_of_weight_norm(api, dim, build):
@@ -238,7 +242,9 @@ def test_running_statistics_that_changed_are_named(order):
     if order == 2:
         (output,) = torch.autograd.grad(output.square().sum(), x, create_graph=True)
     norm.train()(x)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation.*in train mode changed it.*copy"):
+    with pytest.raises(
+        RuntimeError, match="modified by an inplace operation.*in train mode changed it.*copy"
+    ):
         output.sum().backward()
 
 

@@ -59,7 +59,6 @@ FUSED = [
     "nn.functional.tanhshrink",
     "nn.functional.threshold",
     "sigmoid",
-    "sinc",
     "softmax",
     "softmax.with_dtype",
     "tanh",

@@ -145,7 +145,18 @@ def random_cases(draw):
 class TestSoftmax(OpContract):
     cases = CASES
     traced = ("small, across", "small, bias", "logarithm, small")
-    kernels = ("logarithm, long", "logarithm, across", "heads", "intricate bias", "bias of one", "short", "long", "across", "first of all", "scalar")
+    kernels = (
+        "logarithm, long",
+        "logarithm, across",
+        "heads",
+        "intricate bias",
+        "bias of one",
+        "short",
+        "long",
+        "across",
+        "first of all",
+        "scalar",
+    )
     outlived = 3
     random_cases = random_cases()
     accepted = (

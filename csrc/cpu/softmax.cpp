@@ -210,8 +210,9 @@ void double_backward(
     const Tensor& grad_output, const Tensor& output, int64_t dim, bool to_input, bool log) {
   dispatch(output.scalar_type(), [&](auto type) {
     using T = decltype(type);
-    const auto rows = log ? (to_input ? log_double_backward_rows<T, true> : log_double_backward_rows<T, false>)
-                          : (to_input ? double_backward_rows<T, true> : double_backward_rows<T, false>);
+    const auto rows =
+        log ? (to_input ? log_double_backward_rows<T, true> : log_double_backward_rows<T, false>)
+            : (to_input ? double_backward_rows<T, true> : double_backward_rows<T, false>);
     rows(grad_grad_output, grad, grad_grad_input, grad_output, output, dim);
   });
 }

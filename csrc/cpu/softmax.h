@@ -11,12 +11,11 @@ struct SoftmaxKernels {
   // output = softmax(input + bias) along the last dimension. bias, if it is defined, is expanded to input's
   // shape, its rows contiguous. Moves 2N elements and the bias.
   void (*forward)(const at::Tensor& output, const at::Tensor& input, const at::Tensor& bias);
-  // grad is the gradient of the softmax's input if to_input, else of its output, which is the softmax's logarithm
-  // if log. Moves 5N elements.
+  // grad is the gradient of the softmax's input if to_input, else of its output, which is the softmax's
+  // logarithm if log. Moves 5N elements.
   void (*double_backward)(
       const at::Tensor& grad_grad_output, const at::Tensor& grad, const at::Tensor& grad_grad_input,
-      const at::Tensor& grad_output, const at::Tensor& output, int64_t dim, bool to_input,
-      bool log);
+      const at::Tensor& grad_output, const at::Tensor& output, int64_t dim, bool to_input, bool log);
 };
 
 GRADNORM_DECLARE_KERNELS(SoftmaxKernels, softmax_kernels)

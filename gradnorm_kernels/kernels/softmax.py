@@ -241,9 +241,7 @@ def _plan(
 
 
 @functools.lru_cache(maxsize=256)
-def _double_backward_plan(
-    shape: tuple[int, ...], dim: int, itemsize: int, to_input: bool, log: bool
-) -> Plan:
+def _double_backward_plan(shape: tuple[int, ...], dim: int, itemsize: int, to_input: bool, log: bool) -> Plan:
     n_cols = shape[dim] if shape else 1
     inner = math.prod(shape[dim:][1:])
     outer = math.prod(shape) // (n_cols * inner)
