@@ -329,6 +329,13 @@ class Problem:
         return leaves, [leaves[name] for name in self.case.inputs], trained
 
 
+def allowed(stock: float, exact: Tensor | None, dtype: torch.dtype) -> float:
+    """Twice stock's error, and a unit in the last place: without instructions for bfloat16, PyTorch's
+    gradient of a convolution's weight, which our double backward takes, adds samples in bfloat16."""
+    largest = 0.0 if exact is None or not exact.numel() else exact.abs().max().item()
+    return 2 * stock + torch.finfo(dtype).eps * largest
+
+
 def errors(run: Pass, exact: tuple[Tensor | None, ...]) -> tuple[float, ...]:
     """Largest absolute error of each result. No gradient counts as zero."""
     found = []
@@ -362,8 +369,9 @@ def measure(
         for which, wanted in exact.items()
     }
     for which, found in error.items():
-        for ours, stocks in zip(found.get("fused", found["stock"]), found["stock"], strict=True):
-            if ours > 2 * stocks + torch.finfo(kind).tiny:
+        ours_and_stocks = zip(found.get("fused", found["stock"]), found["stock"], exact[which], strict=True)
+        for ours, stocks, wanted in ours_and_stocks:
+            if ours > allowed(stocks, wanted, kind):
                 raise SystemExit(f"{label} {which}: fused is off by {ours}, stock by {stocks}")
 
     del exact

@@ -466,8 +466,8 @@ def log_softmax(
 ) -> Tensor:
     r"""The logarithm of :func:`softmax` along ``dim``, as :func:`torch.nn.functional.log_softmax`.
 
-    :math:`y_i = x_i - \log \sum_j e^{x_j}`. Forward and first backward are PyTorch's kernels; the double backward,
-    as :func:`softmax`'s, reads three tensors and writes two. Arguments and errors as there.
+    :math:`y_i = x_i - \log \sum_j e^{x_j}`. Forward and first backward are PyTorch's kernels; the double
+    backward, as :func:`softmax`'s, reads three tensors and writes two. Arguments and errors as there.
     """
     if dim is None:
         dim = torch.nn.functional._get_softmax_dim(  # type: ignore[attr-defined]

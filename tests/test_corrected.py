@@ -243,7 +243,7 @@ def test_running_statistics_that_changed_are_named(order):
         (output,) = torch.autograd.grad(output.square().sum(), x, create_graph=True)
     norm.train()(x)
     with pytest.raises(
-        RuntimeError, match="modified by an inplace operation.*in train mode changed it.*copy"
+        RuntimeError, match=r"modified by an inplace operation.*in train mode changed it.*copy"
     ):
         output.sum().backward()
 

@@ -174,7 +174,8 @@ class TestSoftmax(OpContract):
         softmax(Tensor input, int dim, ScalarType? dtype=None) -> Tensor;
         log_softmax(Tensor input, int dim, ScalarType? dtype=None) -> Tensor;
         softmax_with_bias(Tensor input, Tensor bias, ScalarType? dtype=None) -> Tensor;
-        softmax_backward(Tensor grad_output, Tensor output, int dim, ScalarType input_dtype, bool log=False) -> Tensor;
+        softmax_backward(Tensor grad_output, Tensor output, int dim, ScalarType input_dtype,
+            bool log=False) -> Tensor;
         softmax_double_backward(Tensor grad_grad_input, Tensor grad_output, Tensor output, int dim,
             bool to_input, bool log=False) -> (Tensor grad_grad_output, Tensor grad)
     """

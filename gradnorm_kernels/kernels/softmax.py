@@ -152,11 +152,12 @@ def softmax_bwd_bwd_kernel(
 ):
     """With v = grad_grad_input, g = grad_output, and means over a row weighted by y = output:
     grad_grad_output = y (v - mean(v)) and grad = v (g - mean(g)) - mean(v) g, or, carried on to the
-    softmax's input, y (p - mean(p)) with p = (v - mean(v)) (g - mean(g)). If log, output is the logarithm of y:
-    grad_grad_output = v - mean(v) and grad = -sum(g) y v, or -sum(g) y (v - mean(v)).
+    softmax's input, y (p - mean(p)) with p = (v - mean(v)) (g - mean(g)). If log, output is the logarithm of
+    y: grad_grad_output = v - mean(v) and grad = -sum(g) y v, or -sum(g) y (v - mean(v)).
 
-    Moves 5N elements: reads 3, writes 2. If looped, reads the 3 twice, or three times if to_input and not log: 8N
-    or 11N, unless a cache holds the row. The tensor is a stack of n_rows x n_cols matrices of these strides.
+    Moves 5N elements: reads 3, writes 2. If looped, reads the 3 twice, or three times if to_input and not
+    log: 8N or 11N, unless a cache holds the row. The tensor is a stack of n_rows x n_cols matrices of these
+    strides.
     """
     blocks = tl.cdiv(n_rows, block_rows)
     matrix = (tl.program_id(0) // blocks).to(tl.int64)

@@ -54,8 +54,8 @@ def with_bias(*args: Any) -> Tensor:
 
 
 def derived(v: Tensor, g: Tensor, y: Tensor, dim: int, to_input: bool, log: bool = False) -> list[Tensor]:
-    """The double backward, by autograd of the backward y (g - sum(g y)), or g - exp(y) sum(g) of the logarithm,
-    in the dtype of the tensors.
+    """The double backward, by autograd of the backward y (g - sum(g y)), or g - exp(y) sum(g) of the
+    logarithm, in the dtype of the tensors.
 
     Carried on to the input it is what that backward makes of it."""
 
