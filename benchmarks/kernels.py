@@ -65,9 +65,13 @@ def _hardsigmoid(input: Tensor) -> Tensor:
     return F.relu6(input + 3) / 6
 
 
+def _swiglu(gate: Tensor, value: Tensor) -> Tensor:
+    return F.silu(gate) * value
+
+
 # torch.nn.functional, with what it lacks, or cannot differentiate twice.
 STOCK = SimpleNamespace(**vars(F))
-STOCK.hardsigmoid, STOCK.layer_norm_2d = _hardsigmoid, _layer_norm_2d
+STOCK.hardsigmoid, STOCK.layer_norm_2d, STOCK.swiglu = _hardsigmoid, _layer_norm_2d, _swiglu
 STOCK.scaled_dot_product_attention = _attention
 
 
@@ -208,6 +212,14 @@ CASES = [
         for op in ("silu", "mish", "softplus", "elu", "hardswish", "tanh", "sigmoid")
     ),
     *(Case(op, "", **_ACTIVATIONS, straight=True) for op in ("leaky_relu", "relu", "relu6", "hardsigmoid")),
+    Case(
+        "swiglu",
+        "",
+        **_ACTIVATIONS,
+        leaves=lambda shape: {"gate": shape, "value": shape},
+        inputs=("gate", "value"),
+        saved=("gate", "value"),
+    ),
     Case("softmax", "", **_SCORES, options={"dim": -1}, saved=("output",)),
     Case("log_softmax", "", **_LOGITS, options={"dim": -1}, saved=("output",)),
     Case(

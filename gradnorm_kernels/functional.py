@@ -34,7 +34,9 @@ __all__ = [
     "conv_transpose2d",
     "conv_transpose3d",
     "elu",
+    "geglu",
     "gelu",
+    "glu",
     "group_norm",
     "hardsigmoid",
     "hardswish",
@@ -53,6 +55,7 @@ __all__ = [
     "silu",
     "softmax",
     "softplus",
+    "swiglu",
     "tanh",
     "weight_norm",
 ]
@@ -784,6 +787,61 @@ def _convolution(
         groups,
     )
     return output if is_batch else output.squeeze(0)
+
+
+def glu(input: Tensor, dim: int = -1) -> Tensor:
+    r"""Gated linear unit, as :func:`torch.nn.functional.glu`: :math:`a\,\sigma(b)` of the halves :math:`a`
+    and :math:`b` of ``input`` along ``dim`` (Dauphin et al. 2017, arXiv:1612.08083). Otherwise as
+    :func:`swiglu`.
+
+    Raises:
+        RuntimeError: if ``input`` has no dimensions, or an odd size along ``dim``.
+    """
+    if torch.compiler.is_compiling() or input.dim() == 0 or input.shape[dim] % 2:
+        return torch.nn.functional.glu(input, dim)
+    value, gate = input.chunk(2, dim)
+    return _gated_unit(gate, value, "sigmoid")
+
+
+def swiglu(gate: Tensor, value: Tensor) -> Tensor:
+    r""":math:`\operatorname{silu}(gate)\,value` (Shazeer 2020, arXiv:2002.05202) in one kernel, and one for
+    each derivative: the backward reads three tensors and writes two, the double backward five and three.
+
+    Args:
+        gate, value: of one shape, any strides, and one dtype: float16, bfloat16, float32 or float64.
+            Arithmetic is done in float32 (float64 for float64).
+
+    Raises:
+        TypeError: if a dtype is none of the four, or they differ.
+        ValueError: if the shapes differ.
+    """
+    return _gated_unit(gate, value, "silu")
+
+
+def geglu(gate: Tensor, value: Tensor, approximate: str = "none") -> Tensor:
+    r""":math:`\operatorname{gelu}(gate)\,value` (Shazeer 2020, arXiv:2002.05202), with :func:`gelu`'s
+    ``approximate``; otherwise as :func:`swiglu`.
+
+    Raises:
+        ValueError: also if ``approximate`` is neither ``"none"`` nor ``"tanh"``.
+    """
+    if approximate not in ("none", "tanh"):
+        raise ValueError(f"geglu: expected approximate to be 'none' or 'tanh', got {approximate!r}")
+    return _gated_unit(gate, value, f"gelu_{approximate}")
+
+
+_GATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "sigmoid": torch.sigmoid,
+    "silu": torch.nn.functional.silu,
+    "gelu_none": torch.nn.functional.gelu,
+    "gelu_tanh": lambda gate: torch.nn.functional.gelu(gate, approximate="tanh"),
+}
+
+
+def _gated_unit(gate: Tensor, value: Tensor, activation: str) -> Tensor:
+    if torch.compiler.is_compiling():
+        return _GATES[activation](gate) * value
+    return torch.ops.gradnorm_kernels.gated_unit(gate, value, activation)
 
 
 def weight_norm(v: Tensor, g: Tensor, dim: int | None = 0) -> Tensor:

@@ -24,6 +24,7 @@ __all__ = [
     "FusedConv2d",
     "FusedConv3d",
     "FusedELU",
+    "FusedGLU",
     "FusedGeLU",
     "FusedGroupNorm",
     "FusedHardsigmoid",
@@ -159,6 +160,13 @@ class FusedSoftmax(nn.Softmax):
 
     def forward(self, input: Tensor) -> Tensor:
         return F.softmax(input, self.dim) if self.dim is None else functional.softmax(input, self.dim)
+
+
+class FusedGLU(nn.GLU):
+    """:class:`torch.nn.GLU` with fused forward, backward and double backward."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.glu(input, self.dim)
 
 
 class FusedLogSoftmax(nn.LogSoftmax):
@@ -377,6 +385,7 @@ REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
         FusedConv2d,
         FusedConv3d,
         FusedELU,
+        FusedGLU,
         FusedGeLU,
         FusedGroupNorm,
         FusedHardsigmoid,

@@ -56,6 +56,29 @@ class FusedRmsNorm2dFp32(RmsNorm2dFp32):
         return FusedRmsNormFp32.forward(self, x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # type: ignore[arg-type]
 
 
+def _gated(act: nn.Module, gate: Tensor, value: Tensor) -> Tensor:
+    """``act(gate) * value``, in one kernel for the activations that gate in practice."""
+    if type(act) in (nn.GELU, modules.FusedGeLU):
+        return functional.geglu(gate, value, act.approximate)  # type: ignore[arg-type]
+    if type(act) in (nn.SiLU, modules.FusedSiLU):
+        return functional.swiglu(gate, value)
+    return act(gate) * value
+
+
+class FusedGluMlp(timm.layers.GluMlp):
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.fc1(x).chunk(2, dim=self.chunk_dim)
+        gate, value = (second, first) if self.gate_last else (first, second)
+        x = self.norm(self.drop1(_gated(self.act, gate, value)))
+        return self.drop2(self.fc2(x))
+
+
+class FusedSwiGLU(timm.layers.SwiGLU):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.drop1(_gated(self.act, self.fc1_g(x), self.fc1_x(x))))
+        return self.drop2(self.fc2(x))
+
+
 class FusedTimmGroupNorm(timm.layers.GroupNorm):
     forward = modules.FusedGroupNorm.forward  # type: ignore[assignment]
 
@@ -163,6 +186,7 @@ REPLACEMENTS: dict[type[nn.Module], tuple[type[nn.Module], dict[str, Any]]] = {
     timm.layers.Attention: (FusedAttention, {"fused_attn": False}),
     timm.layers.BatchNormAct2d: (FusedBatchNormAct2d, {}),
     timm.layers.Conv2dSame: (FusedConv2dSame, {}),
+    timm.layers.GluMlp: (FusedGluMlp, {}),
     timm.layers.GroupNorm: (FusedTimmGroupNorm, {}),
     timm.layers.GroupNorm1: (FusedGroupNorm1, {}),
     timm.layers.GroupNormAct: (FusedGroupNormAct, {}),
@@ -170,6 +194,7 @@ REPLACEMENTS: dict[type[nn.Module], tuple[type[nn.Module], dict[str, Any]]] = {
     timm.layers.LayerNorm2d: (FusedLayerNorm2d, {}),
     timm.layers.RmsNorm: (FusedRmsNorm, {}),
     timm.layers.RmsNorm2d: (FusedRmsNorm2d, {}),
+    timm.layers.SwiGLU: (FusedSwiGLU, {}),
     LayerNormFp32: (FusedLayerNormFp32, {}),
     RmsNorm2dFp32: (FusedRmsNorm2dFp32, {}),
     RmsNormFp32: (FusedRmsNormFp32, {}),

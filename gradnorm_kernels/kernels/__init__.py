@@ -33,6 +33,7 @@ _OPS = {
         for name in names
         for suffix in suffixes
     ),
+    "gated": ("gated_unit", "gated_unit_backward", "gated_unit_double_backward"),
     "group_norm": ("group_norm_double_backward",),
     "attention": (
         "_attention_fwd",
