@@ -232,7 +232,21 @@ struct AtenGluBackward : Override<AtenGluBackward> {
   }
 };
 
-const StockOverride override_aten([](AtenAutograd& aten) { AtenGluBackward::install(aten, "glu_backward"); });
+// Whose forward-mode derivative PyTorch cannot differentiate.
+struct AtenGlu : Override<AtenGlu> {
+  static Tensor autograd(c10::DispatchKeySet keys, const Tensor& self, int64_t dim) {
+    if (self.dim() == 0 || self.sym_size(dim) % 2 != 0 || !is_differentiated_by_transform({self})) {
+      return stock(keys, self, dim);
+    }
+    const auto half = self.sym_size(dim) / 2;
+    return self.narrow_symint(dim, 0, half) * self.narrow_symint(dim, half, half).sigmoid();
+  }
+};
+
+const StockOverride override_aten([](AtenAutograd& aten) {
+  AtenGlu::install(aten, "glu");
+  AtenGluBackward::install(aten, "glu_backward");
+});
 
 }  // namespace
 }  // namespace gradnorm_kernels::gated

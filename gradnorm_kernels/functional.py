@@ -799,8 +799,8 @@ def glu(input: Tensor, dim: int = -1) -> Tensor:
     """
     if torch.compiler.is_compiling() or input.dim() == 0 or input.shape[dim] % 2:
         return torch.nn.functional.glu(input, dim)
-    value, gate = input.chunk(2, dim)
-    return _gated_unit(gate, value, "sigmoid")
+    half = input.shape[dim] // 2
+    return _gated_unit(input.narrow(dim, half, half), input.narrow(dim, 0, half), "sigmoid")
 
 
 def swiglu(gate: Tensor, value: Tensor) -> Tensor:
@@ -808,11 +808,11 @@ def swiglu(gate: Tensor, value: Tensor) -> Tensor:
     each derivative: the backward reads three tensors and writes two, the double backward five and three.
 
     Args:
-        gate, value: of one shape, any strides, and one dtype: float16, bfloat16, float32 or float64.
-            Arithmetic is done in float32 (float64 for float64).
+        gate, value: of one shape and any strides; float16, bfloat16, float32 or float64, of two the wider
+            one. Arithmetic is done in float32 (float64 for float64).
 
     Raises:
-        TypeError: if a dtype is none of the four, or they differ.
+        TypeError: if a dtype is none of the four.
         ValueError: if the shapes differ.
     """
     return _gated_unit(gate, value, "silu")
@@ -841,6 +841,9 @@ _GATES: dict[str, Callable[[Tensor], Tensor]] = {
 def _gated_unit(gate: Tensor, value: Tensor, activation: str) -> Tensor:
     if torch.compiler.is_compiling():
         return _GATES[activation](gate) * value
+    if gate.dtype != value.dtype:
+        dtype = torch.promote_types(gate.dtype, value.dtype)
+        gate, value = gate.to(dtype), value.to(dtype)
     return torch.ops.gradnorm_kernels.gated_unit(gate, value, activation)
 
 

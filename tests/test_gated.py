@@ -6,7 +6,7 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from contract import OPS, Call, Case, OpContract, assert_close
+from contract import OPS, Call, Case, OpContract, assert_close, strides
 from hypothesis import strategies as st
 from torch import nn
 
@@ -58,6 +58,13 @@ class GatedUnit(Case):
         grads = operands.grad_grads
         yield Call("gated_unit_double_backward", (*grads, g, gate, value, self.activation))
 
+    def same_bits(self, operands):
+        return False  # Products and sums are contracted in one way in whole vectors and in another in a rest.
+
+    @property
+    def wrong_in_pytorch(self):
+        return ("reverse over dual numbers",) if self.activation == "silu" else ()
+
     @property
     def large(self):
         return replace(self, shape=(300, 512))
@@ -85,10 +92,10 @@ class Glu(Case):
         return value * reference.sigmoid(gate)
 
     def calls(self, operands):
-        (value, gate), (u, v) = (t.chunk(2, self.dim) for t in (operands.inputs[0], operands.grad_grads[0]))
-        yield Call("gated_unit", (gate, value, "sigmoid"))
-        yield Call("gated_unit_backward", (operands.grad_output, gate, value, "sigmoid"))
-        yield Call("gated_unit_double_backward", (v, u, operands.grad_output, gate, value, "sigmoid"))
+        yield from ()  # GatedUnit's
+
+    def same_bits(self, operands):
+        return False  # as GatedUnit
 
     @property
     def large(self):
@@ -129,13 +136,13 @@ class TestGated(OpContract):
         yield lambda: OPS.gated_unit(x, x, "relu"), ValueError, tell
         yield lambda: OPS.gated_unit(x.to("meta"), x.to("meta"), "relu"), ValueError, tell
         yield lambda: gk.functional.swiglu(x, x[:2]), ValueError, "value to have the shape of gate"
-        yield lambda: gk.functional.swiglu(x, x.double()), TypeError, "value to have the dtype of gate"
+        yield lambda: OPS.gated_unit(x, x.double(), "silu"), TypeError, "value to have the dtype of gate"
         yield lambda: gk.functional.geglu(x, x, "erf"), ValueError, "approximate to be 'none' or 'tanh'"
         yield lambda: gk.functional.glu(x[:, :3]), RuntimeError, "even"
 
     def check_strides(self, case, operands, results):
-        (output,), first, _ = results
-        assert all(t.is_contiguous() or t.shape == operands.inputs[0].shape for t in (output, *first))
+        if isinstance(case, GatedUnit):
+            assert strides(results[0][0]) == strides(case.stock(*operands.inputs))
 
 
 def test_one_kernel_a_pass():
