@@ -1,10 +1,10 @@
 """Double rematerialisation: a function's intermediate results are computed again in each backward pass.
 
 Level 0, the forward pass, keeps the function's inputs. Level 1, the first backward pass, runs the function
-again; under ``create_graph`` it keeps the inputs and the incoming gradients. Level 2, the second backward pass,
-has two parts, because between them the rest of the model has its turn. `_Gradient.backward` passes on the
-gradient of the incoming gradients. `_Forward.backward` then computes that of the inputs, through the function
-and through its first gradients at once.
+again; under ``create_graph`` it keeps the inputs and the incoming gradients. Level 2, the second backward
+pass, has two parts, because between them the rest of the model has its turn. `_Gradient.backward` passes on
+the gradient of the incoming gradients. `_Forward.backward` then computes that of the inputs, through the
+function and through its first gradients at once.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def checkpoint(
     Raises:
         TypeError: if ``function`` is not callable.
         ValueError: if ``use_reentrant`` is true.
-        RuntimeError: if ``function`` uses a tensor that is neither a leaf nor an argument, changes an argument
-            in place, or returns something else in a recomputation.
+        RuntimeError: if ``function`` uses a tensor that is neither a leaf nor an argument, changes an
+            argument in place, or returns something else in a recomputation.
     """
     if not callable(function):
         raise TypeError(f"checkpoint: expected function to be callable, got {type(function).__name__}")
@@ -400,8 +400,8 @@ def checkpoint_modules(
 ) -> Model:
     """Lets the repeated blocks of ``model`` run under :func:`checkpoint`, in place, and returns ``model``.
 
-    Each keeps its class, ``state_dict`` and hooks, which run once, and gains an attribute ``forward``. Calling
-    this again changes nothing, and :func:`fuse` and :func:`unfuse` work before and after.
+    Each keeps its class, ``state_dict`` and hooks, which run once, and gains an attribute ``forward``.
+    Calling this again changes nothing, and :func:`fuse` and :func:`unfuse` work before and after.
 
     Args:
         model: any module; the blocks are found in timm's models and in others built alike.
