@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import register_module_forward_pre_hook
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from .diagnose import graph_nodes
 
@@ -132,7 +133,7 @@ class _Call:
 
         def note(module: nn.Module, args: Any) -> None:
             if threading.get_ident() == thread and module not in seen:
-                before = {name: b.clone() for name, b in module._buffers.items() if b is not None}
+                before = {name: buffer.clone() for name, buffer in module.named_buffers(recurse=False)}
                 seen[module] = module.training, before, [b._version for b in _buffers(module)]
 
         handle = register_module_forward_pre_hook(note)
@@ -144,7 +145,7 @@ class _Call:
         for module, (training, before, versions) in seen.items():
             # The running statistics of some kernels change without a count of it.
             if not training and versions == [b._version for b in _buffers(module)]:
-                before = {}
+                before.clear()
             self._modules.append((module, training, before))
         return result
 
@@ -194,9 +195,9 @@ class _Call:
                 module._buffers.update({name: buffer.clone() for name, buffer in buffers.items()})
             yield
         finally:
-            for module, training, buffers in before:
+            for module, training, own in before:
                 module.training = training
-                module._buffers.update(buffers)
+                module._buffers.update(own)
 
     def gradients(
         self,
@@ -232,10 +233,13 @@ class _Call:
         create_graph = torch.is_grad_enabled()
         inputs, outputs = self._recomputed(leaves, arguments)
         with torch.enable_grad(), _without_hooks(inputs):
-            # First gradients are linear in them, so that any value will do.
-            incoming = [None if g is None else torch.zeros_like(g).requires_grad_() for g in like]
-            indices, cotangents = zip(*returned, strict=True)
-            first = _grad(_pairs(outputs, incoming), [inputs[i] for i in indices], create_graph=True)
+            # First gradients are linear in them, so that any value will do, and of zeros least is computed.
+            incoming = [None if g is None else torch.zeros_like(g) for g in like]
+            with _Zeros(_present(incoming)):
+                for zeros in _present(incoming):
+                    zeros.requires_grad_()
+                indices, cotangents = zip(*returned, strict=True)
+                first = _grad(_pairs(outputs, incoming), [inputs[i] for i in indices], create_graph=True)
             targets = [pair for pair in _pairs(first, cotangents) if pair[0].requires_grad]
             found = iter(_grad(targets, [g for g in incoming if g is not None], create_graph))
         return [None if g is None else next(found) for g in like]
@@ -324,6 +328,58 @@ class _Gradient(torch.autograd.Function):
             link = rows[0][1].new_empty(0)
         present = [g for g, given in zip(found, incoming, strict=True) if given is not None]
         return None, None, None, None, link, *present
+
+
+class _Zeros(TorchDispatchMode):
+    """Computes no product of a tensor that is known to be zero, and no gradient that it comes back as."""
+
+    def __init__(self, zeros: Sequence[Tensor]) -> None:
+        super().__init__()
+        # Of the storages, which are kept so that no other one has their place.
+        self._known = {_storage(tensor): tensor for tensor in zeros}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        zero = [_storage(t) in self._known for t in tensors]
+        name = func._schema.name.partition("::")[2]
+        if func.is_view or not any(zero) or {*map(type, tensors)} - {Tensor, nn.Parameter}:
+            return func(*args, **kwargs)
+        if func._schema.is_mutable:
+            for tensor in tensors:
+                self._known.pop(_storage(tensor), None)
+        elif (
+            name in _PRODUCTS
+            or (zero[0] and (name in _LINEAR or ("_backward" in name and "double" not in name)))
+            or (all(zero) and name in _SUMS)
+        ):
+            with _disable_current_modes():
+                like = func(*tree_map(_on_meta, args), **tree_map(_on_meta, kwargs))
+            result = tree_map(functools.partial(_zeros_like, device=tensors[0].device), like)
+            for tensor in tree_leaves(result):
+                if isinstance(tensor, Tensor):
+                    self._known[_storage(tensor)] = tensor
+            return result
+        return func(*args, **kwargs)
+
+
+# Ops whose results are zero if an operand is, if the first one is (like those of all first gradients), or
+# if all are.
+_PRODUCTS = {"bmm", "mm", "mul"}
+_LINEAR = {"_to_copy", "_unsafe_view", "clone", "div", "neg", "permute_rows", "sum"}
+_SUMS = {"add", "cat", "sub"}
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _on_meta(value: Any) -> Any:
+    return value.to("meta") if isinstance(value, Tensor) else value
+
+
+def _zeros_like(value: Any, device: torch.device) -> Any:
+    return torch.zeros_like(value, device=device) if isinstance(value, Tensor) else value
 
 
 def _is_transformed() -> bool:

@@ -162,6 +162,24 @@ def test_the_first_backward_computes_no_gradient_of_weights():
     assert plain == 8 and count(gk.checkpoint_modules(model)) <= plain + 6
 
 
+def test_matrix_products_of_a_step():
+    """Of both parts of the second backward, the first one computes no first gradient again."""
+    model = make_model()
+    x = torch.randn(5, WIDTH, dtype=torch.float64, requires_grad=True)
+
+    def count(model):
+        def run():
+            (gradient,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+            gradient.square().sum().backward()
+
+        return sum(name in ("mm", "addmm") for name in ops(run))
+
+    # For each of the six layers in blocks: three forwards and one first gradient more. And the gradient of the
+    # incoming gradient in both parts, but in the second one not of a block's own, which enters at its last
+    # layer.
+    assert count(gk.checkpoint_modules(copy.deepcopy(model))) == count(model) + 6 * 5 - 3
+
+
 def test_autocast():
     model = make_model("dropout").float()
 
