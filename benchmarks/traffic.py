@@ -9,12 +9,13 @@ A step is the forward pass, the input gradient with ``create_graph=True``, and t
 and one launch. Ops of this package count in the same way, and those that make several passes over a tensor,
 or several launches, count each (`SEVERAL_PASSES`), but not the few numbers a row or channel between them.
 
-The peak is the most bytes that are alive at once: parameters, gradients, images, and what the ops return, each
-storage from its creation to its release. What an op needs only while it runs is not seen.
+The peak is the most bytes that are alive at once: parameters, gradients, images, and what the ops return,
+each storage from its creation to its release. What an op needs only while it runs is not seen.
 
-The variant ``natural`` is stock's step of the cross-entropy alone. The variant ``compiled`` is stock's whole step as `torch.compile` would fuse it: Inductor lowers the graph,
-plans its kernels as for a CPU, and counts each one's reads and writes itself; nothing is generated or run.
-The graph has no phases and no peak. It takes minutes for a large model.
+The variant ``natural`` is stock's step of the cross-entropy alone. The variant ``compiled`` is stock's whole
+step as `torch.compile` would fuse it: Inductor lowers the graph, plans its kernels as for a CPU, and counts
+each one's reads and writes itself; nothing is generated or run. The graph has no phases and no peak. It takes
+minutes for a large model.
 """
 
 import argparse
@@ -375,7 +376,8 @@ def main() -> None:
     option("--dtype", choices=["float32", "bfloat16", "float64"], default="float32")
     option("--variants", choices=VARIANTS, nargs="+", default=["stock", "fuse"])
     option("--top", type=int, default=25, help="ops listed; default: 25")
-    option("--json", type=Path, metavar="FILE", help="also write the counts there")
+    option("--json", type=Path, metavar="FILE", help="also write the bytes and launches there")
+    option("--memory-json", type=Path, metavar="FILE", help="also write the memory there")
     args = parser.parse_args()
     if args.batch < 1:
         parser.error(f"--batch: expected at least 1, got {args.batch}")
@@ -390,22 +392,23 @@ def main() -> None:
             moved, launches, peak = ratios(counts["stock"], counts[variant])
             alive = f", peak memory {peak:.3f}" * (variant in run)
             print(f"\n{variant} / stock: bytes {moved:.3f}, launches {launches:.3f}{alive}")
-    if args.json:
-        rows = [
-            {"variant": variant, "phase": key[0], "op": key[1], "bytes": n, "launches": traffic.launches[key]}
-            for variant, traffic in counts.items()
-            for key, n in traffic.bytes.items()
-        ]
-        memory = [
-            {
-                "variant": variant,
-                "after": {phase: traffic.memory.after(phase) for phase in PHASES[:-1]},
-                "peak": traffic.memory.peak(),
-            }
-            for variant, traffic in run.items()
-        ]
-        setting = {key: getattr(args, key) for key in ("model", "batch", "bn", "act", "dtype")}
-        write_json(args.json, machine=describe_machine("cpu"), **setting, memory=memory, rows=rows)
+    rows = [
+        {"variant": variant, "phase": key[0], "op": key[1], "bytes": n, "launches": traffic.launches[key]}
+        for variant, traffic in counts.items()
+        for key, n in traffic.bytes.items()
+    ]
+    alive_rows = [
+        {
+            "variant": variant,
+            "bytes_after": {phase: traffic.memory.after(phase) for phase in PHASES[:-1]},
+            "bytes_at_peak": {kind: traffic.memory.peak()[kind] for kind in (HELD, *PHASES)},
+        }
+        for variant, traffic in run.items()
+    ]
+    setting = {key: getattr(args, key) for key in ("model", "batch", "bn", "act", "dtype")}
+    for path, found in ((args.json, rows), (args.memory_json, alive_rows)):
+        if path:
+            write_json(path, machine=describe_machine("cpu"), **setting, rows=found)
 
 
 if __name__ == "__main__":
