@@ -347,24 +347,27 @@ SECTIONS: dict[str, Callable[[Path], Iterable[str]]] = {
 def result(results: Path = RESULTS) -> Iterable[str]:
     """What README shows: a line for each family, of its time, its bytes and its peak memory."""
 
-    def counted(name: str, share: Callable[[Row], str]) -> Callable[[Steps], str]:
-        counts = _counts(results, name)
+    counts = {name: _counts(results, name) for name in ("traffic", "memory")}
 
+    def counted(name: str, say: Callable[[Row], str]) -> Callable[[Steps], str]:
         def cell(item: Steps) -> str:
             stock = item[1]["stock"]
-            for count in counts:
+            for count in counts[name]:
                 if _family(count["model"]) == _family(item[0][0]) and count["bn"] == stock["batch_norm"]:
-                    return f"{share(count)} ({_model(count)}, batch {count['batch']})"
+                    return say(count)
             return NOT_COUNTED
 
         return cell
+
+    def moved(count: Row) -> str:
+        return f"{_share('fuse', 'bytes')(count)} ({_model(count)}, batch {count['batch']})"
 
     columns = {
         "gradient-norm step of": lambda item: f"{item[0][0]}, {_images(item[1]['stock'])}, {item[0][1]}",
         "stock, ms": lambda item: _milliseconds(item[1]["stock"]),
         "fused, ms": lambda item: _milliseconds(item[1].get("fuse", {})),
         "time, fused / stock": lambda item: _number(_ratio("fuse", "stock", item[1]), ".2f", NOT_MEASURED),
-        "bytes, fused / stock, counted": counted("traffic", _share("fuse", "bytes")),
+        "bytes, fused / stock, counted": counted("traffic", moved),
         "peak memory, likewise": counted("memory", lambda count: _peak_share(count, "fuse")),
     }
 

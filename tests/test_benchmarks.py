@@ -529,7 +529,6 @@ class TestReport:
     def test_readme(self, page, tmp_path):
         """A line a family: its first model that was timed, and one in the same mode that was counted."""
         counted = {"batch": 3, "act": "gelu", "rows": MOVED}
-        counted_of = "resnet50, gelu, BatchNorm in eval mode, batch 3"
         page("traffic-a", model="resnet50", bn="eval", **counted)
         page("traffic-b", model="resnet50", bn="train", **counted | {"rows": MOVED[:1]})
         page("memory-a", model="resnet50", bn="eval", **counted | {"rows": ALIVE})
@@ -547,7 +546,7 @@ class TestReport:
         assert written.startswith("a\n<!-- result -->\n\ncpu: not measured.\n\na machine, ")
         assert [line for line in written.splitlines() if line.startswith("|")][2:] == [
             "| resnet50d, 8 at 32², float32 | 12.0 | 6.0 | 0.50"
-            f" | 0.250 ({counted_of}) | 0.500 ({counted_of}) |",
+            " | 0.250 (resnet50, gelu, BatchNorm in eval mode, batch 3) | 0.500 |",
             "| vit_b, 8 at 32², float32 | 12.0 | 6.0 | 0.50 | not counted | not counted |",
         ]
         assert report.readme(written, tmp_path) == written and "old" not in written
