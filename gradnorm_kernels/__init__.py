@@ -10,6 +10,7 @@
 from importlib.metadata import version as _version
 
 from . import _load, functional, kernels, modules
+from .checkpoint import checkpoint, checkpoint_modules
 from .diagnose import Diagnosis, Finding, diagnose
 from .fuse import fuse, unfuse
 from .modules import *  # noqa: F403
@@ -19,6 +20,8 @@ __all__ = [
     *modules.__all__,
     "Diagnosis",
     "Finding",
+    "checkpoint",
+    "checkpoint_modules",
     "diagnose",
     "functional",
     "fuse",

@@ -113,6 +113,10 @@ class TrainConfig(_WithObjectives):
         choices=("float32", "tf32", "bfloat16"),
     )  # fmt: skip
     channels_last: bool = option(False, "keep images and convolutions in channels_last memory format")
+    checkpoint: bool = option(
+        False,
+        "compute the model's repeated blocks again in each backward pass instead of keeping their results",
+    )
     compile: bool = option(False, "compile the step's loss and gradients as a whole with torch.compile")
     epochs: int = option(30, "passes over the training images", minimum=1)
     batch_size: int = option(128, "images per step, over all processes", minimum=1)
@@ -145,6 +149,8 @@ class TrainConfig(_WithObjectives):
         check_options(self, TrainingError)
         if self.pretrained and self.init:
             raise TrainingError("init: the run starts from timm's pretrained weights already (pretrained)")
+        if self.checkpoint and self.compile:
+            raise TrainingError("checkpoint: a compiled step decides by itself what it computes again")
         for row in OBJECTIVES.values():
             row.check(self)
         if self.data is None:

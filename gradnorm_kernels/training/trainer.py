@@ -28,6 +28,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..checkpoint import checkpoint_modules
 from ..diagnose import diagnose
 from .attacks import input_gradient
 from .config import Interrupted, TrainConfig
@@ -133,6 +134,12 @@ class Trainer:
         self.trained = for_training(self.model, config, self.device)
         # Short runs would otherwise evaluate little but their initial weights.
         self.ema = ModelEmaV3(self.model, decay=config.ema_decay, use_warmup=True)
+        if config.checkpoint:
+            # After the averaged weights, which are evaluated without.
+            try:
+                checkpoint_modules(self.model)
+            except ValueError:
+                raise TrainingError(f"checkpoint: there are no repeated blocks in {config.model}") from None
         try:
             self.optimizer = create_optimizer_v2(
                 self.model, opt=config.opt, lr=config.peak_lr, weight_decay=config.weight_decay
