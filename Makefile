@@ -80,7 +80,8 @@ LARGE := --batch 64 --model swin_base_patch4_window7_224 resnet50 vit_base_patch
 STEPS := -m benchmarks.steps --device
 SIZES = $(if $(filter cuda,$(DEVICE)),$(LARGE) --dtype bfloat16 tf32 float32)
 # ConvNeXt's graph is too large for a compiler: a loop over the groups of every depthwise convolution.
-TRAFFIC := $(BIN)/python -m benchmarks.traffic --variants stock fuse compiled --batch 64 --model
+TRAFFIC = $(BIN)/python -m benchmarks.traffic --variants natural stock fuse compiled --batch 64 \
+	--json $(RESULTS)/traffic-$(1).json --memory-json $(RESULTS)/memory-$(1).json --model
 DEVICE = $(shell $(BIN)/python -c "import torch; print('cuda' if torch.cuda.is_available() else 'cpu')")
 
 # On a CPU, a quarter of an hour.
@@ -93,11 +94,11 @@ bench: $(BIN)/.built
 
 # Needs no GPU, whatever it counts for. The compiler takes minutes a model.
 bench-traffic: $(BIN)/.built
-	$(TRAFFIC) swin_base_patch4_window7_224 --json $(RESULTS)/traffic-swin_base.json
-	$(TRAFFIC) vit_base_patch16_224 --json $(RESULTS)/traffic-vit_base.json
-	$(TRAFFIC) resnet50 --act gelu --json $(RESULTS)/traffic-resnet50-train.json
-	$(TRAFFIC) resnet50 --act gelu --bn eval --json $(RESULTS)/traffic-resnet50-eval.json
-	$(TRAFFIC) convnext_base --variants stock fuse --json $(RESULTS)/traffic-convnext_base.json
+	$(call TRAFFIC,swin_base) swin_base_patch4_window7_224
+	$(call TRAFFIC,vit_base) vit_base_patch16_224
+	$(call TRAFFIC,resnet50-train) resnet50 --act gelu
+	$(call TRAFFIC,resnet50-eval) resnet50 --act gelu --bn eval
+	$(call TRAFFIC,convnext_base) convnext_base --variants natural stock fuse
 	$(BIN)/python -m benchmarks.report
 
 # Compilers take minutes a model and variant.

@@ -206,7 +206,7 @@ def traffic(results: Path) -> Iterable[str]:
         " `compiled` is stock's whole step in Inductor's own count of what its kernels read and write, fused"
         " as for a CPU: a lower bound, since it charges every kernel once for a tensor."
     )
-    counts = _counts(results)
+    counts = _counts(results, "traffic")
     columns: dict[str, Callable[[Any], str]] = {"model": _model, "batch": _field("batch")}
     for what, unit, scale, form in (("bytes", "GB", 1e-9, ".0f"), ("launches", "launches", 1, ",.0f")):
         for variant, name in _TRAFFIC.items():
@@ -239,8 +239,8 @@ def traffic(results: Path) -> Iterable[str]:
 _TRAFFIC = {"stock": "stock", "fuse": "fused", "compiled": "compiled"}
 
 
-def _counts(results: Path) -> list[Row]:
-    return [json.loads(path.read_text()) for path in sorted(results.glob("traffic-*.json"))]
+def _counts(results: Path, name: str) -> list[Row]:
+    return [json.loads(path.read_text()) for path in sorted(results.glob(f"{name}-*.json"))]
 
 
 def _moved(count: Row, variant: str, what: str) -> float:
@@ -254,6 +254,46 @@ def _total(variant: str, what: str, form: str, scale: float) -> Callable[[Row], 
 
 def _share(variant: str, what: str) -> Callable[[Row], str]:
     return lambda c: _number(_moved(c, variant, what) / _moved(c, "stock", what), ".3f", NOT_COUNTED)
+
+
+def memory(results: Path) -> Iterable[str]:
+    yield (
+        "Counted on meta tensors, not measured, of one step (`natural`: of CE): every storage from its"
+        " creation to its release. Of the peak, `held` are parameters, their gradients and images, and the"
+        " others what each phase made. What an op needs only while it runs is not in it."
+    )
+    counts = _counts(results, "memory")
+    columns: dict[str, Callable[[Any], str]] = {
+        "model": lambda item: _model(item[0]),
+        "batch": lambda item: _field("batch")(item[0]),
+        "variant": lambda item: _field("variant")(item[1]),
+        "peak, GiB": lambda item: _number(_peak(item[1]) * 2**-30, ".2f"),
+        "peak / stock": lambda item: _peak_share(item[0], item[1]["variant"]),
+    }
+    for kind in ("held", "forward", "input gradient", "backward"):
+        columns[kind] = _alive("bytes_at_peak", kind)
+    for phase in ("forward", "input gradient"):
+        columns[f"after {phase}"] = _alive("bytes_after", phase)
+    yield _table(columns, [(count, row) for count in counts for row in count["rows"]])
+    bars = [
+        {"model": _model(count), "variant": row["variant"], "peak": _peak(row)}
+        for count in counts
+        for row in count["rows"]
+    ]
+    yield _bars("peak memory of one step, GiB", bars, "peak", 2**-30, ("model", "variant"))
+
+
+def _alive(when: str, of: str) -> Callable[[tuple[Row, Row]], str]:
+    return lambda item: _field(of, ".2f", 2**-30)(item[1][when])
+
+
+def _peak(row: Row) -> float:
+    return sum(row["bytes_at_peak"].values())
+
+
+def _peak_share(count: Row, variant: str) -> str:
+    peaks = {row["variant"]: _peak(row) for row in count["rows"]}
+    return _number(peaks.get(variant, math.nan) / peaks.get("stock", math.nan), ".3f", NOT_COUNTED)
 
 
 def penalties(results: Path) -> Iterable[str]:
@@ -297,6 +337,7 @@ SECTIONS: dict[str, Callable[[Path], Iterable[str]]] = {
     "Whole gradient-norm steps": steps,
     "Rivals": rivals,
     "Memory traffic of a step": traffic,
+    "Peak memory of a step": memory,
     "Kernels": kernels,
     "Gradient penalties beyond vision": penalties,
     "Training studies": studies,
@@ -304,22 +345,30 @@ SECTIONS: dict[str, Callable[[Path], Iterable[str]]] = {
 
 
 def result(results: Path = RESULTS) -> Iterable[str]:
-    """What README shows: a line for each family, of its time and of its bytes."""
-    counts = _counts(results)
+    """What README shows: a line for each family, of its time, its bytes and its peak memory."""
 
-    def moved(item: Steps) -> str:
-        stock = item[1]["stock"]
-        for count in counts:
-            if _family(count["model"]) == _family(item[0][0]) and count["bn"] == stock["batch_norm"]:
-                return f"{_share('fuse', 'bytes')(count)} ({_model(count)}, batch {count['batch']})"
-        return NOT_COUNTED
+    counts = {name: _counts(results, name) for name in ("traffic", "memory")}
+
+    def counted(name: str, say: Callable[[Row], str]) -> Callable[[Steps], str]:
+        def cell(item: Steps) -> str:
+            stock = item[1]["stock"]
+            for count in counts[name]:
+                if _family(count["model"]) == _family(item[0][0]) and count["bn"] == stock["batch_norm"]:
+                    return say(count)
+            return NOT_COUNTED
+
+        return cell
+
+    def moved(count: Row) -> str:
+        return f"{_share('fuse', 'bytes')(count)} ({_model(count)}, batch {count['batch']})"
 
     columns = {
         "gradient-norm step of": lambda item: f"{item[0][0]}, {_images(item[1]['stock'])}, {item[0][1]}",
         "stock, ms": lambda item: _milliseconds(item[1]["stock"]),
         "fused, ms": lambda item: _milliseconds(item[1].get("fuse", {})),
         "time, fused / stock": lambda item: _number(_ratio("fuse", "stock", item[1]), ".2f", NOT_MEASURED),
-        "bytes, fused / stock, counted": moved,
+        "bytes, fused / stock, counted": counted("traffic", moved),
+        "peak memory, likewise": counted("memory", lambda count: _peak_share(count, "fuse")),
     }
 
     def families(_: str, measured: Row) -> Iterable[str]:

@@ -22,6 +22,10 @@ The floor is what `benchmarks.limits` makes of the ops of the fused step, counte
 does, all in the step's dtype, though autocast keeps some of them in float32: "of floor" is its share of the
 time. TFLOP/s are of the matrix products and convolutions of stock's step, of the same objective.
 
+GiB are the most that a step needs beyond what is there before: on a GPU as its allocator has it; on a CPU,
+with ``--memory``, the resident memory of a process that runs one step of that variant and nothing else. Of
+variants that compile it would be the compiler's, and is left out.
+
 ReLU gives way to a smooth activation. Everything but BatchNorm is in eval mode: dropout would give each
 variant another gradient. Attention is timm's unfused one (``fused_attn`` off) before a variant changes the
 model: PyTorch's fused kernels have no double backward. bfloat16 is autocast.
@@ -32,12 +36,16 @@ import copy
 import functools
 import itertools
 import math
+import multiprocessing
+import re
 import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -180,6 +188,23 @@ def make_model(name: str, args: argparse.Namespace) -> tuple[nn.Module, dict[str
     }
 
 
+def draw(name: str, args: argparse.Namespace) -> tuple[nn.Module, Tensor, Tensor, dict[str, Any]]:
+    """A model, images and targets, the same in every process, and what a row says of the model."""
+    torch.manual_seed(0)
+    model, facts = make_model(name, args)
+    images = torch.rand(facts["shape"], device=args.device)
+    targets = torch.randint(0, 1000, (args.batch,), device=args.device)
+    return model, images, targets, facts
+
+
+def runner(
+    variant: Variant, model: nn.Module, images: Tensor, targets: Tensor, dtype: str
+) -> Callable[[], None]:
+    """A run of the variant's step, for which ``model`` is changed."""
+    step = variant.step(variant.objective, dtype == "bfloat16")
+    return functools.partial(zeroed, step, variant.prepare(model), images, targets)
+
+
 def gradients(model: nn.Module) -> list[Tensor]:
     return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
 
@@ -206,6 +231,28 @@ def peak_memory(run: Callable[[], None]) -> int:
     before = torch.cuda.memory_allocated()
     run()
     return torch.cuda.max_memory_allocated() - before
+
+
+def resident_peak(name: str, variant: str, dtype: str, args: argparse.Namespace) -> int:
+    """The same of the CPU's memory, as the kernel counts this process's, which has run nothing larger."""
+
+    def resident(which: str) -> int:
+        """``VmRSS``, now, or ``VmHWM``, the most so far: getrusage's begins at the parent process's."""
+        (kibibytes,) = re.findall(rf"{which}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        return int(kibibytes) * 1024
+
+    model, images, targets, _ = draw(name, args)
+    run = runner(VARIANTS[variant], model, images, targets, dtype)
+    before = resident("VmRSS")
+    run()
+    return resident("VmHWM") - before
+
+
+def in_new_process(function: Callable[..., int], *arguments: Any) -> int:
+    """What ``function`` returns in a process that starts afresh."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 class _TooLong(BaseException):
@@ -254,22 +301,18 @@ def work(model: nn.Module, objective: Objective, shape: list[int], dtype: torch.
 
 
 def measure(name: str, dtype: str, limits: Limits, args: argparse.Namespace) -> list[dict[str, Any]]:
-    torch.manual_seed(0)
     # What one model taught a compiler must not bear on the next.
     torch._dynamo.reset()
-    model, facts = make_model(name, args)
+    model, images, targets, facts = draw(name, args)
     facts["dtype"] = dtype
-    images = torch.rand(facts["shape"], device=args.device)
-    targets = torch.randint(0, 1000, (args.batch,), device=args.device)
     rows = {variant: {**facts, "variant": variant} for variant in args.variants}
     runs: dict[str, Callable[[], None]] = {}
     expected = None
     for name_of_variant, row in rows.items():
         variant = VARIANTS[name_of_variant]
         try:
-            changed = variant.prepare(copy.deepcopy(model))
-            step = variant.step(variant.objective, dtype == "bfloat16")
-            run = functools.partial(zeroed, step, changed, images, targets)
+            changed = copy.deepcopy(model)
+            run = runner(variant, changed, images, targets, dtype)
             with within(args.first_step_limit):
                 row["first_step_seconds"] = wall_time(run)
             if isinstance(variant.objective, GradientNormLoss):
@@ -281,6 +324,8 @@ def measure(name: str, dtype: str, limits: Limits, args: argparse.Namespace) -> 
             if args.device == "cuda":
                 row["peak_memory_bytes"] = peak_memory(run)
                 changed.zero_grad()
+            elif args.memory and "compiled" not in name_of_variant:
+                row["peak_memory_bytes"] = in_new_process(resident_peak, name, name_of_variant, dtype, args)
         except torch.OutOfMemoryError:
             row["error"] = "out of memory"
         except _TooLong:
@@ -371,6 +416,7 @@ def options() -> argparse.ArgumentParser:
     seconds = functools.partial(option, type=float, default=math.inf, metavar="SECONDS")
     seconds("--time-limit", help="begin no other model or dtype afterwards; default: none")
     seconds("--first-step-limit", help="leave a variant whose first step, of compilers, takes longer")
+    option("--memory", action="store_true", help="on a CPU, also measure the peak of each variant's memory")
     option("--profile", action="store_true", help="also list the ops that take most of a step's time")
     default = " ".join(DEFAULT_VARIANTS)
     option("--variants", choices=VARIANTS, nargs="+", default=DEFAULT_VARIANTS, help=f"default: {default}")

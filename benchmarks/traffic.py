@@ -1,4 +1,6 @@
-"""Memory traffic and kernel launches of one gradient-norm step, counted on meta tensors: no GPU, no data.
+"""Memory traffic, kernel launches and peak memory of one gradient-norm step, counted on meta tensors.
+
+No GPU, no data.
 
     python -m benchmarks.traffic --model swin_base_patch4_window7_224 --batch 64
 
@@ -7,15 +9,20 @@ A step is the forward pass, the input gradient with ``create_graph=True``, and t
 and one launch. Ops of this package count in the same way, and those that make several passes over a tensor,
 or several launches, count each (`SEVERAL_PASSES`), but not the few numbers a row or channel between them.
 
-The variant ``compiled`` is stock's whole step as `torch.compile` would fuse it: Inductor lowers the graph,
-plans its kernels as for a CPU, and counts each one's reads and writes itself; nothing is generated or run.
-The graph has no phases. It takes minutes for a large model.
+The peak is the most bytes that are alive at once: parameters, gradients, images, and what the ops return,
+each storage from its creation to its release. What an op needs only while it runs is not seen.
+
+The variant ``natural`` is stock's step of the cross-entropy alone. The variant ``compiled`` is stock's whole
+step as `torch.compile` would fuse it: Inductor lowers the graph, plans its kernels as for a CPU, and counts
+each one's reads and writes itself; nothing is generated or run. The graph has no phases and no peak. It takes
+minutes for a large model.
 """
 
 import argparse
 import functools
+import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -29,14 +36,16 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 import gradnorm_kernels as gk
-from gradnorm_kernels.training.objectives import GradientNormLoss
+from gradnorm_kernels.training.objectives import GradientNormLoss, NaturalLoss
 
 from .measure import Columns, describe_machine, heading, line, write_json
 
-VARIANTS = ("stock", "fuse", "switch", "compiled")
+VARIANTS = ("natural", "stock", "fuse", "switch", "compiled")
 PHASES = ("forward", "input gradient", "backward")
 # Of a graph in which the phases are one.
 WHOLE = "whole step"
+# What a step finds or leaves: parameters, buffers, images, and the parameters' gradients.
+HELD = "held"
 # The objective of whole steps here and in `benchmarks.steps`, its norm at full weight from the start.
 PENALTY = GradientNormLoss(ramp_epochs=0)
 
@@ -78,11 +87,65 @@ SEVERAL_PASSES: dict[str, Callable[[dict[str, Any]], tuple[int, dict[str, int]]]
 _MATRIX_PRODUCTS = {"attention": 2, "attention_backward": 5, "attention_double_backward": 12}
 
 
+class Memory:
+    """The storages that are alive: each once, whatever views it has, from when it is added to its release.
+
+    Attributes:
+        phase: in which what happens from now on happens.
+        kinds: of each storage in turn, the phase that made it, or `HELD`.
+        changes: in turn, (phase, storage, bytes) of each addition and, below 0, of each release.
+    """
+
+    def __init__(self) -> None:
+        self.phase = PHASES[0]
+        self.kinds: list[str] = []
+        self.changes: list[tuple[str, int, int]] = []
+        # By address, which another storage may have once this one is released.
+        self._alive: dict[int, int] = {}
+
+    def add(self, tensors: Iterable[Tensor]) -> None:
+        """Follows the storages of ``tensors``, and keeps none of them alive."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            if storage._cdata in self._alive:
+                continue
+            self._alive[storage._cdata] = len(self.kinds)
+            self.changes.append((self.phase, len(self.kinds), storage.nbytes()))
+            self.kinds.append(self.phase)
+            # PyTorch keeps a storage's Python object for as long as the storage, tensors in a graph included.
+            weakref.finalize(storage, self._release, storage._cdata, storage.nbytes())
+
+    def hold(self, tensors: Iterable[Tensor]) -> None:
+        """Also says that they are of the kind `HELD`."""
+        for tensor in tensors:
+            self.add([tensor])
+            self.kinds[self._alive[tensor.untyped_storage()._cdata]] = HELD
+
+    def _release(self, address: int, size: int) -> None:
+        self.changes.append((self.phase, self._alive.pop(address), -size))
+
+    def after(self, phase: str) -> int:
+        """Bytes alive at the end of ``phase``."""
+        past = PHASES[: PHASES.index(phase) + 1]
+        return sum(size for at, _, size in self.changes if at in past)
+
+    def peak(self) -> Counter[str]:
+        """Bytes alive when they are most, by kind."""
+        alive: Counter[str] = Counter()
+        most = alive.copy()
+        for _, storage, size in self.changes:
+            alive[self.kinds[storage]] += size
+            if alive.total() > most.total():
+                most = alive.copy()
+        return most
+
+
 class Traffic(TorchDispatchMode):
     """Counts what runs inside it.
 
     Attributes:
         bytes, launches: per (phase, op).
+        memory: what the ops returned.
         ops: of each op in turn, its bytes, and the floating-point operations of its matrix products and
             convolutions; a multiply-add counts 2.
     """
@@ -90,13 +153,22 @@ class Traffic(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.ops: list[tuple[int, int]] = []
-        self.phase = PHASES[0]
+        self.memory = Memory()
         self.bytes: Counter[tuple[str, str]] = Counter()
         self.launches: Counter[tuple[str, str]] = Counter()
+
+    @property
+    def phase(self) -> str:
+        return self.memory.phase
+
+    @phase.setter
+    def phase(self, phase: str) -> None:
+        self.memory.phase = phase
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
+        self.memory.add(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
         name = func._schema.name
         if func.is_view or name.removeprefix("aten::") in _FREE:
             return result
@@ -168,8 +240,22 @@ def compiled_traffic(step: Callable[..., object], *arguments: Any) -> Traffic:
     return traffic
 
 
+Begin = Callable[[str], None]
+
+
+def natural_step(
+    model: nn.Module, images: Tensor, targets: Tensor, begin: Begin = lambda phase: None
+) -> None:
+    """Adds the cross-entropy's gradient to the parameters' ``grad``; ``begin`` hears of each phase."""
+    forward, _, backward = PHASES
+    begin(forward)
+    loss = NaturalLoss()(model, images, targets).total
+    begin(backward)
+    loss.backward()
+
+
 def gradient_norm_step(
-    model: nn.Module, images: Tensor, targets: Tensor, begin: Callable[[str], None] = lambda phase: None
+    model: nn.Module, images: Tensor, targets: Tensor, begin: Begin = lambda phase: None
 ) -> None:
     """Adds the objective's gradient to the parameters' ``grad``; ``begin`` hears of each phase."""
     forward, input_gradient, backward = PHASES
@@ -203,7 +289,7 @@ def count(
     act: str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Traffic:
-    """Traffic of one step of the timm model ``name``.
+    """Traffic and memory of one step of the timm model ``name``.
 
     Args:
         batch: images.
@@ -223,8 +309,11 @@ def count(
     targets = torch.empty(batch, device=device, dtype=torch.long)
     if variant == "compiled":
         return compiled_traffic(gradient_norm_step, model, images, targets)
+    step = natural_step if variant == "natural" else gradient_norm_step
     with gk.set_fused_double_backward(variant == "switch"), Traffic() as traffic:
-        gradient_norm_step(model, images, targets, functools.partial(setattr, traffic, "phase"))
+        traffic.memory.hold([*model.parameters(), *model.buffers(), images, targets])
+        step(model, images, targets, functools.partial(setattr, traffic, "phase"))
+        traffic.memory.hold(p.grad for p in model.parameters() if p.grad is not None)
     return traffic
 
 
@@ -252,9 +341,27 @@ def table(counts: dict[str, Traffic], top: int) -> str:
     return "\n".join([heading(columns), *phases, row("step", lambda key: True), "", *ops])
 
 
-def ratios(stock: Traffic, fused: Traffic) -> tuple[float, float]:
-    """Fused over stock: bytes, launches."""
-    return fused.bytes.total() / stock.bytes.total(), fused.launches.total() / stock.launches.total()
+def memory_table(counts: dict[str, Traffic]) -> str:
+    """Bytes alive after each phase but the last, the most at once, and of what kind these are, by variant."""
+    columns: Columns = {"alive, GiB": ("", "44")} | {name: (name, "12.2f", 2**-30) for name in counts}
+    peaks = {name: traffic.memory.peak() for name, traffic in counts.items()}
+    lines = [heading(columns)]
+    for phase in PHASES[:-1]:
+        alive = {name: traffic.memory.after(phase) for name, traffic in counts.items()}
+        lines.append(line(columns, {"": f"after {phase}"} | alive))
+    lines.append(line(columns, {"": "peak"} | {name: peak.total() for name, peak in peaks.items()}))
+    for kind in (HELD, *PHASES):
+        lines.append(line(columns, {"": f"    {kind}"} | {name: peak[kind] for name, peak in peaks.items()}))
+    return "\n".join(lines)
+
+
+def ratios(stock: Traffic, fused: Traffic) -> tuple[float, float, float]:
+    """Fused over stock: bytes, launches, peak memory."""
+    return (
+        fused.bytes.total() / stock.bytes.total(),
+        fused.launches.total() / stock.launches.total(),
+        fused.memory.peak().total() / stock.memory.peak().total(),
+    )
 
 
 def main() -> None:
@@ -269,7 +376,8 @@ def main() -> None:
     option("--dtype", choices=["float32", "bfloat16", "float64"], default="float32")
     option("--variants", choices=VARIANTS, nargs="+", default=["stock", "fuse"])
     option("--top", type=int, default=25, help="ops listed; default: 25")
-    option("--json", type=Path, metavar="FILE", help="also write the counts there")
+    option("--json", type=Path, metavar="FILE", help="also write the bytes and launches there")
+    option("--memory-json", type=Path, metavar="FILE", help="also write the memory there")
     args = parser.parse_args()
     if args.batch < 1:
         parser.error(f"--batch: expected at least 1, got {args.batch}")
@@ -277,18 +385,30 @@ def main() -> None:
     counts = {v: count(args.model, args.batch, variant=v, **options) for v in args.variants}
     print(f"{args.model}, batch {args.batch}, {args.dtype}, BatchNorm in {args.bn} mode\n")
     print(table(counts, args.top))
+    run = {variant: traffic for variant, traffic in counts.items() if variant != "compiled"}
+    print("\n" + memory_table(run))
     if "stock" in counts:
-        for variant in counts.keys() - {"stock"}:
-            moved, launches = ratios(counts["stock"], counts[variant])
-            print(f"\n{variant} / stock: bytes {moved:.3f}, launches {launches:.3f}")
-    if args.json:
-        rows = [
-            {"variant": variant, "phase": key[0], "op": key[1], "bytes": n, "launches": traffic.launches[key]}
-            for variant, traffic in counts.items()
-            for key, n in traffic.bytes.items()
-        ]
-        setting = {key: getattr(args, key) for key in ("model", "batch", "bn", "act", "dtype")}
-        write_json(args.json, machine=describe_machine("cpu"), **setting, rows=rows)
+        for variant in [variant for variant in counts if variant != "stock"]:
+            moved, launches, peak = ratios(counts["stock"], counts[variant])
+            alive = f", peak memory {peak:.3f}" * (variant in run)
+            print(f"\n{variant} / stock: bytes {moved:.3f}, launches {launches:.3f}{alive}")
+    rows = [
+        {"variant": variant, "phase": key[0], "op": key[1], "bytes": n, "launches": traffic.launches[key]}
+        for variant, traffic in counts.items()
+        for key, n in traffic.bytes.items()
+    ]
+    alive_rows = [
+        {
+            "variant": variant,
+            "bytes_after": {phase: traffic.memory.after(phase) for phase in PHASES[:-1]},
+            "bytes_at_peak": {kind: traffic.memory.peak()[kind] for kind in (HELD, *PHASES)},
+        }
+        for variant, traffic in run.items()
+    ]
+    setting = {key: getattr(args, key) for key in ("model", "batch", "bn", "act", "dtype")}
+    for path, found in ((args.json, rows), (args.memory_json, alive_rows)):
+        if path:
+            write_json(path, machine=describe_machine("cpu"), **setting, rows=found)
 
 
 if __name__ == "__main__":

@@ -254,6 +254,29 @@ def test_steps_json(run, capsys):
     assert not gk.is_fused_double_backward_enabled()
 
 
+def test_resident_peak():
+    """Of a process's own, whatever this one has had: what a run holds at once, but not what it found."""
+    args = steps.options().parse_args(["--device=cpu", "--batch=16"])
+    held = torch.ones(2**28)
+    peaks = [
+        steps.in_new_process(steps.resident_peak, TRANSFORMER, variant, "float32", args)
+        for variant in ("natural", "stock")
+    ]
+    assert 2**24 < peaks[0] < peaks[1] < held.nbytes / 2
+
+
+@pytest.mark.parametrize("memory", [False, True])
+def test_memory_of_a_step(monkeypatch, run, memory):
+    """Measured where it is asked for, and not of compilers."""
+    monkeypatch.setattr(steps, "in_new_process", lambda function, *arguments: 1234)
+    monkeypatch.setitem(steps.VARIANTS, "compiled", steps.VARIANTS["stock"])
+    options = ["--model", "resnet18", "--variants", "fuse", "compiled", *["--memory"] * memory]
+    rows = by_variant(run(steps, *SMALL_STEP, *options))
+    found = {variant: row.get("peak_memory_bytes") for variant, row in rows.items()}
+    measured = 1234 if memory else None
+    assert found == {"stock": measured, "fuse": measured, "compiled": None}
+
+
 def test_profile(run, capsys):
     rows = run(steps, *SMALL_STEP, "--model", "resnet18", "--variants", "fuse", "--profile")["rows"]
     assert " x gradnorm_kernels::" in capsys.readouterr().out
@@ -444,6 +467,14 @@ MOVED = [
     {"variant": variant, "phase": "forward", "op": "aten::mm", "bytes": moved, "launches": launches}
     for variant, moved, launches in (("stock", 8e9, 20), ("fuse", 2e9, 5), ("compiled", 4e9, 10))
 ]
+ALIVE = [
+    {
+        "variant": variant,
+        "bytes_after": {"forward": 2**30, "input gradient": 2**31},
+        "bytes_at_peak": {"held": 2**29, "forward": 2**30, "input gradient": 0, "backward": backward},
+    }
+    for variant, backward in (("natural", 0), ("stock", 5 * 2**29), ("fuse", 2**29))
+]
 MACHINE = COMMITTED["machine"] | {"hardware": "a machine", "commit": "1234567"}
 TIMED = {
     "model": "vit", "batch_norm": "train", "shape": [8, 3, 32, 32], "dtype": "float32", "variant": "stock",
@@ -500,6 +531,7 @@ class TestReport:
         counted = {"batch": 3, "act": "gelu", "rows": MOVED}
         page("traffic-a", model="resnet50", bn="eval", **counted)
         page("traffic-b", model="resnet50", bn="train", **counted | {"rows": MOVED[:1]})
+        page("memory-a", model="resnet50", bn="eval", **counted | {"rows": ALIVE})
         steps = [
             timed("stock", 1),
             timed("fuse", 0.5),
@@ -514,8 +546,8 @@ class TestReport:
         assert written.startswith("a\n<!-- result -->\n\ncpu: not measured.\n\na machine, ")
         assert [line for line in written.splitlines() if line.startswith("|")][2:] == [
             "| resnet50d, 8 at 32², float32 | 12.0 | 6.0 | 0.50"
-            " | 0.250 (resnet50, gelu, BatchNorm in eval mode, batch 3) |",
-            "| vit_b, 8 at 32², float32 | 12.0 | 6.0 | 0.50 | not counted |",
+            " | 0.250 (resnet50, gelu, BatchNorm in eval mode, batch 3) | 0.500 |",
+            "| vit_b, 8 at 32², float32 | 12.0 | 6.0 | 0.50 | not counted | not counted |",
         ]
         assert report.readme(written, tmp_path) == written and "old" not in written
         with pytest.raises(ValueError, match="expected a block from <!-- result --> to <!-- /result -->"):
@@ -560,6 +592,15 @@ class TestReport:
             assert "| `aten::mm` | 8.0 | 2.0 | 4.0 |" in text
         else:
             assert text.count("not counted") == 4 and "| `aten::mm` | 8.0 | 2.0 |" in text
+
+    def test_memory(self, page):
+        count = {"model": "resnet50", "batch": 3, "bn": "eval", "act": None}
+        text = page("memory-resnet50", **count, rows=ALIVE)
+        model = "| resnet50, BatchNorm in eval mode | 3 |"
+        assert f"{model} stock | 4.00 | 1.000 | 0.50 | 1.00 | 0.00 | 2.50 | 1.00 | 2.00 |" in text
+        assert f"{model} fuse | 2.00 | 0.500 | 0.50 | 1.00 | 0.00 | 0.50 | 1.00 | 2.00 |" in text
+        assert f"{model} natural | 1.50 | 0.375 |" in text
+        assert f"{model} fuse | 2.00 | not counted |" in page("memory-resnet50", **count, rows=ALIVE[2:])
 
     def test_studies(self, page):
         watched = [{"eval_apgd_accuracy": 0.5}]
