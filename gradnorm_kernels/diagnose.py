@@ -48,7 +48,7 @@ _TRAFFIC: dict[str, tuple[float, float, str | None]] = {
     "GridSampler3D": (294, 5, None),
     "Glu": (32, 4, None),
     "LinalgVectorNorm": (29, 3, None),
-    "LogSigmoid": (17, 5, None),
+    "LogSigmoid": (17, 5, FUSE),
     "LogSoftmax": (19, 5, None),
     "Logsumexp": (21, 3, None),
     "MkldnnRnnLayer": (98, 10, None),

@@ -40,12 +40,12 @@ def fuse(model: Model, *, dry_run: bool = False) -> Model:
     that hooks on them do not fire.
 
     Swapped are ``torch.nn``'s BatchNorm, Conv, ELU, GELU, GroupNorm, Hardsigmoid, Hardswish, InstanceNorm,
-    LayerNorm, LeakyReLU, Mish, MultiheadAttention, RMSNorm, ReLU, ReLU6, SiLU, Sigmoid, Softmax, Softplus and
-    Tanh, and timm's own activations, ``LayerNorm``, ``LayerNorm2d``, ``LayerNormFp32``, ``RmsNorm``,
-    ``RmsNorm2d``, ``RmsNormFp32``, ``RmsNorm2dFp32``, ``GroupNorm``, ``GroupNorm1``, ``GroupNormAct``,
-    ``BatchNormAct2d``, ``Conv2dSame``, ``Attention`` and Swin's ``WindowAttention``. Other attention modules
-    of timm have ``fused_attn`` set to False, because PyTorch's fused attention cannot be differentiated
-    twice.
+    LayerNorm, LeakyReLU, LogSigmoid, Mish, MultiheadAttention, RMSNorm, ReLU, ReLU6, SiLU, Sigmoid, Softmax,
+    Softplus, Softsign and Tanh, and timm's own activations, ``LayerNorm``, ``LayerNorm2d``,
+    ``LayerNormFp32``, ``RmsNorm``, ``RmsNorm2d``, ``RmsNormFp32``, ``RmsNorm2dFp32``, ``GroupNorm``,
+    ``GroupNorm1``, ``GroupNormAct``, ``BatchNormAct2d``, ``Conv2dSame``, ``Attention`` and Swin's
+    ``WindowAttention``. Other attention modules of timm have ``fused_attn`` set to False, because PyTorch's
+    fused attention cannot be differentiated twice.
 
     Args:
         model: any module; itself included in the search.

@@ -32,6 +32,7 @@ __all__ = [
     "FusedInstanceNorm3d",
     "FusedLayerNorm",
     "FusedLeakyReLU",
+    "FusedLogSigmoid",
     "FusedMish",
     "FusedMultiheadAttention",
     "FusedRMSNorm",
@@ -41,6 +42,7 @@ __all__ = [
     "FusedSigmoid",
     "FusedSoftmax",
     "FusedSoftplus",
+    "FusedSoftsign",
     "FusedTanh",
 ]
 
@@ -149,6 +151,26 @@ class FusedSigmoid(nn.Sigmoid):
 
     def forward(self, input: Tensor) -> Tensor:
         return functional.sigmoid(input)
+
+
+class FusedSoftsign(nn.Softsign):
+    """:class:`torch.nn.Softsign` with fused forward, backward and double backward."""
+
+    def __init__(self, inplace: bool = False) -> None:
+        super().__init__()
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.softsign(input)
+
+
+class FusedLogSigmoid(nn.LogSigmoid):
+    """:class:`torch.nn.LogSigmoid` with fused forward, backward and double backward."""
+
+    def __init__(self, inplace: bool = False) -> None:
+        super().__init__()
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.logsigmoid(input)
 
 
 class FusedSoftmax(nn.Softmax):
@@ -369,6 +391,7 @@ REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
         FusedInstanceNorm3d,
         FusedLayerNorm,
         FusedLeakyReLU,
+        FusedLogSigmoid,
         FusedMish,
         FusedMultiheadAttention,
         FusedRMSNorm,
@@ -378,6 +401,7 @@ REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
         FusedSigmoid,
         FusedSoftmax,
         FusedSoftplus,
+        FusedSoftsign,
         FusedTanh,
     )
 }

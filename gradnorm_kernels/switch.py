@@ -20,10 +20,10 @@ class set_fused_double_backward(ContextDecorator):  # noqa: N801 - the idiom of 
     Code that is not touched at all (a WGAN-GP, a PINN, a force field, ``torch.nn.GELU``) then
     differentiates twice at fused speed. Only the double backward changes: forward and first backward stay
     PyTorch's. Covered, in place too: the activations (GELU, SiLU, Mish, Softplus, ELU and its kin, tanh,
-    sigmoid, hard sigmoid, hard swish, ReLU, ReLU6, leaky ReLU), layer, batch, group and instance
-    normalisation, softmax, every convolution, and scaled dot-product attention, whose fused kernels PyTorch
-    cannot differentiate twice. RMS normalisation is fused from the forward on, as is the first backward of
-    grouped-query attention.
+    sigmoid, log-sigmoid, hard sigmoid, hard swish, ReLU, ReLU6, leaky ReLU; not softsign, which PyTorch makes
+    of several ops), layer, batch, group and instance normalisation, softmax, every convolution, and scaled
+    dot-product attention, whose fused kernels PyTorch cannot differentiate twice. RMS normalisation is fused
+    from the forward on, as is the first backward of grouped-query attention.
 
     Under ``torch.func`` transforms, forward-mode AD and in graphs that are captured for a compiler, layer,
     batch and instance normalisation, softmax, attention, Mish and hard sigmoid are plain ops, which are right

@@ -41,6 +41,7 @@ FUSED = [
     "nn.functional.instance_norm",
     "nn.functional.layer_norm",
     "nn.functional.leaky_relu",
+    "nn.functional.logsigmoid",
     "nn.functional.mish",
     "nn.functional.relu",
     "nn.functional.relu6",
@@ -66,7 +67,7 @@ STOCK = [
     "log_softmax",
     "log_softmax.with_dtype",
     "masked.log_softmax",
-    "nn.functional.logsigmoid",
+    "nn.functional.softsign",
 ]
 
 # PyTorch releases before these drop gradients, first ones already: those of the mean and rstd here.
