@@ -209,7 +209,10 @@ CASES = [
     Case("gelu", "tanh", **_ACTIVATIONS, options={"approximate": "tanh"}),
     *(
         Case(op, "", **_ACTIVATIONS)
-        for op in ("silu", "mish", "softplus", "elu", "hardswish", "tanh", "sigmoid")
+        for op in (
+            *("silu", "mish", "softplus", "elu", "hardswish", "tanh", "sigmoid"),
+            *("softsign", "logsigmoid"),
+        )
     ),
     *(Case(op, "", **_ACTIVATIONS, straight=True) for op in ("leaky_relu", "relu", "relu6", "hardsigmoid")),
     Case(

@@ -1,6 +1,7 @@
 // Activations: the CPU, meta and composite implementations of their ops, and how they are differentiated.
 #include "activation.h"
 
+#include <ATen/ScalarOps.h>
 #include <ATen/autocast_mode.h>
 
 #include "cpu/activation.h"
@@ -403,6 +404,23 @@ struct Hardswish : WithoutParams<gradnorm_kernels::Hardswish, &at::hardswish, &a
   static constexpr auto name = "hardswish";
 };
 
+// PyTorch's own is made of several ops, of which none is to be overridden.
+Tensor softsign_by_parts(const Tensor& input) {
+  if (input.is_nested() || !is_elementwise_match(input, input)) {
+    // Of nested tensors there is no sum with a Scalar.
+    return input / (input.abs() + at::native::wrapped_scalar_tensor(1));
+  }
+  return gradnorm_kernels::Softsign().f(to_opmath(input)).to(input.scalar_type());
+}
+struct Softsign : WithoutParams<gradnorm_kernels::Softsign, &softsign_by_parts> {
+  static constexpr auto name = "softsign";
+};
+
+// PyTorch's own backward takes a third tensor: AtenLogsigmoidBackward.
+struct Logsigmoid : WithoutParams<gradnorm_kernels::Logsigmoid, &at::log_sigmoid> {
+  static constexpr auto name = "logsigmoid";
+};
+
 }  // namespace definitions
 
 template <class... Definitions>
@@ -412,7 +430,7 @@ struct Registrations {
 const Registrations<
     definitions::Gelu, definitions::Silu, definitions::Mish, definitions::Softplus, definitions::Elu,
     definitions::Tanh, definitions::Sigmoid, definitions::Relu, definitions::Relu6, definitions::LeakyRelu,
-    definitions::Hardsigmoid, definitions::Hardswish>
+    definitions::Hardsigmoid, definitions::Hardswish, definitions::Softsign, definitions::Logsigmoid>
     registrations;
 
 // PyTorch's own ops under the switch. Whatever ours does not cover stays with the stock kernel.
@@ -503,6 +521,21 @@ struct AtenEluBackward : Override<AtenEluBackward> {
   }
 };
 
+struct AtenLogsigmoidBackward : Override<AtenLogsigmoidBackward> {
+  // buffer: exp(-|self|) on the CPU, nothing on CUDA. Ours do without.
+  static Tensor autograd(
+      c10::DispatchKeySet keys, const Tensor& grad_output, const Tensor& self, const Tensor& buffer) {
+    using Ops = ActivationOps<definitions::Logsigmoid>;
+    if (!is_covered(grad_output, self)) {
+      return stock<Tensor>(keys, grad_output, self, buffer);
+    }
+    return record<Ops::OfBackward<&call<Ops::Backward>>>({grad_output, self}, {}, [&](variable_list& saved) {
+      saved = {grad_output, self};
+      return variable_list{at::log_sigmoid_backward(grad_output, self, buffer)};
+    })[0];
+  }
+};
+
 const StockOverride override_aten([](AtenAutograd& m) {
   using namespace definitions;
   using Scalar = const at::Scalar&;
@@ -523,6 +556,7 @@ const StockOverride override_aten([](AtenAutograd& m) {
   AtenBackward<Sigmoid>::install(m, "sigmoid_backward");
   AtenBackward<Hardsigmoid>::install(m, "hardsigmoid_backward");
   AtenBackward<Hardswish>::install(m, "hardswish_backward");
+  AtenLogsigmoidBackward::install(m, "log_sigmoid_backward");
 });
 
 // PyTorch's autocast runs softplus in float32 on CUDA.

@@ -250,9 +250,53 @@ struct Hardswish {
   }
 };
 
+// f(x) = x / (1 + |x|)
+struct Softsign {
+  template <class V>
+  V f(const V& x) const {
+    return x / (magnitude(x) + 1.0_c);
+  }
+  template <class V>
+  V df(const V& g, const V& x) const {
+    const V gate = reciprocal(x);
+    return g * gate * gate;
+  }
+  // The powers of the gate fall as slowly as |x| grows, so that v and g may outweigh them: each is multiplied
+  // with its share.
+  template <class V>
+  V d2f(const V& v, const V& g, const V& x) const {
+    const V gate = reciprocal(x);
+    const V side = select(x > 0.0_c, Constant{-2.0}, select(x < 0.0_c, 2.0_c, 0.0_c));
+    return v * gate * gate * side * (g * gate);
+  }
+
+ private:
+  // 1 / (1 + |x|)
+  template <class V>
+  static V reciprocal(const V& x) {
+    return operand<V>(1.0_c) / (magnitude(x) + 1.0_c);
+  }
+};
+
+// f(x) = log s(x), with s the logistic function
+struct Logsigmoid {
+  template <class V>
+  V f(const V& x) const {
+    return at::vec::clamp_max(x, operand<V>(0.0_c)) - log1p_fraction(exp_nonpositive(x.abs().neg()));
+  }
+  template <class V>
+  V df(const V& g, const V& x) const {
+    return g * logistic(x.neg()).value;
+  }
+  template <class V>
+  V d2f(const V& v, const V& g, const V& x) const {
+    return v * logistic(x.neg()).slope.neg() * g;
+  }
+};
+
 using Activation = std::variant<
     GeluErf, GeluTanh, Silu, Mish, Softplus, Elu, Tanh, Sigmoid, Relu, Relu6, LeakyRelu, Hardsigmoid,
-    Hardswish>;
+    Hardswish, Softsign, Logsigmoid>;
 
 // False of those whose derivatives are made of the output.
 template <class Act>

@@ -68,6 +68,16 @@ V select(const V& condition, const A& a, const B& b) {
   }
 }
 
+// |x|
+template <class T>
+at::vec::Vectorized<T> magnitude(const at::vec::Vectorized<T>& x) {
+  return x.abs();
+}
+// Not by abs: its second derivative is a zero that is of no tensor subclass.
+inline at::Tensor magnitude(const at::Tensor& x) {
+  return x * x.sign();
+}
+
 template <class V, class... Coefficients>
 V polynomial(const V& x, double constant, Coefficients... rising) {
   if constexpr (sizeof...(rising) == 0) {

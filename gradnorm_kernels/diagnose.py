@@ -50,7 +50,7 @@ _TRAFFIC: dict[str, tuple[float, float, str | None]] = {
     "GridSampler2D": (103, 5, None),
     "GridSampler3D": (294, 5, None),
     "LinalgVectorNorm": (29, 3, None),
-    "LogSigmoid": (17, 5, None),
+    "LogSigmoid": (17, 5, FUSE),
     "LogSoftmax": (19, 5, FUSE),
     "Logsumexp": (21, 3, None),
     "MkldnnRnnLayer": (98, 10, None),

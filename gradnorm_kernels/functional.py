@@ -45,6 +45,7 @@ __all__ = [
     "layer_norm_2d",
     "leaky_relu",
     "log_softmax",
+    "logsigmoid",
     "mish",
     "qkv_attention",
     "relu",
@@ -55,6 +56,7 @@ __all__ = [
     "silu",
     "softmax",
     "softplus",
+    "softsign",
     "swiglu",
     "tanh",
     "weight_norm",
@@ -170,6 +172,22 @@ def sigmoid(input: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return torch.nn.functional.sigmoid(input)
     return torch.ops.gradnorm_kernels.sigmoid(input)
+
+
+def softsign(input: Tensor) -> Tensor:
+    r"""As :func:`torch.nn.functional.softsign`: :math:`x / (1 + |x|)` (Bergstra et al. 2009). PyTorch's own
+    is made of several ops, which the switch leaves alone.
+    """
+    if torch.compiler.is_compiling():
+        return torch.nn.functional.softsign(input)
+    return torch.ops.gradnorm_kernels.softsign(input)
+
+
+def logsigmoid(input: Tensor) -> Tensor:
+    r"""As :func:`torch.nn.functional.logsigmoid`: :math:`\log \sigma(x) = -\log(1 + e^{-x})`."""
+    if torch.compiler.is_compiling():
+        return torch.nn.functional.logsigmoid(input)
+    return torch.ops.gradnorm_kernels.logsigmoid(input)
 
 
 # What the CUDA kernels of layer_norm_2d can hold in registers.

@@ -40,13 +40,13 @@ def fuse(model: Model, *, dry_run: bool = False) -> Model:
     no longer called, so that hooks on them do not fire.
 
     Swapped are ``torch.nn``'s BatchNorm, Conv, ELU, GELU, GLU, GroupNorm, Hardsigmoid, Hardswish,
-    InstanceNorm, LayerNorm, LeakyReLU, LogSoftmax, Mish, MultiheadAttention, RMSNorm, ReLU, ReLU6, SiLU,
-    Sigmoid, Softmax, Softplus, Tanh and its weight normalisation by ``parametrizations``, and timm's own
-    activations, ``LayerNorm``, ``LayerNorm2d``, ``LayerNormFp32``, ``RmsNorm``, ``RmsNorm2d``,
-    ``RmsNormFp32``, ``RmsNorm2dFp32``, ``GroupNorm``, ``GroupNorm1``, ``GroupNormAct``, ``BatchNormAct2d``,
-    ``Conv2dSame``, ``GluMlp``, ``SwiGLU``, ``Attention`` and Swin's ``WindowAttention``. Other attention
-    modules of timm have ``fused_attn`` set to False, because PyTorch's fused attention cannot be
-    differentiated twice.
+    InstanceNorm, LayerNorm, LeakyReLU, LogSigmoid, LogSoftmax, Mish, MultiheadAttention, RMSNorm, ReLU,
+    ReLU6, SiLU, Sigmoid, Softmax, Softplus, Softsign, Tanh and its weight normalisation by
+    ``parametrizations``, and timm's own activations, ``LayerNorm``, ``LayerNorm2d``, ``LayerNormFp32``,
+    ``RmsNorm``, ``RmsNorm2d``, ``RmsNormFp32``, ``RmsNorm2dFp32``, ``GroupNorm``, ``GroupNorm1``,
+    ``GroupNormAct``, ``BatchNormAct2d``, ``Conv2dSame``, ``GluMlp``, ``SwiGLU``, ``Attention`` and Swin's
+    ``WindowAttention``. Other attention modules of timm have ``fused_attn`` set to False, because PyTorch's
+    fused attention cannot be differentiated twice.
 
     Args:
         model: any module; itself included in the search.

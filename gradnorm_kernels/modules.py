@@ -34,6 +34,7 @@ __all__ = [
     "FusedInstanceNorm3d",
     "FusedLayerNorm",
     "FusedLeakyReLU",
+    "FusedLogSigmoid",
     "FusedLogSoftmax",
     "FusedMish",
     "FusedMultiheadAttention",
@@ -44,6 +45,7 @@ __all__ = [
     "FusedSigmoid",
     "FusedSoftmax",
     "FusedSoftplus",
+    "FusedSoftsign",
     "FusedTanh",
     "FusedWeightNorm",
 ]
@@ -153,6 +155,26 @@ class FusedSigmoid(nn.Sigmoid):
 
     def forward(self, input: Tensor) -> Tensor:
         return functional.sigmoid(input)
+
+
+class FusedSoftsign(nn.Softsign):
+    """:class:`torch.nn.Softsign` with fused forward, backward and double backward."""
+
+    def __init__(self, inplace: bool = False) -> None:
+        super().__init__()
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.softsign(input)
+
+
+class FusedLogSigmoid(nn.LogSigmoid):
+    """:class:`torch.nn.LogSigmoid` with fused forward, backward and double backward."""
+
+    def __init__(self, inplace: bool = False) -> None:
+        super().__init__()
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.logsigmoid(input)
 
 
 class FusedSoftmax(nn.Softmax):
@@ -395,6 +417,7 @@ REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
         FusedInstanceNorm3d,
         FusedLayerNorm,
         FusedLeakyReLU,
+        FusedLogSigmoid,
         FusedLogSoftmax,
         FusedMish,
         FusedMultiheadAttention,
@@ -405,6 +428,7 @@ REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
         FusedSigmoid,
         FusedSoftmax,
         FusedSoftplus,
+        FusedSoftsign,
         FusedTanh,
         FusedWeightNorm,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,8 +37,11 @@ class Activation(Case):
         function: PyTorch's own, of the same parameters.
         limits: (slope, intercept) of the lines that it approaches on the left and on the right.
         kinks: where it is not smooth.
+        gradual: whether its derivatives fall to those of the lines as powers of x, and not exponentially.
         curved: whether it has a second derivative, and so a double backward of its own.
         saves_output: whether its derivatives are computed from its output.
+        aten: the name of PyTorch's own op where it is another; None where PyTorch's own is made of several,
+            which the switch leaves alone.
     """
 
     name: str
@@ -46,13 +49,20 @@ class Activation(Case):
     params: dict[str, Any] = field(default_factory=dict)
     limits: tuple[tuple[float, float], tuple[float, float]] = (FLAT, IDENTITY)
     kinks: tuple[float, ...] = ()
+    gradual: bool = False
     curved: bool = True
     saves_output: bool = False
+    aten: str | None = ""
     shape: tuple[int, ...] = (2, 3, 2, 3)
 
     def __str__(self) -> str:
         shape = [] if self.shape == Activation.shape else ["x".join(map(str, self.shape))]
         return "-".join([self.name, *map(str, self.params.values()), *shape])
+
+    @property
+    def wrong_in_pytorch(self) -> tuple[str, ...]:
+        """The second derivative of abs, of which softsign is made, is of no subclass."""
+        return ("tensor subclasses",) if self.aten is None else ()
 
     def shapes(self) -> tuple[tuple[int, ...]]:
         return (self.shape,)
@@ -98,7 +108,11 @@ class Activation(Case):
     def passes(self, switch: bool) -> list[tuple[list[str] | None, float | None]] | None:
         if not self.shape or 0 in self.shape:
             return None
+        if switch and self.aten is None:
+            return None
         first, double = f"{self.name}_backward", f"{self.name}_double_backward"
+        if switch and self.aten:
+            return [(None, None), ([f"{self.aten}_backward"], None), ([double], 5), ([first], 3)]
         # From the output to the input is one more first backward.
         second = ([double, first], 8) if self.saves_output else ([double], 5)
         if self.curved:
@@ -113,6 +127,18 @@ class Activation(Case):
         left, right = (torch.tensor(line, dtype=torch.float64) for line in self.limits)
         slope = torch.where(x > 0, right[0], left[0])
         return x * slope + torch.where(x > 0, right[1], left[1]), slope
+
+    def far_out(self, x: Tensor) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        """Gradients, v and g in one, with the NAMES in float64 that they lead to at x far from 0."""
+        ones = torch.ones_like(x)
+        for gradient in (ones, torch.full_like(x, torch.finfo(x.dtype).max)):
+            wide = x.double(), gradient.double()
+            if not self.gradual:
+                line, slope = self.limit(wide[0])
+                yield gradient, [line, wide[1] * slope, wide[1] * slope, torch.zeros_like(wide[0])]
+            # Of the largest float64 there is no wider one to multiply.
+            elif gradient is ones or x.dtype != torch.float64:
+                yield gradient, all_orders_by_autograd(self.reference, wide[1], wide[1], wide[0])
 
     def all_orders(self, v: Tensor, g: Tensor, x: Tensor, namespace: Any = None) -> list[Tensor]:
         """NAMES by the ops, or by those functions of their names that namespace has."""
@@ -166,6 +192,10 @@ ACTIVATIONS = [
     ),
     Activation("hardsigmoid", _hardsigmoid, limits=(FLAT, (0.0, 1.0)), kinks=(-3.0, 3.0), curved=False),
     Activation("hardswish", F.hardswish, kinks=(-3.0, 3.0)),
+    Activation(
+        "softsign", F.softsign, limits=((0.0, -1.0), (0.0, 1.0)), kinks=(0.0,), gradual=True, aten=None
+    ),
+    Activation("logsigmoid", F.logsigmoid, limits=(IDENTITY, FLAT), aten="log_sigmoid"),
 ]
 each_activation = pytest.mark.parametrize("act", ACTIVATIONS, ids=str)
 # Where the activation's own mathematics has no part: one of each way to save and to differentiate.

@@ -125,6 +125,19 @@ def hardswish(input: Tensor) -> Tensor:
     return input * hardsigmoid(input)
 
 
+def softsign(input: Tensor) -> Tensor:
+    r""":math:`x / (1 + |x|) = \mathrm{sgn}(x) (1 - 1 / (1 + |x|))`: the derivatives of the one cancel far
+    from 0, and the other itself does near it.
+    """
+    size = input.abs()
+    return torch.where(size < 1, input / (1 + size), input.sign() * (1 - 1 / (1 + size)))
+
+
+def logsigmoid(input: Tensor) -> Tensor:
+    r""":math:`\log \sigma(x) = \min(x, 0) - \log(1 + e^{-|x|})`."""
+    return torch.where(input > 0, 0, input) - _decay(input).log1p()
+
+
 def layer_norm(
     input: Tensor,
     normalized_shape: Sequence[int],

@@ -45,6 +45,7 @@ FUSED = [
     "nn.functional.instance_norm",
     "nn.functional.layer_norm",
     "nn.functional.leaky_relu",
+    "nn.functional.logsigmoid",
     "nn.functional.mish",
     "nn.functional.relu",
     "nn.functional.relu6",
@@ -67,7 +68,7 @@ FUSED = [
 STOCK = [
     "_batch_norm_with_update",
     "_softmax_backward_data",
-    "nn.functional.logsigmoid",
+    "nn.functional.softsign",
 ]
 
 # PyTorch releases before these drop gradients, first ones already: those of the mean and rstd here.

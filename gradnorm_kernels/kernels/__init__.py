@@ -24,7 +24,10 @@ _OPS = {
     "activation": tuple(
         name + suffix
         for names, suffixes in (
-            (("elu", "gelu", "hardswish", "mish", "silu", "softplus"), ("", "_backward", "_double_backward")),
+            (
+                ("elu", "gelu", "hardswish", "logsigmoid", "mish", "silu", "softplus", "softsign"),
+                ("", "_backward", "_double_backward"),
+            ),
             # Of linear pieces, with no second derivative.
             (("hardsigmoid", "leaky_relu", "relu", "relu6"), ("", "_backward")),
             # Made of their output. The forward is ATen's.

@@ -391,6 +391,48 @@ def hardswish_ddf(v, g, x, parameters: tl.constexpr):
     return tl.where((x > -3) & (x < 3), v / 3.0 * g, 0.0)
 
 
+# Softsign: f = x / (1 + |x|), f' = r^2, f'' = -2 sgn(x) r^3 with r = 1 / (1 + |x|). r falls as slowly as |x|
+# grows, so that v and g may outweigh its powers: each is multiplied with its share.
+
+
+@triton.jit
+def softsign_f(x, parameters: tl.constexpr):
+    return x / (1.0 + tl.abs(x))
+
+
+@triton.jit
+def softsign_df(g, x, parameters: tl.constexpr):
+    r = 1.0 / (1.0 + tl.abs(x))
+    return g * r * r
+
+
+@triton.jit
+def softsign_ddf(v, g, x, parameters: tl.constexpr):
+    r = 1.0 / (1.0 + tl.abs(x))
+    side = tl.where(x > 0, -2.0, tl.where(x < 0, 2.0, 0.0))
+    return v * r * r * side * (g * r)
+
+
+# Log-sigmoid: f = log s(x), f' = s(-x), f'' = -s'(x).
+
+
+@triton.jit
+def logsigmoid_f(x, parameters: tl.constexpr):
+    return _nonpositive(x) - _log1p_fraction(tl.exp(-tl.abs(x)))
+
+
+@triton.jit
+def logsigmoid_df(g, x, parameters: tl.constexpr):
+    s, _ = _logistic(-x)
+    return g * s
+
+
+@triton.jit
+def logsigmoid_ddf(v, g, x, parameters: tl.constexpr):
+    _, q = _logistic(-x)
+    return v * -q * g
+
+
 @dataclass(frozen=True, eq=False)  # eq=False: hashed by identity, in the hot path
 class Activation:
     """f, f' and f'', and the parameters that follow their tensors: compile-time floats, such as
@@ -438,6 +480,8 @@ ACTIVATIONS = {
     "leaky_relu": Activation(leaky_relu_f, leaky_relu_df, None, (0.01,)),
     "hardsigmoid": Activation(hardsigmoid_f, hardsigmoid_df),
     "hardswish": Activation(hardswish_f, hardswish_df, hardswish_ddf),
+    "softsign": Activation(softsign_f, softsign_df, softsign_ddf),
+    "logsigmoid": Activation(logsigmoid_f, logsigmoid_df, logsigmoid_ddf),
 }
 
 # Elements a program owns. With 4 warps a thread owns 8 elements (4 of float64), which is one or two

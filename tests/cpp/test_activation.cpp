@@ -60,6 +60,8 @@ int main() {
       {"relu6", [](const Tensor& x) { return torch::relu6(x); }, fused("relu6")},
       {"leaky_relu", [](const Tensor& x) { return torch::leaky_relu(x, 0.2); }, fused("leaky_relu", 0.2)},
       {"hardswish", [](const Tensor& x) { return torch::hardswish(x); }, fused("hardswish")},
+      {"softsign", [](const Tensor& x) { return x / (x.abs() + 1); }, fused("softsign")},
+      {"logsigmoid", [](const Tensor& x) { return torch::log_sigmoid(x); }, fused("logsigmoid")},
   };
   int passed = 0;
   for (const auto& [name, stock, fused] : cases) {
