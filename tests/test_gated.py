@@ -43,7 +43,7 @@ class GatedUnit(Case):
             return gk.functional.swiglu(gate, value)
         if self.activation.startswith("gelu"):
             return gk.functional.geglu(gate, value, self.activation.removeprefix("gelu_"))
-        return gk.functional.glu(torch.cat([value, gate], -1))
+        return gk.functional._gated_unit(gate, value, self.activation)
 
     def stock(self, gate, value):
         return STOCK[self.activation](gate) * value
