@@ -174,9 +174,9 @@ def test_matrix_products_of_a_step():
 
         return sum(name in ("mm", "addmm") for name in ops(run))
 
-    # For each of the six layers in blocks: three forwards and one first gradient more. And the gradient of the
-    # incoming gradient in both parts, but in the second one not of a block's own, which enters at its last
-    # layer.
+    # For each of the six layers in blocks: three forwards and one first gradient more. And the gradient of
+    # the incoming gradient in both parts, but in the second one not of a block's own, which enters at its
+    # last layer.
     assert count(gk.checkpoint_modules(copy.deepcopy(model))) == count(model) + 6 * 5 - 3
 
 
