@@ -80,7 +80,7 @@ LARGE := --batch 64 --model swin_base_patch4_window7_224 resnet50 vit_base_patch
 STEPS := -m benchmarks.steps --device
 SIZES = $(if $(filter cuda,$(DEVICE)),$(LARGE) --dtype bfloat16 tf32 float32)
 # ConvNeXt's graph is too large for a compiler: a loop over the groups of every depthwise convolution.
-TRAFFIC = $(BIN)/python -m benchmarks.traffic --variants natural stock fuse compiled --batch 64 \
+TRAFFIC = $(BIN)/python -m benchmarks.traffic --variants natural stock fuse checkpoint compiled --batch 64 \
 	--json $(RESULTS)/traffic-$(1).json --memory-json $(RESULTS)/memory-$(1).json --model
 DEVICE = $(shell $(BIN)/python -c "import torch; print('cuda' if torch.cuda.is_available() else 'cpu')")
 
@@ -98,7 +98,7 @@ bench-traffic: $(BIN)/.built
 	$(call TRAFFIC,vit_base) vit_base_patch16_224
 	$(call TRAFFIC,resnet50-train) resnet50 --act gelu
 	$(call TRAFFIC,resnet50-eval) resnet50 --act gelu --bn eval
-	$(call TRAFFIC,convnext_base) convnext_base --variants natural stock fuse
+	$(call TRAFFIC,convnext_base) convnext_base --variants natural stock fuse checkpoint
 	$(BIN)/python -m benchmarks.report
 
 # Compilers take minutes a model and variant.

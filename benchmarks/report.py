@@ -258,7 +258,8 @@ def _share(variant: str, what: str) -> Callable[[Row], str]:
 
 def memory(results: Path) -> Iterable[str]:
     yield (
-        "Counted on meta tensors, not measured, of one step (`natural`: of CE): every storage from its"
+        "Counted on meta tensors, not measured, of one step (`natural`: of CE; `checkpoint`: of the"
+        " fused model with `checkpoint_modules`): every storage from its"
         " creation to its release. Of the peak, `held` are parameters, their gradients and images, and the"
         " others what each phase made. What an op needs only while it runs is not in it."
     )

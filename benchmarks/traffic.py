@@ -12,10 +12,10 @@ or several launches, count each (`SEVERAL_PASSES`), but not the few numbers a ro
 The peak is the most bytes that are alive at once: parameters, gradients, images, and what the ops return,
 each storage from its creation to its release. What an op needs only while it runs is not seen.
 
-The variant ``natural`` is stock's step of the cross-entropy alone. The variant ``compiled`` is stock's whole
-step as `torch.compile` would fuse it: Inductor lowers the graph, plans its kernels as for a CPU, and counts
-each one's reads and writes itself; nothing is generated or run. The graph has no phases and no peak. It takes
-minutes for a large model.
+The variant ``natural`` is stock's step of the cross-entropy alone, and ``checkpoint`` the fused model's with
+`checkpoint_modules`. The variant ``compiled`` is stock's whole step as `torch.compile` would fuse it:
+Inductor lowers the graph, plans its kernels as for a CPU, and counts each one's reads and writes itself;
+nothing is generated or run. The graph has no phases and no peak. It takes minutes for a large model.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from gradnorm_kernels.training.objectives import GradientNormLoss, NaturalLoss
 
 from .measure import Columns, describe_machine, heading, line, write_json
 
-VARIANTS = ("natural", "stock", "fuse", "switch", "compiled")
+VARIANTS = ("natural", "stock", "fuse", "checkpoint", "switch", "compiled")
 PHASES = ("forward", "input gradient", "backward")
 # Of a graph in which the phases are one.
 WHOLE = "whole step"
@@ -302,8 +302,10 @@ def count(
     with torch.device(device):
         model = timm.create_model(name, **({"act_layer": act} if act else {})).to(dtype)
     prepare(model, bn)
-    if variant == "fuse":
+    if variant in ("fuse", "checkpoint"):
         gk.fuse(model)
+    if variant == "checkpoint":
+        gk.checkpoint_modules(model)
     size = model.pretrained_cfg["input_size"]
     images = torch.empty(batch, *size, device=device, dtype=dtype)
     targets = torch.empty(batch, device=device, dtype=torch.long)

@@ -39,6 +39,12 @@ def test_fused_steps_stay_below_their_ceilings(name):
         assert ratio <= ceiling
 
 
+def test_checkpointed_steps_keep_little():
+    stock, checkpointed = (traffic.count("vit_base_patch16_224", 64, v) for v in ("stock", "checkpoint"))
+    *_, peak = traffic.ratios(stock, checkpointed)
+    assert peak <= 0.17
+
+
 def counted(run):
     with traffic.Traffic() as counter:
         run()
