@@ -114,7 +114,11 @@ class Level:
             # A random op draws the same numbers in every call.
             torch.default_generator.manual_seed(0)
             leaves = [leaf for leaf in tree_leaves(function(*variables)) if isinstance(leaf, Tensor)]
-            return [torch.view_as_real(t) if t.is_complex() else t for t in leaves if t.requires_grad]
+            return [
+                torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
+                for t in leaves
+                if t.requires_grad
+            ]
 
         names = ["input"] if len(inputs) == 1 else [f"input {i}" for i in range(1, len(inputs) + 1)]
         return cls(call, [tensor.detach() for tensor in inputs], names)
@@ -189,15 +193,15 @@ class Differences:
             if not (ahead - behind).abs().sum() <= 0.01 * central.abs().sum() + rounding.sum():
                 return Verdict(UNCLEAR, f"not smooth in {name}")
             estimates.append(estimate)
+        coarse, fine = estimates
+        error = abs(fine - exact) if math.isfinite(exact) else abs(fine)
+        # Differences over a jump, or that are mostly rounding, do not agree with each other.
+        if abs(coarse - fine) > 0.1 * error:
+            return Verdict(UNCLEAR, f"not smooth in {name}")
         if not math.isfinite(exact):
             return Verdict(WRONG, f"gradient of {name} not finite")
-        coarse, fine = estimates
-        error = abs(fine - exact)
-        # Differences that are mostly rounding do not agree with each other.
-        if abs(coarse - fine) > 0.1 * error:
-            return Verdict(UNCLEAR, f"too ill-conditioned in {name}")
         if gradient is None or (central.abs() > rounding)[self.has_no_graph].any():
-            return Verdict(CUT, f"no gradient of {name}")
+            return Verdict(CUT, f"gradient of {name} missing")
         return Verdict(WRONG, f"gradient of {name} {error / scale:.0%} off")
 
     def _slopes(self, index: int, direction: Tensor, step: float) -> Tensor:
@@ -264,9 +268,10 @@ def survey(op: Any) -> Row:
     torch.manual_seed(0)
     samples = [sample for sample in samples_of(op) if _is_eligible(*sample)]
     if not samples:
-        return row | {"left_out": f"no sample of 1 to {MAX_ELEMENTS:,} real numbers that require a gradient"}
+        return row | {"left_out": f"no sample of 1 to {MAX_ELEMENTS:,} real, dense numbers"}
     cases: list[Row] = []
     refused: list[Verdict] = []
+    remedies: set[str] = set()
     for part in _parts(samples):
         for function, inputs in part[:TRIES]:
             stock = judge(function, inputs)
@@ -274,13 +279,13 @@ def survey(op: Any) -> Row:
                 with gk.set_fused_double_backward(True):
                     cases.append({"stock": stock, "switch": judge(function, inputs)})
                 if stock[1].kind not in (RIGHT, UNCLEAR):
-                    row.setdefault("remedies", _remedies(function, inputs))
+                    remedies.update(_remedies(function, inputs))
                 break
             refused.append(stock[0])
     if not cases:
         first = _first_of((RAISES, WRONG, CUT, UNCLEAR), refused)
-        return row | {"left_out": f"first derivative {first.kind}", "reason": first.reason}
-    row["samples"] = len(cases)
+        return row | {"left_out": f"first derivative {_NOT_RIGHT[first.kind]}", "reason": first.reason}
+    row |= {"samples": len(cases), "remedies": sorted(remedies)}
     for mode, order in itertools.product(MODES, (1, 2)):
         verdicts = [case[mode][order] for case in cases]
         worst = _first_of((WRONG, CUT, RAISES, RIGHT, UNCLEAR), verdicts)
@@ -294,11 +299,17 @@ def survey(op: Any) -> Row:
     return row
 
 
+_NOT_RIGHT = {
+    WRONG: "not that of the output, by definition or as that is rounded",
+    CUT: "missing",
+    RAISES: "raises",
+    UNCLEAR: "without differences to compare with",
+}
+
+
 def _is_eligible(function: Callable[..., Any], inputs: Sequence[Tensor]) -> bool:
-    return (
-        all(tensor.dtype == torch.float64 and tensor.numel() for tensor in inputs)
-        and sum(tensor.numel() for tensor in inputs) <= MAX_ELEMENTS
-    )
+    are_real = all(tensor.dtype == torch.float64 and tensor.layout == torch.strided for tensor in inputs)
+    return are_real and all(x.numel() for x in inputs) and sum(x.numel() for x in inputs) <= MAX_ELEMENTS
 
 
 def _parts(samples: list[Any]) -> list[list[Any]]:
@@ -306,17 +317,22 @@ def _parts(samples: list[Any]) -> list[list[Any]]:
     return [samples[start:end] for start, end in itertools.pairwise(bounds)]
 
 
-def _remedies(function: Callable[..., Any], inputs: Sequence[Tensor]) -> list[str] | None:
-    """Of what `gk.diagnose` finds in the graph; ``None`` if it finds nothing wrong."""
-    found = gk.diagnose(function(*inputs), inputs).harmful
-    return sorted({finding.remedy for finding in found} - {""}) if found else None
+def _remedies(function: Callable[..., Any], inputs: Sequence[Tensor]) -> set[str]:
+    """Of what `gk.diagnose` finds in the graph."""
+    try:
+        found = gk.diagnose(function(*inputs), inputs)
+    except RuntimeError:
+        # Some raise in the first backward already, where it has to be differentiable.
+        return set()
+    return {finding.remedy for finding in found.harmful} - {""}
 
 
 def traffic(op: Any, function: Callable[..., Any], inputs: Sequence[Tensor]) -> dict[str, int] | None:
     """Launches and bytes of the double backward, and the bytes that it must move at least.
 
     These are the incoming gradients and the inputs, read, and the gradients that are not zero, written.
-    ``None`` for what is not elementwise, a reduction or a norm, and for what cannot be differentiated twice.
+    ``None`` for matrix products and factorizations, for outputs of another size than the inputs that are no
+    reductions, and for what cannot be differentiated twice.
     """
     try:
         forward = Level.of(function, inputs)
@@ -330,11 +346,11 @@ def traffic(op: Any, function: Callable[..., Any], inputs: Sequence[Tensor]) -> 
         return None
     grad_outputs = variables[len(inputs) :]
     elements = max(tensor.numel() for tensor in inputs)
-    is_elementwise = all(tensor.numel() == elements for tensor in grad_outputs)
+    is_as_large = all(tensor.numel() == elements for tensor in grad_outputs)
     is_reduction = isinstance(op, ReductionOpInfo) or all(tensor.dim() == 0 for tensor in grad_outputs)
     has_products = any(flops for _, flops in counted.ops)
     factors = any("linalg" in name and "norm" not in name for _, name in counted.bytes)
-    if not (is_elementwise or is_reduction) or has_products or factors or not counted.bytes:
+    if not (is_as_large or is_reduction) or has_products or factors or not counted.bytes:
         return None
     written = [product is not None and bool(product.count_nonzero()) for product in products]
     moved = [c for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
@@ -411,7 +427,8 @@ def page(machine: Row, rows: Sequence[Row]) -> str:
         f" along a random direction of each of these tensors, to {TOLERANCE:g}. `stock` is PyTorch as it is,"
         " `switch` is under `gk.set_fused_double_backward(True)`. Wrong is a wrong number without an error,"
         " cut a gradient that is missing without an error, unclear that there were no differences to compare"
-        " with. What is built on a derivative that is not right is not right either.",
+        " with. What is built on a derivative that is not right is not right either. What OpInfo does not"
+        " have is not here, such as weight normalisation, cuDNN's recurrent layers, and anything on a GPU.",
         f"{len(rows)} entries of OpInfo: {len(judged)} judged,"
         f" {sum('left_out' in row for row in rows)} left out,"
         f" {sum('no_result' in row for row in rows)} without a result.",
@@ -485,7 +502,7 @@ def _cover(row: Row) -> str:
             if row[f"switch {ORDERS[-1]}"]["kind"] == RIGHT
             else f"the switch, {covered[0]} order"
         )
-    return "; ".join(row.get("remedies") or ["nothing"])
+    return "; ".join(row["remedies"] or ["nothing"])
 
 
 def _wasteful(judged: Sequence[Row]) -> Iterator[str]:
@@ -497,7 +514,8 @@ def _wasteful(judged: Sequence[Row]) -> Iterator[str]:
         " read once, and the gradients that are not zero, written once. Counted as `benchmarks.traffic` does,"
         " at the largest sample, which is small: of large tensors it is less where an op moves numbers that"
         " do not grow with them. Inputs that are not needed are in the least, too, so that a linear op may be"
-        f" below 1. {len(counted)} ops that are elementwise, reductions or norms were counted"
+        f" below 1. {len(counted)} ops were counted: those whose output is as large as an input or a"
+        " reduction, without matrix products and factorizations"
         + (
             f"; the median is {medians[0]:.1f} in stock, {medians[1]:.1f} under the switch."
             if counted
