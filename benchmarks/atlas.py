@@ -300,7 +300,7 @@ def survey(op: Any) -> Row:
 
 
 _NOT_RIGHT = {
-    WRONG: "not that of the output, by definition or as that is rounded",
+    WRONG: "other than the differences: rounded outputs, overlapping inputs, or so defined",
     CUT: "missing",
     RAISES: "raises",
     UNCLEAR: "without differences to compare with",
@@ -573,7 +573,7 @@ def main(arguments: list[str] | None = None) -> None:
             parser.error(f"--{name}: expected more than 0, got {getattr(args, name)}")
     machine = describe_machine("cpu")
     rows: list[Row] = []
-    names = args.ops or list(OPS)
+    names = list(dict.fromkeys(args.ops or OPS))
     for name, result in in_processes(_survey_quietly, names, args.jobs, args.limit):
         rows.append({"op": name, "no_result": result} if isinstance(result, str) else result)
         print(f"{len(rows)}/{len(names)} {name}", file=sys.stderr)
