@@ -1,5 +1,8 @@
 """PyTorch's own samples of every op that the switch may cover, through gradcheck and gradgradcheck."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -9,9 +12,11 @@ from gradnorm_kernels.diagnose import graph_nodes
 # What torch.testing._internal imports, and torch does not require.
 pytest.importorskip("numpy")
 pytest.importorskip("expecttest")
-# This import forbids the whole process, and so the other tests in it, to set cuDNN's switches.
-with torch.backends.__allow_nonbracketed_mutation():
-    from torch.testing._internal.common_methods_invocations import op_db
+ROOT = Path(__file__).parents[1]
+if not (ROOT / "benchmarks").is_dir():
+    pytest.skip("the benchmarks are not beside these tests", allow_module_level=True)
+sys.path.append(str(ROOT))
+from benchmarks.opinfo import OPS, samples_of  # noqa: E402
 
 # OpInfo's names. Each op is in one table, and no table lets an op pass that belongs in another.
 
@@ -92,25 +97,6 @@ FAST = {
     "nn.functional.instance_norm",
     "nn.functional.scaled_dot_product_attention",
 }
-INFOS = {op.full_name: op for op in op_db}
-
-
-def samples_of(op):
-    """For every sample a function of the tensors that require grad, and these."""
-    for sample in op.sample_inputs("cpu", torch.float64, requires_grad=True):
-        values = [sample.input, *sample.args, *sample.kwargs.values()]
-        is_variable = [isinstance(value, torch.Tensor) and value.requires_grad for value in values]
-
-        def function(*variables, sample=sample, values=values, is_variable=is_variable):
-            variables = iter(variables)
-            values = [next(variables) if v else value for value, v in zip(values, is_variable, strict=True)]
-            n = 1 + len(sample.args)
-            kwargs = dict(zip(sample.kwargs, values[n:], strict=True))
-            return sample.output_process_fn_grad(op.gradcheck_wrapper(op.op, *values[:n], **kwargs))
-
-        variables = [value for value, v in zip(values, is_variable, strict=True) if v]
-        if variables:
-            yield function, variables
 
 
 def is_ours(function, inputs):
@@ -152,13 +138,13 @@ def check_gradients(op):
 @pytest.mark.parametrize("name", [*FUSED, *STOCK])
 @pytest.mark.filterwarnings("ignore")
 def test_first_and_second_gradients(name):
-    if name not in INFOS:
+    if name not in OPS:
         pytest.skip(f"this torch has no OpInfo of {name}")
     if torch.__version__ < WRONG_BEFORE.get(name, "0"):
         pytest.skip(f"this torch's own first gradients of {name} are wrong")
     with gk.set_fused_double_backward(True):
         # Neither may an op of ours pass by PyTorch's formula, nor the other way round.
-        assert set(check_gradients(INFOS[name])) == {name in FUSED}
+        assert set(check_gradients(OPS[name])) == {name in FUSED}
 
 
 def test_tables_are_disjoint():
