@@ -527,7 +527,7 @@ struct AtenLogsigmoidBackward : Override<AtenLogsigmoidBackward> {
       c10::DispatchKeySet keys, const Tensor& grad_output, const Tensor& self, const Tensor& buffer) {
     using Ops = ActivationOps<definitions::Logsigmoid>;
     if (!is_covered(grad_output, self)) {
-      return stock<Tensor>(keys, grad_output, self, buffer);
+      return stock(keys, grad_output, self, buffer);
     }
     return record<Ops::OfBackward<&call<Ops::Backward>>>({grad_output, self}, {}, [&](variable_list& saved) {
       saved = {grad_output, self};
