@@ -13,7 +13,7 @@ from .objectives.common import epsilon_option
 from .options import TrainingError, as_type, check_options, option
 
 # Options that do not change what a run computes, and so may differ when it resumes.
-MAY_CHANGE = frozenset({"device", "workers", "tensorboard"})
+MAY_CHANGE = frozenset({"checkpoint", "device", "workers", "tensorboard"})
 
 
 class Interrupted(Exception):  # noqa: N818 (no error: the run was asked to stop)
