@@ -10,6 +10,8 @@
 #include <initializer_list>
 #include <map>
 #include <string>
+#include <tuple>
+#include <type_traits>
 #include <utility>
 
 namespace gradnorm_kernels {
@@ -72,10 +74,21 @@ class StockKernel {
  public:
   explicit StockKernel(const std::string& op, const std::string& overload = "");
 
-  // Of exactly the op's own types.
-  template <class Return, class... Args>
+  // Of exactly the op's own types. What changes its first argument in place returns that.
+  template <class Return, class... Args, class Kernel = c10::SafeKernelFunction>
   Return call(c10::DispatchKeySet keys, Args... args) const {
-    return kernel_.kernelFunction().call<Return, Args...>(op_, keys, std::forward<Args>(args)...);
+    const Kernel& kernel = kernel_;
+    if constexpr (requires { kernel.kernelFunction(); }) {
+      return kernel.kernelFunction().template call<Return, Args...>(op_, keys, std::forward<Args>(args)...);
+    } else {  // torch before 2.14
+      torch::jit::Stack stack{c10::IValue(args)...};
+      call_boxed(keys, stack);
+      if constexpr (std::is_lvalue_reference_v<Return>) {
+        return std::get<0>(std::forward_as_tuple(args...));
+      } else {
+        return c10::impl::PopResult<Return>::call(stack);
+      }
+    }
   }
   void call_boxed(c10::DispatchKeySet keys, torch::jit::Stack& stack) const {
     kernel_.callBoxed(op_, keys, &stack);
