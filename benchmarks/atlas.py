@@ -29,13 +29,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.testing._internal.opinfo.core import ReductionOpInfo
 from torch.utils._pytree import tree_leaves
 
 import gradnorm_kernels as gk
 
 from .measure import describe_machine, write_json
-from .opinfo import OPS, samples_of
+from .opinfo import OPS, ReductionOpInfo, samples_of
 from .traffic import Traffic
 
 PAGE = Path(__file__).parents[1] / "docs" / "atlas.md"

@@ -10,6 +10,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 # This import forbids the whole process, and so other tests in it, to set cuDNN's switches.
 with torch.backends.__allow_nonbracketed_mutation():
     from torch.testing._internal.common_methods_invocations import op_db
+    from torch.testing._internal.opinfo.core import ReductionOpInfo
+
+__all__ = ["OPS", "ReductionOpInfo", "samples_of"]
 
 OPS = {op.full_name: op for op in op_db}
 """OpInfos by their full names."""

@@ -114,7 +114,8 @@ def test_double_backward(
     ours = harness.untouched(double_backward, v, g, y, dim, to_input, log)
     assert all(result.is_contiguous() for result in ours)
     truth = derived(*harness.in_double((v, g, y)), dim, to_input, log)
-    allowed = harness.units(dtype, 4 if log else 2)
+    # A row's sums are larger than what is left of them.
+    allowed = harness.units(dtype, 4, floor=8 * torch.finfo(dtype).eps) if log else harness.units(dtype, 2)
     harness.assert_accurate(ours, truth, allowed, derived(v, g, y, dim, to_input, log))
 
 
