@@ -403,9 +403,10 @@ def main() -> None:
         {
             "variant": variant,
             "bytes_after": {phase: traffic.memory.after(phase) for phase in PHASES[:-1]},
-            "bytes_at_peak": {kind: traffic.memory.peak()[kind] for kind in (HELD, *PHASES)},
+            "bytes_at_peak": {kind: peak[kind] for kind in (HELD, *PHASES)},
         }
         for variant, traffic in run.items()
+        for peak in [traffic.memory.peak()]
     ]
     setting = {key: getattr(args, key) for key in ("model", "batch", "bn", "act", "dtype")}
     for path, found in ((args.json, rows), (args.memory_json, alive_rows)):

@@ -338,9 +338,8 @@ struct DoubleBackward {
 
 // The derivatives of evaluation mode are of the statistics that it read.
 constexpr auto kIfChanged =
-    "If that is the mean or variance of a BatchNorm: a forward in train mode changed it before the backward "
-    "of "
-    "one in eval mode. Call backward first, or use a copy of the model in eval mode.";
+    "If that is the mean or variance of a BatchNorm: a forward in train mode changed it before the "
+    "backward of one in eval mode. Call backward first, or use a copy of the model in eval mode.";
 
 struct OfBackward {
   static constexpr auto if_changed = kIfChanged;
