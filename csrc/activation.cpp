@@ -320,9 +320,14 @@ struct Silu : WithoutParams<gradnorm_kernels::Silu, &at::silu, &at::silu_backwar
   static constexpr auto name = "silu";
 };
 
+// Whether a composite is made of ops that differ from PyTorch's own, which takes more than ours.
+bool takes_parts(const Tensor& input) {
+  return !input.is_nested() && is_elementwise_match(input, input);
+}
+
 // The derivatives of PyTorch's own are NaN where the exponential overflows.
 Tensor mish_by_parts(const Tensor& input) {
-  if (input.is_nested() || !is_elementwise_match(input, input)) {
+  if (!takes_parts(input)) {
     return at::mish(input);
   }
   const Tensor x = to_opmath(input);
@@ -389,7 +394,7 @@ struct LeakyRelu : InAten<&at::leaky_relu, &leaky_relu_backward> {
 
 // PyTorch's own has no second derivative.
 Tensor hardsigmoid_by_parts(const Tensor& input) {
-  if (input.is_nested() || !is_elementwise_match(input, input)) {
+  if (!takes_parts(input)) {
     return at::hardsigmoid(input);
   }
   return gradnorm_kernels::Hardsigmoid().f(to_opmath(input)).to(input.scalar_type());
@@ -406,7 +411,7 @@ struct Hardswish : WithoutParams<gradnorm_kernels::Hardswish, &at::hardswish, &a
 
 // PyTorch's own is made of several ops, of which none is to be overridden.
 Tensor softsign_by_parts(const Tensor& input) {
-  if (input.is_nested() || !is_elementwise_match(input, input)) {
+  if (!takes_parts(input)) {
     // Of nested tensors there is no sum with a Scalar.
     return input / (input.abs() + at::native::wrapped_scalar_tensor(1));
   }

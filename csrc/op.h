@@ -412,7 +412,7 @@ struct Override {
     return +[](c10::DispatchKeySet keys, Args... args) -> Return {
       return is_fused_double_backward_enabled()
                  ? Self::autograd(keys, std::forward<Args>(args)...)
-                 : kernel->template call<Return, Args...>(keys, std::forward<Args>(args)...);
+                 : call_stock(&Self::autograd, keys, std::forward<Args>(args)...);
     };
   }
 

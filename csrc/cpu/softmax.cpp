@@ -92,6 +92,27 @@ void for_each_row(const std::array<Tensor, Operands>& operands, size_t outputs, 
   iter.for_each(loop, std::max<int64_t>(1, at::internal::GRAIN_SIZE / n));
 }
 
+// A sum in parts of a few terms each: of a long row in one go, the error grows with the row.
+template <class P>
+class SumOfParts {
+ public:
+  void add(const P& term) {
+    part_ = part_ + term;
+    if (++terms_ == 32) {
+      whole_ = whole_ + part_;
+      part_ = P();
+      terms_ = 0;
+    }
+  }
+  P value() const {
+    return whole_ + part_;
+  }
+
+ private:
+  P whole_, part_;
+  int terms_ = 0;
+};
+
 template <class T, bool has_bias>
 void forward_rows(const Tensor& output, const Tensor& input, const Tensor& bias) {
   using P = Pack<T>;
@@ -182,13 +203,15 @@ void log_double_backward_rows(
   for_each_row<T>(operands, 2, dim, [&](const auto& data, const auto& row) {
     T *grad_g_row = data[0], *grad_row = data[1];
     const T *v_row = data[2], *g_row = data[3], *y_row = data[4];
-    P v_mean, g_sum;
+    P v_mean;
+    // The terms of the other sum have a factor that makes them small.
+    SumOfParts<P> g_terms;
     row.each([&](int64_t i, auto count) {
       v_mean = v_mean + P::load(v_row + i, count) * exponential(P::load(y_row + i, count));
-      g_sum = g_sum + P::load(g_row + i, count);
+      g_terms.add(P::load(g_row + i, count));
     });
     v_mean = row.total(v_mean);
-    g_sum = row.total(g_sum);
+    const P g_sum = row.total(g_terms.value());
     row.each([&](int64_t i, auto count) {
       const P v = P::load(v_row + i, count), p = exponential(P::load(y_row + i, count));
       const P v_centred = v - v_mean;
