@@ -69,10 +69,14 @@ def _swiglu(gate: Tensor, value: Tensor) -> Tensor:
     return F.silu(gate) * value
 
 
+def _batch_norm_act(*args: Any, activation: str, **options: Any) -> Tensor:
+    return getattr(F, activation)(F.batch_norm(*args, **options))  # type: ignore[no-any-return]
+
+
 # torch.nn.functional, with what it lacks, or cannot differentiate twice.
 STOCK = SimpleNamespace(**vars(F))
 STOCK.hardsigmoid, STOCK.layer_norm_2d, STOCK.swiglu = _hardsigmoid, _layer_norm_2d, _swiglu
-STOCK.scaled_dot_product_attention = _attention
+STOCK.scaled_dot_product_attention, STOCK.batch_norm_act = _attention, _batch_norm_act
 
 
 @dataclass(frozen=True)
@@ -249,6 +253,22 @@ CASES = [
         **_vectors(1, "weight", "bias", *_RUNNING) | {"saved": ("weight", "running_var")},
         constants=_RUNNING,
     ),
+    *_both_layouts(
+        "batch_norm_act",
+        "silu train",
+        **_MAPS,
+        **_vectors(1, "weight", "bias") | {"saved": ("input", "weight", "bias")},
+        options=_BATCH | {"activation": "silu"},
+        passes=2,
+    ),
+    Case(
+        "batch_norm_act",
+        "silu eval",
+        **_MAPS,
+        **_vectors(1, "weight", "bias", *_RUNNING) | {"saved": ("weight", "bias", "input", *_RUNNING)},
+        constants=_RUNNING,
+        options={"activation": "silu"},
+    ),
     Case("scaled_dot_product_attention", "window", **_WINDOWS, **_heads(mask=True)),
     Case("scaled_dot_product_attention", "vit", **_SEQUENCES, **_heads(mask=False)),
     *_both_layouts("conv2d", "depthwise 7x7", cpu=((8, 128, 56, 56),), cuda=_WIDE["cuda"], **_filters(7)),
@@ -417,22 +437,26 @@ def measure(
     return rows
 
 
-def check_copies(rows: list[dict[str, Any]]) -> None:
-    """Refuses rows in which a copy of the same bytes took more than twice the time of another."""
-    by_size: dict[tuple[str, int], list[tuple[float, str]]] = defaultdict(list)
-    for row in rows:
+def disturbed(rows: list[dict[str, Any]]) -> dict[int, str]:
+    """Where the slowest of some copies of the same bytes took more than twice as long as the fastest: which rows
+    they stand in, of those far from most, and what to say of each."""
+    by_size: dict[tuple[str, int], dict[int, float]] = defaultdict(dict)
+    for k, row in enumerate(rows):
         copied = math.prod(row["shape"]) * getattr(torch, row["dtype"]).itemsize
         if copied >= LEAST_COPIED:
-            rate = row["gigabytes_per_second"] / row["fraction_of_copy"]
-            name = " ".join(filter(None, (row["op"], row["setting"], row["pass"], str(row["shape"]))))
-            by_size[row["dtype"], copied].append((rate, name))
+            by_size[row["dtype"], copied][k] = row["gigabytes_per_second"] / row["fraction_of_copy"]
+    found = {}
     for (dtype, copied), rates in by_size.items():
-        (least, slow), (most, fast) = min(rates), max(rates)
-        if most > 2 * least:
-            raise SystemExit(
-                f"not written: a copy of {copied:,} bytes of {dtype} ran at {least:.1f} GB/s beside {slow},"
-                f" at {most:.1f} GB/s beside {fast}"
-            )
+        usual = statistics.median(rates.values())
+        if max(rates.values()) <= 2 * min(rates.values()):
+            continue
+        for k, rate in rates.items():
+            if max(rate, usual) > math.sqrt(2) * min(rate, usual):
+                row = rows[k]
+                name = " ".join(filter(None, (row["op"], row["setting"], row["pass"], str(row["shape"]))))
+                copy = f"a copy of {copied:,} bytes of {dtype}"
+                found[k] = f"{copy} ran at {rate:.1f} GB/s beside {name}, at {usual:.1f} GB/s beside most"
+    return found
 
 
 COLUMNS = {
@@ -467,16 +491,28 @@ def main(arguments: list[str] | None = None) -> None:
 
     machine = start(args)
     print(f"{args.rounds} rounds\n\n{heading(COLUMNS)}")
-    rows = []
-    for case in cases:
-        for shape in [tuple(args.shape)] if args.shape else getattr(case, args.device):
+    todo = [
+        (case, shape, dtype)
+        for case in cases
+        for shape in ([tuple(args.shape)] if args.shape else getattr(case, args.device))
+        for dtype in args.dtype
+    ]
+    measured: dict[int, list[dict[str, Any]]] = dict.fromkeys(range(len(todo)), [])
+    again = list(measured)
+    for attempt in range(3):
+        for k in again:
+            case, shape, dtype = todo[k]
             print(f"\n{case.op} {case.setting} {shape}")
-            for dtype in args.dtype:
-                measured = measure(case, shape, dtype, args.device, args.variants, args.rounds)
-                print("\n".join(line(COLUMNS, row) for row in measured), flush=True)
-                rows += measured
+            measured[k] = measure(case, shape, dtype, args.device, args.variants, args.rounds)
+            print("\n".join(line(COLUMNS, row) for row in measured[k]), flush=True)
+        rows = [row for found in measured.values() for row in found]
+        disturbances = disturbed(rows) if args.json else {}
+        for text in disturbances.values():
+            print("not written:" if attempt == 2 else "measured again:", text)
+        again = [k for k, found in measured.items() if any(rows[j] in found for j in disturbances)]
+    if again:
+        raise SystemExit(1)
     if args.json:
-        check_copies(rows)
         write_json(args.json, machine=machine, rounds=args.rounds, rows=rows)
 
 

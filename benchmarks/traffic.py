@@ -69,7 +69,14 @@ def _attention_backward(arguments: dict[str, Any]) -> tuple[int, dict[str, int]]
 # arguments, the number of launches, and how often each argument is read where that is not once.
 SEVERAL_PASSES: dict[str, Callable[[dict[str, Any]], tuple[int, dict[str, int]]]] = {
     # Sums of each channel, then the elements; in evaluation mode the elements and a sum of partial sums.
-    "gradnorm_kernels::batch_norm_double_backward": lambda a: (3, _TWICE) if a["training"] else (2, {}),
+    **dict.fromkeys(
+        (
+            "gradnorm_kernels::batch_norm_act_backward",
+            "gradnorm_kernels::batch_norm_act_double_backward",
+            "gradnorm_kernels::batch_norm_double_backward",
+        ),
+        lambda a: (3, _TWICE) if a["training"] else (2, {}),
+    ),
     # Rows, then a sum of partial sums for the weight.
     "gradnorm_kernels::layer_norm_double_backward": lambda a: (2, {}),
     "gradnorm_kernels::layer_norm_2d_backward": lambda a: (2, {}),

@@ -1,131 +1,9 @@
 // Batch normalisation. Forward and first backward are ATen's own kernels, the first backward of the
 // evaluation mode excepted.
-#include "cpu/batch_norm.h"
-
-#include <cmath>
-
-#include "normalization.h"
+#include "batch_norm.h"
 
 namespace gradnorm_kernels::batch_norm {
 namespace {
-
-// The running statistics where training is false, those of the batch where it is true.
-struct BatchStatistics {
-  OptionalTensor running_mean, running_var, save_mean, save_invstd;
-  bool training;
-  double eps;
-
-  // With what is not used left out.
-  static BatchStatistics of(const Tensor& mean, const Tensor& var_or_invstd, bool training, double eps) {
-    return training ? BatchStatistics{{}, {}, mean, var_or_invstd, training, eps}
-                    : BatchStatistics{mean, var_or_invstd, {}, {}, training, eps};
-  }
-  const OptionalTensor& mean() const {
-    return training ? save_mean : running_mean;
-  }
-  const OptionalTensor& var_or_invstd() const {
-    return training ? save_invstd : running_var;
-  }
-  auto tie() const {
-    return std::tie(running_mean, running_var, save_mean, save_invstd, training, eps);
-  }
-};
-
-void check_dimensions(const char* op, const char* name, const Tensor& tensor) {
-  TORCH_CHECK_VALUE(
-      tensor.dim() >= 2, op, ": expected ", name, " to have at least 2 dimensions, got shape ",
-      tensor.sym_sizes());
-}
-
-void check_given(const char* op, const char* name, bool given, const char* mode) {
-  TORCH_CHECK_VALUE(given, op, ": expected ", name, " to be given ", mode);
-}
-
-void check_per_channel(const char* op, const Tensor& like, std::initializer_list<NamedTensor> tensors) {
-  check_shapes(op, like, tensors, like.sym_sizes().slice(1, 1));
-}
-
-void check_statistics(const char* op, const Tensor& like, const BatchStatistics& s) {
-  const char* mean = s.training ? "save_mean" : "running_mean";
-  const char* var_or_invstd = s.training ? "save_invstd" : "running_var";
-  const char* mode = s.training ? "where training is True" : "where training is False";
-  check_given(op, mean, s.mean().defined(), mode);
-  check_given(op, var_or_invstd, s.var_or_invstd().defined(), mode);
-  check_per_channel(op, like, {{mean, s.mean()}, {var_or_invstd, s.var_or_invstd()}});
-}
-
-at::ScalarType opmath(const Tensor& tensor) {
-  return at::toOpMathType(tensor.scalar_type());
-}
-
-// A layout that our kernels take, contiguous or with interleaved channels (channels_last).
-bool is_channels_last(const Tensor& tensor) {
-  return !tensor.is_contiguous() && tensor.movedim(1, -1).is_contiguous();
-}
-Tensor in_layout(const Tensor& tensor, bool channels_last) {
-  return channels_last ? tensor.movedim(1, -1).contiguous().movedim(-1, 1) : tensor.contiguous();
-}
-Tensor empty_in_layout_of(const Tensor& like) {
-  return at::empty_like(in_layout(like, is_channels_last(like)));
-}
-ChannelLayout layout_of(const Tensor& tensor, bool channels_last) {
-  const int64_t channels = tensor.size(1);
-  if (channels_last) {
-    return {tensor.numel() / channels, channels, 1};
-  }
-  return {tensor.size(0), channels, tensor.numel() / (tensor.size(0) * channels)};
-}
-
-// One number for each channel.
-std::vector<double> channel_values(const Tensor& tensor, int64_t channels, double otherwise) {
-  if (!tensor.defined()) {
-    return std::vector<double>(channels, otherwise);
-  }
-  const Tensor values = tensor.to(at::kDouble).contiguous();
-  return {values.const_data_ptr<double>(), values.const_data_ptr<double>() + channels};
-}
-
-std::vector<double> channel_invstd(const BatchStatistics& s, int64_t channels) {
-  auto values = channel_values(s.var_or_invstd(), channels, 1);
-  if (!s.training) {
-    for (double& value : values) {
-      value = 1 / std::sqrt(value + s.eps);
-    }
-  }
-  return values;
-}
-
-double* data(const Tensor& tensor) {
-  return tensor.defined() ? tensor.mutable_data_ptr<double>() : nullptr;
-}
-void multiply(double* values, const std::vector<double>& factors) {
-  for (size_t c = 0; c < factors.size(); ++c) {
-    values[c] *= factors[c];
-  }
-}
-
-// For the composite; without x, and not in training, what it says of x alone is undefined.
-Normalized normalized(const Tensor& like, const Tensor& x, const BatchStatistics& s) {
-  Normalized result;
-  for (int64_t dim = 0; dim < like.dim(); ++dim) {
-    if (dim != 1) {
-      result.dims.push_back(dim);
-    }
-  }
-  result.shape.assign(like.dim(), 1);
-  result.shape[1] = like.sym_size(1);
-  if (s.training) {
-    result.set_input(to_opmath(x), s.eps);
-    return result;
-  }
-  result.statistics = Statistics::kConstant;
-  const auto constant = [&](const Tensor& t) { return result.expand(t.to(opmath(like))); };
-  result.rstd = (constant(s.running_var) + s.eps).rsqrt();
-  if (x.defined()) {
-    result.normalize(to_opmath(x) - constant(s.running_mean), result.rstd);
-  }
-  return result;
-}
 
 TensorTriple aten_backward(
     const Tensor& grad_output, const Tensor& input, const Tensor& weight, const BatchStatistics& s,
@@ -336,11 +214,6 @@ struct DoubleBackward {
   }
 };
 
-// The derivatives of evaluation mode are of the statistics that it read.
-constexpr auto kIfChanged =
-    "If that is the mean or variance of a BatchNorm: a forward in train mode changed it before the "
-    "backward of one in eval mode. Call backward first, or use a copy of the model in eval mode.";
-
 struct OfBackward {
   static constexpr auto if_changed = kIfChanged;
   using Settings = std::tuple<bool, double>;
@@ -404,62 +277,31 @@ struct Forward {
   static constexpr auto schema =
       "batch_norm(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
       "Tensor(b!)? running_var, bool training, float momentum, float eps) -> Tensor";
-  const Tensor& input;
-  OptionalTensor weight, bias, running_mean, running_var;
-  bool training;
-  double momentum, eps;
+  BatchNormArguments norm;
   auto tie() const {
-    return std::tie(input, weight, bias, running_mean, running_var, training, momentum, eps);
+    return norm.tie();
   }
 
   void check() const {
-    const auto op = name_of<Forward>();
-    check_floating(op, {{"input", input}});
-    check_dimensions(op, "input", input);
-    check_per_channel(
-        op, input,
-        {{"weight", weight}, {"bias", bias}, {"running_mean", running_mean}, {"running_var", running_var}});
-    if (!training) {
-      check_given(op, "running_mean", running_mean.defined(), "where training is False");
-      check_given(op, "running_var", running_var.defined(), "where training is False");
-      return;
-    }
-    TORCH_CHECK_VALUE(
-        running_mean.defined() == running_var.defined(), op,
-        ": expected running_mean and running_var to be given together");
-    const auto values = input.sym_size(0) * c10::multiply_integers(input.sym_sizes().slice(2));
-    TORCH_CHECK_VALUE(
-        values != 1, op,
-        ": expected input to have more than 1 value per channel where training is True, got shape ",
-        input.sym_sizes());
-  }
-  // PyTorch's own kernels; which of them, its backend index says.
-  auto aten() const {
-    if (training) {
-      for (const Tensor& statistic : {running_mean, running_var}) {
-        if (statistic.defined() && !statistic.is_inference()) {
-          torch::autograd::impl::bump_version(statistic);
-        }
-      }
-    }
-    return at::_batch_norm_impl_index(
-        input, optional(weight), optional(bias), optional(running_mean), optional(running_var), training,
-        momentum, eps, at::globalContext().userEnabledCuDNN());
+    norm.check(name_of<Forward>());
   }
   Tensor composite() const {
     check();
-    if (training && running_mean.defined()) {
+    if (norm.training && norm.running_mean.defined()) {
       // For its effect on the running statistics, in the way that each transform knows.
       at::native_batch_norm(
-          input.detach(), {}, {}, optional(running_mean), optional(running_var), training, momentum, eps);
+          norm.input.detach(), {}, {}, optional(norm.running_mean), optional(norm.running_var), norm.training,
+          norm.momentum, norm.eps);
     }
-    return normalized(input, input, {running_mean, running_var, {}, {}, training, eps})
-        .affine(weight, bias)
-        .to(input.scalar_type());
+    return normalized(
+               norm.input, norm.input,
+               {norm.running_mean, norm.running_var, {}, {}, norm.training, norm.eps})
+        .affine(norm.weight, norm.bias)
+        .to(norm.input.scalar_type());
   }
   Tensor cpu() const {
     check();
-    return std::get<0>(aten());
+    return std::get<0>(norm.aten());
   }
   Tensor cuda() const {
     return cpu();
@@ -469,26 +311,19 @@ struct Forward {
   }
   Tensor autograd() const {
     check();
-    if (input.sym_numel() == 0) {
-      return at::batch_norm(
-          input, optional(weight), optional(bias), optional(running_mean), optional(running_var), training,
-          momentum, eps, /*cudnn_enabled=*/false);
+    if (norm.input.sym_numel() == 0) {
+      return norm.aten_of_empty();
     }
-    if (needs_composite(input, weight, bias)) {
+    if (needs_composite(norm.input, norm.weight, norm.bias)) {
       return composite();
     }
-    for (const auto& [name, statistic] :
-         {NamedTensor{"running_mean", running_mean}, NamedTensor{"running_var", running_var}}) {
-      TORCH_CHECK_VALUE(
-          !torch::autograd::compute_requires_grad(statistic), name_of<Forward>(), ": expected ", name,
-          " not to require a gradient");
-    }
-    OfForward::Settings settings{training, eps, 0};
-    return record<OfForward>({input, weight, bias}, settings, [&](variable_list& saved) {
-      auto [output, save_mean, save_invstd, reserve, backend] = aten();
+    norm.check_constants(name_of<Forward>());
+    OfForward::Settings settings{norm.training, norm.eps, 0};
+    return record<OfForward>({norm.input, norm.weight, norm.bias}, settings, [&](variable_list& saved) {
+      auto [output, save_mean, save_invstd, reserve, backend] = norm.aten();
       std::get<int64_t>(settings) = backend;
-      saved = training ? variable_list{input, weight, save_mean, save_invstd, reserve}
-                       : variable_list{input, weight, running_mean, running_var};
+      saved = norm.training ? variable_list{norm.input, norm.weight, save_mean, save_invstd, reserve}
+                            : variable_list{norm.input, norm.weight, norm.running_mean, norm.running_var};
       return variable_list{output};
     })[0];
   }

@@ -440,9 +440,13 @@ struct AtenArguments {
   }
 };
 
-// As Override, of several ops whose schemas differ: Self::autograd takes the op, keys and a stack.
+// As Override, of several ops whose schemas differ: Self::autograd takes the op, keys and a stack. Self may have
+// an is_on() of its own.
 template <class Self>
 struct BoxedOverride {
+  static bool is_on() {
+    return is_fused_double_backward_enabled();
+  }
   static void stock(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
     kernels().at(op.operator_name().name).call_boxed(keys, *stack);
   }
@@ -457,7 +461,7 @@ struct BoxedOverride {
 
  private:
   static void switched(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
-    is_fused_double_backward_enabled() ? Self::autograd(op, keys, stack) : stock(op, keys, stack);
+    Self::is_on() ? Self::autograd(op, keys, stack) : stock(op, keys, stack);
   }
 
   // Made on first use: the library's overrides are installed while its static objects are initialised.

@@ -1,6 +1,8 @@
 // PyTorch's ops of linear pieces under the switch: their backward is linear in the gradient, and of the input
 // takes only which piece it is in. PyTorch gives the input zeros, which are written, and added to what comes
 // from elsewhere.
+#include <algorithm>
+
 #include "op.h"
 
 namespace gradnorm_kernels::piecewise_linear {
@@ -16,7 +18,25 @@ struct OfBoth {
   }
 };
 
+// On a node of PyTorch's own that a module of fuse made: what its backward calls is ours, switch or not.
+struct Mark : torch::autograd::FunctionPreHook {
+  variable_list operator()(const variable_list& grads) override {
+    return grads;
+  }
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs&) const override {}
+};
+
+bool is_in_marked_node() {
+  const auto node = torch::autograd::get_current_node();
+  return node && std::ranges::any_of(node->pre_hooks(), [](const auto& hook) {
+           return dynamic_cast<const Mark*>(hook.get()) != nullptr;
+         });
+}
+
 struct AtenBackward : BoxedOverride<AtenBackward> {
+  static bool is_on() {
+    return is_fused_double_backward_enabled() || is_in_marked_node();
+  }
   static void autograd(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
     const AtenArguments arguments(op, *stack);
     const Tensor input = arguments.tensor({"self"});
@@ -34,6 +54,14 @@ struct AtenBackward : BoxedOverride<AtenBackward> {
     })[0]);
   }
 };
+
+TORCH_LIBRARY_FRAGMENT(gradnorm_kernels, m) {
+  m.def("mark_piecewise_linear(Tensor output) -> ()", [](const Tensor& output) {
+    if (const auto& node = output.grad_fn()) {
+      node->add_pre_hook(std::make_unique<Mark>());
+    }
+  });
+}
 
 const StockOverride override_aten([](AtenAutograd& aten) {
   for (const auto* name :

@@ -27,6 +27,7 @@ from torch import Tensor
 
 __all__ = [
     "batch_norm",
+    "batch_norm_act",
     "conv1d",
     "conv2d",
     "conv3d",
@@ -294,6 +295,13 @@ def layer_norm_2d(
     return torch.ops.gradnorm_kernels.layer_norm_2d(input, weight, bias, eps)[0]
 
 
+def _piecewise_linear(output: Tensor) -> Tensor:
+    """The output of a PyTorch function that is linear piece by piece, whose second derivative by its input is
+    from here on nothing in place of zeros."""
+    torch.ops.gradnorm_kernels.mark_piecewise_linear(output)
+    return output
+
+
 def batch_norm(
     input: Tensor,
     running_mean: Tensor | None,
@@ -339,6 +347,55 @@ def batch_norm(
     """
     return torch.ops.gradnorm_kernels.batch_norm(
         input, weight, bias, running_mean, running_var, training, momentum, eps
+    )
+
+
+def batch_norm_act(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    activation: str,
+    params: Sequence[float] = (),
+) -> Tensor:
+    r"""An activation of :func:`batch_norm`, :math:`f(w\,(x - \mu)\,(\sigma^2 + \epsilon)^{-1/2} + b)`, as one op.
+
+    Only ``input`` is kept between the passes: what the activation is of is computed again. The first backward
+    reads two tensors, in training twice, and writes one; the double backward reads three, in training twice,
+    and writes two. The forward is PyTorch's own kernels.
+
+    The third order, ``torch.func`` transforms and regions compiled by ``torch.compile`` are exact, through
+    plain ATen ops.
+
+    Args:
+        input: as :func:`batch_norm`, and so are the arguments down to ``eps``.
+        activation: ``"relu"``, ``"relu6"``, ``"leaky_relu"``, ``"hardswish"``, ``"silu"``, ``"mish"``,
+            ``"gelu_none"`` (erf) or ``"gelu_tanh"``.
+        params: of ``"leaky_relu"`` its negative slope; of the others none.
+
+    Returns:
+        A tensor of ``input``'s shape, dtype and memory layout.
+
+    Raises:
+        TypeError: as :func:`batch_norm`.
+        ValueError: as :func:`batch_norm`, and if ``activation`` or the length of ``params`` is none of these.
+    """
+    return torch.ops.gradnorm_kernels.batch_norm_act(
+        input,
+        weight,
+        bias,
+        running_mean,
+        running_var,
+        training,
+        momentum,
+        eps,
+        activation,
+        list(params),
     )
 
 

@@ -110,6 +110,8 @@ def _find(module: nn.Module, replacements: dict[type[nn.Module], Replacement]) -
     if kind in (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer):
         activation = _FUNCTIONS.get(module.activation)  # type: ignore[call-overload]
         return None if activation is None else (kind, {"activation": activation})
+    if kind is nn.Sequential:
+        return (modules.FusedSequential, {}) if modules.has_pair(module, replacements) else None
     if _has_fused_attention(module) and kind not in replacements:
         return kind, {"fused_attn": False}
     return replacements.get(kind)

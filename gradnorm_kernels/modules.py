@@ -5,6 +5,8 @@ activations also serve as timm's ``act_layer``: they take ``inplace``, and alway
 every derivative is computed from the input.
 """
 
+import itertools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -283,6 +285,69 @@ class FusedBatchNorm3d(_FusedBatchNorm, nn.BatchNorm3d):
     """:class:`torch.nn.BatchNorm3d` with a fused double backward, in train and eval mode."""
 
 
+def batch_norm_act(norm: nn.Module, act: nn.Module, input: Tensor) -> Tensor:
+    """``act(norm(input))``, as one op where there is one and no hook looks at what is between the two."""
+    activation = None
+    if isinstance(norm, _FusedBatchNorm) and not has_hooks(norm):
+        activation = activation_of_batch_norm(act)
+    if activation is None:
+        return act(norm(input))  # type: ignore[no-any-return]
+    norm._check_input_dim(input)
+    return functional.batch_norm_act(input, **batch_norm_arguments(norm), **activation)
+
+
+def activation_of_batch_norm(act: nn.Module) -> dict[str, Any] | None:
+    """What :func:`functional.batch_norm_act` takes of it. None if it has no such activation, or has hooks."""
+    kind = type(act)
+    if kind not in _OF_BATCH_NORM or has_hooks(act):
+        return None
+    if kind is FusedGeLU:
+        return {"activation": f"gelu_{act.approximate}"}
+    params = [act.negative_slope] if kind is FusedLeakyReLU else []
+    return {"activation": _OF_BATCH_NORM[kind], "params": params}
+
+
+def has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+_OF_BATCH_NORM: dict[type[nn.Module], str] = {
+    FusedGeLU: "gelu",
+    FusedHardswish: "hardswish",
+    FusedLeakyReLU: "leaky_relu",
+    FusedMish: "mish",
+    FusedReLU: "relu",
+    FusedReLU6: "relu6",
+    FusedSiLU: "silu",
+}
+
+
+class FusedSequential(nn.Sequential):
+    """:class:`torch.nn.Sequential` in which an activation after a batch normalisation is one op with it."""
+
+    def forward(self, input: Any) -> Any:
+        todo = list(self)
+        while todo:
+            module = todo.pop(0)
+            if todo and isinstance(module, _FusedBatchNorm):
+                input = batch_norm_act(module, todo.pop(0), input)
+            else:
+                input = module(input)
+        return input
+
+
+def has_pair(sequential: nn.Sequential, replacements: Mapping[type[nn.Module], tuple[type, Any]]) -> bool:
+    """Whether, after these replacements of its modules, :class:`FusedSequential` has something to do."""
+    kinds = [replacements.get(type(module), (type(module),))[0] for module in sequential]
+    pairs = itertools.pairwise(kinds)
+    return any(issubclass(norm, _FusedBatchNorm) and act in _OF_BATCH_NORM for norm, act in pairs)
+
+
 class _FusedConv(nn.modules.conv._ConvNd):
     """The padding modes other than zeros pad first, as PyTorch's own modules do."""
 
@@ -396,6 +461,45 @@ def _attention_mask(
     return sum(masks[1:], masks[0]) if masks else None
 
 
+class _PiecewiseLinear(nn.Module):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().forward(*args, **kwargs)  # type: ignore[misc]
+        functional._piecewise_linear(result[0] if isinstance(result, tuple) else result)
+        return result
+
+
+def _piecewise_linear(kind: type[nn.Module]) -> type[nn.Module]:
+    name = f"Fused{kind.__name__}"
+    doc = f":class:`torch.nn.{kind.__name__}` whose input gets no zeros for a second derivative."
+    fused = type(name, (_PiecewiseLinear, kind), {"__doc__": doc, "__module__": __name__})
+    globals()[name] = fused  # where pickle looks for it
+    return fused
+
+
+_PIECEWISE_LINEAR = [
+    _piecewise_linear(kind)
+    for kind in (
+        nn.AdaptiveAvgPool2d,
+        nn.AdaptiveAvgPool3d,
+        nn.AdaptiveMaxPool2d,
+        nn.AdaptiveMaxPool3d,
+        nn.AvgPool2d,
+        nn.AvgPool3d,
+        nn.Hardshrink,
+        nn.Hardtanh,
+        nn.MaxPool2d,
+        nn.MaxPool3d,
+        nn.ReflectionPad1d,
+        nn.ReflectionPad2d,
+        nn.ReflectionPad3d,
+        nn.ReplicationPad1d,
+        nn.ReplicationPad2d,
+        nn.ReplicationPad3d,
+        nn.Softshrink,
+        nn.Threshold,
+    )
+]
+
 # What fuse() swaps.
 REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
     fused.__bases__[-1]: fused
@@ -431,5 +535,6 @@ REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
         FusedSoftsign,
         FusedTanh,
         FusedWeightNorm,
+        *_PIECEWISE_LINEAR,
     )
 }

@@ -10,6 +10,8 @@ import timm.layers
 import torch
 from timm.layers.norm import LayerNormFp32, RmsNorm2dFp32, RmsNormFp32
 from timm.layers.padding import pad_same
+from timm.models import checkpoint_seq
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
@@ -96,8 +98,53 @@ class FusedGroupNormAct(timm.layers.GroupNormAct):
 class FusedBatchNormAct2d(timm.layers.BatchNormAct2d):
     def forward(self, x: Tensor) -> Tensor:
         self._check_input_dim(x)
-        x = functional.batch_norm(x, **modules.batch_norm_arguments(self))
-        return self.act(self.drop(x))
+        arguments = modules.batch_norm_arguments(self)
+        activation = modules.activation_of_batch_norm(self.act)
+        if activation is not None and isinstance(self.drop, nn.Identity):
+            return functional.batch_norm_act(x, **arguments, **activation)
+        return self.act(self.drop(functional.batch_norm(x, **arguments)))
+
+
+def _norm_drop_act(norm: nn.Module, drop: nn.Module, act: nn.Module, x: Tensor) -> Tensor:
+    if isinstance(drop, nn.Identity) and not modules.has_hooks(drop):
+        return modules.batch_norm_act(norm, act, x)
+    return act(drop(norm(x)))  # type: ignore[no-any-return]
+
+
+def _residual(block: Any, x: Tensor, shortcut: Tensor) -> Tensor:
+    """What both blocks of ResNet do after their last normalisation and before their last activation."""
+    if block.se is not None:
+        x = block.se(x)
+    if block.drop_path is not None:
+        x = block.drop_path(x)
+    if block.downsample is not None:
+        shortcut = block.downsample(shortcut)
+    x += shortcut
+    return x
+
+
+class FusedBasicBlock(BasicBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.aa(_norm_drop_act(self.bn1, self.drop_block, self.act1, self.conv1(x)))
+        return self.act2(_residual(self, self.bn2(self.conv2(y)), x))  # type: ignore[no-any-return]
+
+
+class FusedBottleneck(Bottleneck):
+    def forward(self, x: Tensor) -> Tensor:
+        y = modules.batch_norm_act(self.bn1, self.act1, self.conv1(x))
+        y = self.aa(_norm_drop_act(self.bn2, self.drop_block, self.act2, self.conv2(y)))
+        return self.act3(_residual(self, self.bn3(self.conv3(y)), x))  # type: ignore[no-any-return]
+
+
+class FusedResNet(ResNet):
+    def forward_features(self, x: Tensor) -> Tensor:
+        x = self.maxpool(modules.batch_norm_act(self.bn1, self.act1, self.conv1(x)))
+        layers = [self.layer1, self.layer2, self.layer3, self.layer4]
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_seq(layers, x, flatten=True)  # type: ignore[no-any-return]
+        for layer in layers:
+            x = layer(x)
+        return x
 
 
 class FusedConv2dSame(timm.layers.Conv2dSame):
@@ -195,7 +242,10 @@ REPLACEMENTS: dict[type[nn.Module], tuple[type[nn.Module], dict[str, Any]]] = {
     timm.layers.RmsNorm: (FusedRmsNorm, {}),
     timm.layers.RmsNorm2d: (FusedRmsNorm2d, {}),
     timm.layers.SwiGLU: (FusedSwiGLU, {}),
+    BasicBlock: (FusedBasicBlock, {}),
+    Bottleneck: (FusedBottleneck, {}),
     LayerNormFp32: (FusedLayerNormFp32, {}),
+    ResNet: (FusedResNet, {}),
     RmsNorm2dFp32: (FusedRmsNorm2dFp32, {}),
     RmsNormFp32: (FusedRmsNormFp32, {}),
     SwinTransformerBlock: (FusedSwinTransformerBlock, {}),

@@ -1,9 +1,12 @@
 """Ops of linear pieces under the switch: PyTorch's derivatives, without zeros that nobody asked for."""
 
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
 from contract import Calls, assert_close
+from torch import nn
 
 import gradnorm_kernels as gk
 
@@ -64,19 +67,54 @@ def test_gradients_are_pytorchs(name, x):
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_backward_writes_no_zeros(name, x):
     """What comes from elsewhere is not added to."""
-    function = FUNCTIONS[name]
-
-    def calls(switch):
-        x.grad = None
-        with gk.set_fused_double_backward(switch), Calls() as counted:
-            (first,) = torch.autograd.grad(function(x * 2), x, grad, create_graph=True)
-            first.square().sum().backward()
-        return counted.names
-
-    grad = torch.ones_like(function(x)).requires_grad_()
-    stock, ours = calls(False), calls(True)
+    with gk.set_fused_double_backward(True):
+        ours = calls_of_a_step(FUNCTIONS[name], x)
     assert "zeros_like" not in ours and x.grad is None
-    assert len(ours) < len(stock) + (name == "relu, in place")
+    assert len(ours) < len(calls_of_a_step(FUNCTIONS[name], x)) + (name == "relu, in place")
+
+
+def calls_of_a_step(function, x):
+    x.grad, grad = None, torch.ones_like(function(x)).requires_grad_()
+    with Calls() as counted:
+        (first,) = torch.autograd.grad(function(x * 2), x, grad, create_graph=True)
+        first.square().sum().backward()
+    return counted.names
+
+
+MODULES = [
+    nn.AdaptiveAvgPool2d(3),
+    nn.AdaptiveMaxPool2d(2, return_indices=True),
+    nn.AvgPool2d(2),
+    nn.Hardshrink(),
+    nn.Hardtanh(-0.3, 0.7),
+    nn.MaxPool2d(2),
+    nn.MaxPool3d(2),
+    nn.ReflectionPad2d(1),
+    nn.ReplicationPad3d(1),
+    nn.Softshrink(),
+    nn.Threshold(0.1, 20.0),
+]
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: type(module).__name__)
+def test_fused_modules(module, x):
+    """By fuse as by the switch, after which a model may be saved."""
+
+    def function(x):
+        result = module(x)
+        return result[0] if isinstance(result, tuple) else result
+
+    expected, stock = function(x), calls_of_a_step(function, x)
+    gk.fuse(module)
+    assert torch.equal(function(x), expected)
+    ours = calls_of_a_step(function, x)
+    assert "zeros_like" not in ours and x.grad is None and len(ours) < len(stock)
+    assert type(pickle.loads(pickle.dumps(module))) is type(module)
+
+    def slope(x):
+        return torch.func.grad(lambda x: function(x).sum())(x).sum()
+
+    assert torch.equal(torch.func.grad(slope)(x.detach()), torch.zeros_like(x))
 
 
 def test_fused_modules_do_the_same(x):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,64 @@ def test_checkpointed_steps_keep_little():
     stock, checkpointed = (traffic.count("vit_base_patch16_224", 64, v) for v in ("stock", "checkpoint"))
     *_, peak = traffic.ratios(stock, checkpointed)
     assert peak <= 0.17
+
+
+# The last backward alone, under the switch and by fuse, in GB: models of the field as they are published.
+LAST_BACKWARDS = [
+    ("efficientnet_b0", 16, {}, 18.6, 15.0),
+    ("resnet50", 16, {}, 21.9, 21.0),
+    ("resnet50", 32, {"act": "silu", "bn": "eval"}, 37.6, 34.5),
+]
+
+
+@pytest.mark.parametrize(("model", "batch", "options", "switch", "fuse"), LAST_BACKWARDS)
+def test_last_backwards_stay_below_their_ceilings(model, batch, options, switch, fuse):
+    for variant, ceiling in (("switch", switch), ("fuse", fuse)):
+        counter = traffic.count(model, batch, variant=variant, **options)
+        moved = sum(size for (phase, _), size in counter.bytes.items() if phase == "backward")
+        assert moved <= ceiling * 1e9, variant
+
+
+class DiscriminatorBlock(torch.nn.Module):
+    """Of StyleGAN2's residual discriminator, with averages for its resampling filters."""
+
+    def __init__(self, channels, wider):
+        super().__init__()
+        self.conv1 = torch.nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = torch.nn.Conv2d(channels, wider, 3, padding=1)
+        self.skip = torch.nn.Conv2d(channels, wider, 1, bias=False)
+        self.act1, self.act2 = torch.nn.LeakyReLU(0.2), torch.nn.LeakyReLU(0.2)
+        self.down1, self.down2 = torch.nn.AvgPool2d(2), torch.nn.AvgPool2d(2)
+
+    def forward(self, x):
+        y = self.act2(self.conv2(self.down1(self.act1(self.conv1(x)))))
+        return (y + self.skip(self.down2(x))) / math.sqrt(2)
+
+
+@pytest.mark.parametrize("variant", ["switch", "fuse"])
+def test_r1_of_a_residual_discriminator(variant):
+    """The penalty of Mescheder et al. 2018, whose last backward in stock is full of zeros."""
+    widths = [32, 64, 128, 256, 512]
+    with torch.device("meta"):
+        critic = torch.nn.Sequential(
+            torch.nn.Conv2d(3, 32, 1),
+            torch.nn.LeakyReLU(0.2),
+            *(DiscriminatorBlock(*pair) for pair in itertools.pairwise(widths)),
+            torch.nn.Flatten(),
+            torch.nn.Linear(512 * 16, 1),
+        )
+        images = torch.empty(16, 3, 64, 64, requires_grad=True)
+
+    def last_backward():
+        (gradient,) = torch.autograd.grad(critic(images).sum(), images, create_graph=True)
+        penalty = gradient.square().sum([1, 2, 3]).mean()
+        return count(penalty.backward)[0]
+
+    stock = last_backward()
+    if variant == "fuse":
+        gk.fuse(critic)
+    with gk.set_fused_double_backward(variant == "switch"):
+        assert last_backward() <= 0.35 * stock
 
 
 def counted(run):
