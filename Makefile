@@ -45,10 +45,10 @@ test-cpp: $(BIN)/.built
 	$(BIN)/cmake --build build/cmake
 	$(BIN)/ctest --test-dir build/cmake --output-on-failure
 
-# `pytest`, not `python -m pytest`: the latter would import the source tree, built for another torch. Half types are
-# left to test-python.
+# `pytest`, not `python -m pytest`: the latter would import the source tree, built for another torch. Most rows and
+# half types are left to test-python.
 test-cpu-only: $(CPU_BIN)/.built
-	$(CPU_BIN)/pytest $(PYTEST_OPTIONS) --ignore tests/kernels -k "not inductor and not float16"
+	$(CPU_BIN)/pytest $(PYTEST_OPTIONS) --few-rows --ignore tests/kernels -k "not inductor and not float16"
 
 lint: $(BIN)/.built $(BIN)/.lint
 	$(BIN)/ruff check .
@@ -87,7 +87,7 @@ DEVICE = $(shell $(BIN)/python -c "import torch; print('cuda' if torch.cuda.is_a
 # On a CPU, a quarter of an hour.
 bench: $(BIN)/.built
 	$(BIN)/python -m benchmarks.kernels --op all --json $(RESULTS)/kernels-$(DEVICE).json
-	$(BIN)/python $(STEPS) $(DEVICE) $(SIZES) --variants stock fuse switch natural pgd3 --profile \
+	$(BIN)/python $(STEPS) $(DEVICE) $(SIZES) --variants stock fuse checkpoint switch natural pgd3 --profile \
 		--json $(RESULTS)/steps-$(DEVICE).json
 	$(BIN)/python -m benchmarks.penalties --json $(RESULTS)/penalties-$(DEVICE).json
 	$(BIN)/python -m benchmarks.report

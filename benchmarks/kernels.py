@@ -438,8 +438,8 @@ def measure(
 
 
 def disturbed(rows: list[dict[str, Any]]) -> dict[int, str]:
-    """Where the slowest of some copies of the same bytes took more than twice as long as the fastest: which rows
-    they stand in, of those far from most, and what to say of each."""
+    """Where the slowest of some copies of the same bytes took more than twice as long as the fastest: the
+    rows of those far from most, and what to say of each."""
     by_size: dict[tuple[str, int], dict[int, float]] = defaultdict(dict)
     for k, row in enumerate(rows):
         copied = math.prod(row["shape"]) * getattr(torch, row["dtype"]).itemsize
@@ -497,7 +497,7 @@ def main(arguments: list[str] | None = None) -> None:
         for shape in ([tuple(args.shape)] if args.shape else getattr(case, args.device))
         for dtype in args.dtype
     ]
-    measured: dict[int, list[dict[str, Any]]] = dict.fromkeys(range(len(todo)), [])
+    measured: dict[int, list[dict[str, Any]]] = {k: [] for k in range(len(todo))}
     again = list(measured)
     for attempt in range(3):
         for k in again:

@@ -148,6 +148,7 @@ DIFFERENCE = GradientNormLoss(ramp_epochs=0, engine="finite_difference")
 VARIANTS = {
     "stock": Variant(backward_step, PENALTY),
     "fuse": Variant(backward_step, PENALTY, gk.fuse),
+    "checkpoint": Variant(backward_step, PENALTY, lambda model: gk.checkpoint_modules(gk.fuse(model))),
     "switch": Variant(switched_step, PENALTY),
     "compiled": Variant(compiled_step, PENALTY),
     "compiled_func": Variant(functional_step, PENALTY),
@@ -161,7 +162,7 @@ VARIANTS = {
 }
 DEFAULT_VARIANTS = ("stock", "fuse", "switch")
 # Where these do not run, the package is at fault.
-OURS = {"stock", "fuse", "switch", "natural", "pgd3"}
+OURS = {"stock", "fuse", "checkpoint", "switch", "natural", "pgd3"}
 
 
 def make_model(name: str, args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:

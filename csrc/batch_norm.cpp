@@ -294,8 +294,7 @@ struct Forward {
           norm.momentum, norm.eps);
     }
     return normalized(
-               norm.input, norm.input,
-               {norm.running_mean, norm.running_var, {}, {}, norm.training, norm.eps})
+               norm.input, norm.input, {norm.running_mean, norm.running_var, {}, {}, norm.training, norm.eps})
         .affine(norm.weight, norm.bias)
         .to(norm.input.scalar_type());
   }

@@ -1,11 +1,10 @@
-// What batch normalisation and its fusion with an activation share: the statistics, checks, memory layouts and
-// the composite.
+// What batch normalisation and its fusion with an activation share: the statistics, checks, memory layouts
+// and the composite.
 #pragma once
-
-#include "cpu/batch_norm.h"
 
 #include <cmath>
 
+#include "cpu/batch_norm.h"
 #include "normalization.h"
 
 namespace gradnorm_kernels::batch_norm {
@@ -42,7 +41,8 @@ inline void check_given(const char* op, const char* name, bool given, const char
   TORCH_CHECK_VALUE(given, op, ": expected ", name, " to be given ", mode);
 }
 
-inline void check_per_channel(const char* op, const Tensor& like, std::initializer_list<NamedTensor> tensors) {
+inline void check_per_channel(
+    const char* op, const Tensor& like, std::initializer_list<NamedTensor> tensors) {
   check_shapes(op, like, tensors, like.sym_sizes().slice(1, 1));
 }
 

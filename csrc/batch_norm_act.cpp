@@ -39,8 +39,8 @@ const Row& row_of(std::string_view activation, Params params) {
   for (const Row& row : rows) {
     if (activation == row.name) {
       TORCH_CHECK_VALUE(
-          params.size() == row.params, "batch_norm_act: expected params to have ", row.params, " values for '",
-          activation, "', got ", params.size());
+          params.size() == row.params, "batch_norm_act: expected params to have ", row.params,
+          " values for '", activation, "', got ", params.size());
       return row;
     }
     names += std::string(names.empty() ? "'" : ", '") + row.name + "'";
@@ -99,15 +99,16 @@ struct Arguments {
 
 // By plain ops. Of v, u and t, the gradients of those of input, weight and bias, some may be undefined.
 variable_list double_backward_by_parts(
-    const Tensor& v, const Tensor& u, const Tensor& t, const Tensor& grad_output, const Arguments& arguments) {
+    const Tensor& v, const Tensor& u, const Tensor& t, const Tensor& grad_output,
+    const Arguments& arguments) {
   const auto opmath = [](const Tensor& tensor) { return tensor.defined() ? to_opmath(tensor) : tensor; };
   const auto n = arguments.normalized();
   const Tensor z = n.affine(arguments.weight, arguments.bias), g = to_opmath(grad_output);
   const Tensor like = arguments.like_weight();
   return std::visit(
       [&](const auto& act) -> variable_list {
-        auto [q, grad_input, grad_weight] = n.double_backward(
-            opmath(v), u, t, act.df(g, z), arguments.weight, like, {true, true, true});
+        auto [q, grad_input, grad_weight] =
+            n.double_backward(opmath(v), u, t, act.df(g, z), arguments.weight, like, {true, true, true});
         Tensor grad_bias;
         if constexpr (has_d2f<std::decay_t<decltype(act)>>) {
           const auto [of_input, of_weight, of_bias] =
@@ -142,17 +143,16 @@ struct DoubleBackward {
 
   void check() const {
     arguments.check(
-        name_of<DoubleBackward>(), {{"input", arguments.input},
-                                    {"grad_output", grad_output},
-                                    {"grad_grad_input", grad_grad_input}});
+        name_of<DoubleBackward>(),
+        {{"input", arguments.input}, {"grad_output", grad_output}, {"grad_grad_input", grad_grad_input}});
   }
   TensorQuadruple composite() const {
     check();
     auto results = double_backward_by_parts(grad_grad_input, {}, {}, grad_output, arguments);
     const Tensor like = arguments.like_weight();
     return {
-        results[0], results[1].defined() ? results[1] : at::zeros_like(arguments.input),
-        results[2], results[3].defined() ? results[3] : at::zeros_like(like, at::MemoryFormat::Contiguous)};
+        results[0], results[1].defined() ? results[1] : at::zeros_like(arguments.input), results[2],
+        results[3].defined() ? results[3] : at::zeros_like(like, at::MemoryFormat::Contiguous)};
   }
   TensorQuadruple cpu() const {
     check();
@@ -197,9 +197,8 @@ struct Settings {
   // tensors: input, weight, bias, and of the statistics the mean and the variance or invstd.
   static Arguments arguments(const Tensor* tensors, const Tuple& settings) {
     const auto& [training, eps, activation, params] = settings;
-    return {
-        tensors[0], tensors[1], tensors[2], BatchStatistics::of(tensors[3], tensors[4], training, eps),
-        activation, params};
+    return {tensors[0], tensors[1], tensors[2], BatchStatistics::of(tensors[3], tensors[4], training, eps),
+            activation, params};
   }
 };
 
@@ -285,8 +284,8 @@ struct Backward {
     return to_tuple<3>(record<OfBackward>(
         {grad_output, input, weight, bias}, Settings::of(s.training, s.eps, activation, params),
         [&](variable_list& saved) {
-          saved = {grad_output, arguments.input, arguments.weight, arguments.bias, arguments.s.mean(),
-                   arguments.s.var_or_invstd()};
+          saved = {grad_output,    arguments.input,    arguments.weight,
+                   arguments.bias, arguments.s.mean(), arguments.s.var_or_invstd()};
           return to_list(call(*this));
         }));
   }
@@ -358,15 +357,15 @@ struct Forward {
           auto [output, save_mean, save_invstd, reserve, backend] = norm.aten();
           if (norm.training && at::isReducedFloatingType(save_mean.scalar_type())) {
             // The CPU's, too rough to make the activation's input again.
-            const auto n = batch_norm::normalized(
-                norm.input, norm.input.detach(), {{}, {}, {}, {}, true, norm.eps});
+            const auto n =
+                batch_norm::normalized(norm.input, norm.input.detach(), {{}, {}, {}, {}, true, norm.eps});
             save_mean = n.mean_of_input.flatten();
             save_invstd = n.rstd.flatten();
           }
-          saved = norm.training
-                      ? variable_list{norm.input, norm.weight, norm.bias, save_mean, save_invstd}
-                      : variable_list{
-                            norm.input, norm.weight, norm.bias, norm.running_mean, norm.running_var};
+          saved =
+              norm.training
+                  ? variable_list{norm.input, norm.weight, norm.bias, save_mean, save_invstd}
+                  : variable_list{norm.input, norm.weight, norm.bias, norm.running_mean, norm.running_var};
           return variable_list{activated(output)};
         })[0];
   }

@@ -440,8 +440,8 @@ struct AtenArguments {
   }
 };
 
-// As Override, of several ops whose schemas differ: Self::autograd takes the op, keys and a stack. Self may have
-// an is_on() of its own.
+// As Override, of several ops whose schemas differ: Self::autograd takes the op, keys and a stack. Self may
+// have an is_on() of its own.
 template <class Self>
 struct BoxedOverride {
   static bool is_on() {

@@ -363,11 +363,12 @@ def batch_norm_act(
     activation: str,
     params: Sequence[float] = (),
 ) -> Tensor:
-    r"""An activation of :func:`batch_norm`, :math:`f(w\,(x - \mu)\,(\sigma^2 + \epsilon)^{-1/2} + b)`, as one op.
+    r"""An activation of :func:`batch_norm`, as one op.
 
-    Only ``input`` is kept between the passes: what the activation is of is computed again. The first backward
-    reads two tensors, in training twice, and writes one; the double backward reads three, in training twice,
-    and writes two. The forward is PyTorch's own kernels.
+    :math:`y = f(w\,(x - \mu)\,(\sigma^2 + \epsilon)^{-1/2} + b)`, and only :math:`x` is kept between the
+    passes: what the activation is of is computed again. The first backward reads two tensors, in training
+    twice, and writes one; the double backward reads three, in training twice, and writes two. The forward is
+    PyTorch's own kernels.
 
     The third order, ``torch.func`` transforms and regions compiled by ``torch.compile`` are exact, through
     plain ATen ops.

@@ -35,6 +35,9 @@ def fuse(model: Model, *, dry_run: bool = False) -> Model:
     Subclasses with a ``forward`` of their own are left alone. Modules under
     ``torch.nn.utils.parametrize`` are swapped as they are without. :func:`unfuse` undoes all of it.
 
+    Where an activation follows a batch normalisation, in timm's BatchNormAct2d, its blocks of ResNet and
+    ``nn.Sequential``, the two are one op; each is called as it was while one of them has hooks.
+
     Activations that worked in place return a new tensor. Submodules whose work moves into their parent's
     kernel, an attention's ``softmax`` and ``attn_drop``, a gated unit's ``act``, stay where they are and are
     no longer called, so that hooks on them do not fire.
@@ -42,11 +45,12 @@ def fuse(model: Model, *, dry_run: bool = False) -> Model:
     Swapped are ``torch.nn``'s BatchNorm, Conv, ELU, GELU, GLU, GroupNorm, Hardsigmoid, Hardswish,
     InstanceNorm, LayerNorm, LeakyReLU, LogSigmoid, LogSoftmax, Mish, MultiheadAttention, RMSNorm, ReLU,
     ReLU6, SiLU, Sigmoid, Softmax, Softplus, Softsign, Tanh and its weight normalisation by
-    ``parametrizations``, and timm's own activations, ``LayerNorm``, ``LayerNorm2d``, ``LayerNormFp32``,
-    ``RmsNorm``, ``RmsNorm2d``, ``RmsNormFp32``, ``RmsNorm2dFp32``, ``GroupNorm``, ``GroupNorm1``,
-    ``GroupNormAct``, ``BatchNormAct2d``, ``Conv2dSame``, ``GluMlp``, ``SwiGLU``, ``Attention`` and Swin's
-    ``WindowAttention``. Other attention modules of timm have ``fused_attn`` set to False, because PyTorch's
-    fused attention cannot be differentiated twice.
+    ``parametrizations``, pools, reflect and replicate pads, Hardtanh, Threshold and the shrinks (whose input
+    gets no zeros for a second derivative), and timm's own activations, ``LayerNorm``, ``LayerNorm2d``,
+    ``LayerNormFp32``, ``RmsNorm``, ``RmsNorm2d``, ``RmsNormFp32``, ``RmsNorm2dFp32``, ``GroupNorm``,
+    ``GroupNorm1``, ``GroupNormAct``, ``BatchNormAct2d``, ``Conv2dSame``, ``GluMlp``, ``SwiGLU``,
+    ``Attention``, Swin's ``WindowAttention`` and ``ResNet`` with its blocks. Other attention modules of timm
+    have ``fused_attn`` set to False, because PyTorch's fused attention cannot be differentiated twice.
 
     Args:
         model: any module; itself included in the search.
@@ -111,7 +115,8 @@ def _find(module: nn.Module, replacements: dict[type[nn.Module], Replacement]) -
         activation = _FUNCTIONS.get(module.activation)  # type: ignore[call-overload]
         return None if activation is None else (kind, {"activation": activation})
     if kind is nn.Sequential:
-        return (modules.FusedSequential, {}) if modules.has_pair(module, replacements) else None
+        has_pair = modules.has_pair(module.children(), replacements)
+        return (modules.FusedSequential, {}) if has_pair else None
     if _has_fused_attention(module) and kind not in replacements:
         return kind, {"fused_attn": False}
     return replacements.get(kind)

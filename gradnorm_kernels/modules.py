@@ -6,7 +6,7 @@ every derivative is computed from the input.
 """
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -287,10 +287,8 @@ class FusedBatchNorm3d(_FusedBatchNorm, nn.BatchNorm3d):
 
 def batch_norm_act(norm: nn.Module, act: nn.Module, input: Tensor) -> Tensor:
     """``act(norm(input))``, as one op where there is one and no hook looks at what is between the two."""
-    activation = None
-    if isinstance(norm, _FusedBatchNorm) and not has_hooks(norm):
-        activation = activation_of_batch_norm(act)
-    if activation is None:
+    activation = activation_of_batch_norm(act)
+    if activation is None or not isinstance(norm, _FusedBatchNorm) or has_hooks(norm):
         return act(norm(input))  # type: ignore[no-any-return]
     norm._check_input_dim(input)
     return functional.batch_norm_act(input, **batch_norm_arguments(norm), **activation)
@@ -341,9 +339,9 @@ class FusedSequential(nn.Sequential):
         return input
 
 
-def has_pair(sequential: nn.Sequential, replacements: Mapping[type[nn.Module], tuple[type, Any]]) -> bool:
-    """Whether, after these replacements of its modules, :class:`FusedSequential` has something to do."""
-    kinds = [replacements.get(type(module), (type(module),))[0] for module in sequential]
+def has_pair(sequence: Iterable[nn.Module], replacements: Mapping[type[nn.Module], tuple[type, Any]]) -> bool:
+    """Whether, after these replacements of the modules, :class:`FusedSequential` has something to do."""
+    kinds = [replacements.get(type(module), (type(module), None))[0] for module in sequence]
     pairs = itertools.pairwise(kinds)
     return any(issubclass(norm, _FusedBatchNorm) and act in _OF_BATCH_NORM for norm, act in pairs)
 

@@ -125,25 +125,28 @@ def _residual(block: Any, x: Tensor, shortcut: Tensor) -> Tensor:
 
 class FusedBasicBlock(BasicBlock):
     def forward(self, x: Tensor) -> Tensor:
-        y = self.aa(_norm_drop_act(self.bn1, self.drop_block, self.act1, self.conv1(x)))
+        y = _norm_drop_act(self.bn1, self.drop_block, self.act1, self.conv1(x))
+        y = self.aa(y)  # type: ignore[misc]
         return self.act2(_residual(self, self.bn2(self.conv2(y)), x))  # type: ignore[no-any-return]
 
 
 class FusedBottleneck(Bottleneck):
     def forward(self, x: Tensor) -> Tensor:
         y = modules.batch_norm_act(self.bn1, self.act1, self.conv1(x))
-        y = self.aa(_norm_drop_act(self.bn2, self.drop_block, self.act2, self.conv2(y)))
+        y = _norm_drop_act(self.bn2, self.drop_block, self.act2, self.conv2(y))
+        y = self.aa(y)  # type: ignore[misc]
         return self.act3(_residual(self, self.bn3(self.conv3(y)), x))  # type: ignore[no-any-return]
 
 
 class FusedResNet(ResNet):
     def forward_features(self, x: Tensor) -> Tensor:
-        x = self.maxpool(modules.batch_norm_act(self.bn1, self.act1, self.conv1(x)))
+        x = modules.batch_norm_act(self.bn1, self.act1, self.conv1(x))
+        x = self.maxpool(x)  # type: ignore[operator]
         layers = [self.layer1, self.layer2, self.layer3, self.layer4]
         if self.grad_checkpointing and not torch.jit.is_scripting():
             return checkpoint_seq(layers, x, flatten=True)  # type: ignore[no-any-return]
         for layer in layers:
-            x = layer(x)
+            x = layer(x)  # type: ignore[operator]
         return x
 
 

@@ -18,6 +18,9 @@ pytest.register_assert_rewrite("contract")
 
 def pytest_addoption(parser):
     parser.addoption("--run-slow", action="store_true", help="also run the tests marked slow")
+    parser.addoption(
+        "--few-rows", action="store_true", help="of each family's table only the rows that are traced"
+    )
 
 
 def pytest_configure(config):

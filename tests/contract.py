@@ -5,7 +5,8 @@
         schemas = "softmax(Tensor input, int dim, ScalarType? dtype=None) -> Tensor; ..."
 
 A test that takes `case` runs on every row, one that takes `small_case` on rows of which whole Jacobians can
-be computed, and one that takes `traced_case` on the rows that `traced` names: tracers take seconds a row.
+be computed, and one that takes `traced_case` on the rows that `traced` names: tracers take seconds a row
+(`compiled_case`: the first of these, in `make test-all` each of them).
 `ours` is how a case's function comes to be fused: called as ours, or PyTorch's own under the switch.
 """
 
@@ -254,6 +255,8 @@ def assert_close(results: Any, expected: Any, rtol: float = 1e-8, atol: float = 
 def run_under(capability: str, module: str, checks: str) -> None:
     """Runs `checks`, in which `t` is the test module, in a process with that instruction set."""
     best = torch.backends.cpu.get_cpu_capability().lower()
+    if capability == best:
+        pytest.skip("all other tests run with it")
     # Which torch would believe, and the processor stop at.
     if capability == "avx512" and best == "avx2":
         pytest.skip("this processor has no avx512")
@@ -449,10 +452,17 @@ class OpContract:
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         by_name = {str(case): case for case in self.cases}
+        few = metafunc.config.getoption("--few-rows") and self.traced
+        cases = [by_name[name] for name in self.traced] if few else self.cases
         choices = {
-            "case": self.cases,
-            "small_case": [case for case in self.cases if case.is_small()],
+            "case": cases,
+            "small_case": [case for case in cases if case.is_small()],
             "traced_case": [by_name[name] for name in self.traced],
+            # Of the tests that take seconds a row, `make test` runs one.
+            "compiled_case": [
+                pytest.param(by_name[name], marks=[pytest.mark.slow] * (k > 0))
+                for k, name in enumerate(self.traced)
+            ],
             "dtype": DTYPES,
             "half": HALF,
             "layout": LAYOUTS,
@@ -887,11 +897,11 @@ class OpContract:
         assert all(s.isfinite().all() and s.dtype == torch.float32 for s in second)
 
     @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
-    def test_opcheck(self, traced_case):
-        plain = traced_case.draw(torch.float32).map(lambda t: LAYOUTS["transposed"](t).requires_grad_())
-        for call in traced_case.calls(plain):
+    def test_opcheck(self, compiled_case):
+        plain = compiled_case.draw(torch.float32).map(lambda t: LAYOUTS["transposed"](t).requires_grad_())
+        for call in compiled_case.calls(plain):
             self.opcheck(call)
-        for call in traced_case.calls(traced_case.draw(torch.bfloat16)):
+        for call in compiled_case.calls(compiled_case.draw(torch.bfloat16)):
             self.opcheck(call, test_utils=["test_schema", "test_faketensor"])
 
     def opcheck(self, call, **options):
@@ -914,9 +924,9 @@ class OpContract:
         assert_close([t.double() for t in compiled(*inputs)], expected, rtol=1e-3, atol=1e-3)
 
     @pytest.mark.parametrize("dynamic", [False, True])
-    def test_the_ops_themselves_trace(self, traced_case, dynamic, fresh_dynamo):
+    def test_the_ops_themselves_trace(self, compiled_case, dynamic, fresh_dynamo):
         """Called by name inside a compiled region, to plain ops that can be differentiated."""
-        calls = list(traced_case.calls(traced_case.draw()))
+        calls = list(compiled_case.calls(compiled_case.draw()))
         named = [item for call in calls for item in zip(call.arguments, call.args, strict=False)]
         named = [(name, t.detach()) for name, t in named if isinstance(t, Tensor)]
         # Not every release of Dynamo traces what looks at a schema.
@@ -938,7 +948,7 @@ class OpContract:
         compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=dynamic)
         # With symbolic shapes test_opcheck differentiates, where PyTorch can.
         inputs = [
-            t.requires_grad_(not dynamic and t.is_floating_point() and name not in traced_case.constants)
+            t.requires_grad_(not dynamic and t.is_floating_point() and name not in compiled_case.constants)
             for name, t in named
         ]
         results, expected = compiled(*inputs), step(*inputs)

@@ -141,7 +141,7 @@ print(min(page_faults(tensor.clone) for _ in range(5)))
     [(0.49, (1024, 1024), True), (0.51, (1024, 1024), False), (0.49, (1023, 256), False)],
 )
 def test_copies_of_one_size_that_differ_are_refused(monkeypatch, run, capsys, slow, shape, refused):
-    """By more than twice, and three times; a small copy's time is the call's, and bfloat16 has a rate of its own."""
+    """By more than twice, three times; a small copy's time is the call's, and each dtype has its rate."""
     calls = Counter()
 
     def measured(case, shape, dtype, *_):
@@ -259,6 +259,7 @@ def test_steps_json(run, capsys):
     assert not gk.is_fused_double_backward_enabled()
 
 
+@pytest.mark.slow
 def test_resident_peak():
     """Of a process's own, whatever this one has had: what a run holds at once, but not what it found."""
     args = steps.options().parse_args(["--device=cpu", "--batch=16"])
@@ -414,6 +415,7 @@ def test_unknown_model():
         steps.main([*QUICK, "--model", "nothing"])
 
 
+@pytest.mark.slow
 def test_rivals(run, monkeypatch, capsys):
     """Compiled steps have stock's gradients; run by ATen, because generating code takes minutes."""
     compile = torch.compile

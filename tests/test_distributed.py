@@ -126,7 +126,11 @@ def test_fully_sharded():
 
 # BatchNorm's frozen statistics and dropout-free models: what is random within a step differs by process.
 @pytest.mark.parametrize(
-    "options", [["accumulate=2", "clip_norm=0.1"], ["model=preact_resnet10", "epochs=1"]]
+    "options",
+    [
+        ["accumulate=2", "clip_norm=0.1"],
+        pytest.param(["model=preact_resnet10", "epochs=1"], marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_of_two_processes_equals_that_of_one(options, tmp_path):
     """Weights, averaged weights and metrics, after interleaved evaluation too."""

@@ -29,7 +29,13 @@ from gradnorm_kernels.training.trainer import Trainer
 SIZES = {"swin_base_patch4_window7_224": 56, "resnet50": 32, "gelu_mixer": 8}
 
 
-@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name.startswith("swin_b_") and name != "swin_b_edge"))
+        for name in recipe_names()
+    ],
+)
 def test_two_steps(name):
     """The model, optimiser and loss of every recipe, on small synthetic images."""
     options = {"data": None if name.startswith("digits") else "images"} | load_recipe(name)

@@ -14,7 +14,11 @@ from gradnorm_kernels.training.study import STUDIES, study
 QUICK = {"epochs": 2, "batch_size": 359, "ramp_epochs": 0.0}
 
 
-@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize(
+    "name",
+    # Which trains most networks.
+    [pytest.param(name, marks=[pytest.mark.slow] * (name == "activations")) for name in STUDIES],
+)
 def test_study(name, tmp_path):
     """Every row trains, is attacked, and reaches table, JSON and report."""
     outcome = study(name, tmp_path, changes=QUICK, attack="fgsm", n=40, timed_steps=1)

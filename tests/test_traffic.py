@@ -93,6 +93,7 @@ def test_r1_of_a_residual_discriminator(variant):
         images = torch.empty(16, 3, 64, 64, requires_grad=True)
 
     def last_backward():
+        critic.zero_grad()
         (gradient,) = torch.autograd.grad(critic(images).sum(), images, create_graph=True)
         penalty = gradient.square().sum([1, 2, 3]).mean()
         return count(penalty.backward)[0]

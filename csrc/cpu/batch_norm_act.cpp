@@ -6,7 +6,8 @@ namespace gradnorm_kernels::CPU_CAPABILITY {
 namespace batch_norm_act {
 namespace {
 
-// With g = grad_output, d = x - mean, r = invstd, h = d r, the activation's input z = w h + b, a = g f'(z), and
+// With g = grad_output, d = x - mean, r = invstd, h = d r, the activation's input z = w h + b, a = g f'(z),
+// and
 // <> the mean over a channel:
 //   grad_input = w r (a - <a> - h <a h>),  grad_weight = M <a h>,  grad_bias = M <a>
 // and where mean and r are constants, grad_input = w r a.
@@ -78,8 +79,8 @@ void backward_impl(
 //   grad_bias        = M <c>
 //   grad_weight      = M <c h> + M r (<v a> - <v> <a> - <v h> <a h>)
 //   grad_input       = w r P c - w r^2 (<a h> P v + <v h> P a + h (<v a> - <v> <a> - <v h> <a h>))
-// Where mean and r are constants P is the identity, and the second terms are M r <v a> and 0. What the sums of
-// a first pass say makes all but f' and f'' linear functions of v, a, c and d in the second.
+// Where mean and r are constants P is the identity, and the second terms are M r <v a> and 0. What the sums
+// of a first pass say makes all but f' and f'' linear functions of v, a, c and d in the second.
 template <class T, class Act>
 void double_backward_impl(
     const ChannelLayout& layout, const ChannelParameters& parameters, const double* bias, bool training,
@@ -90,8 +91,7 @@ void double_backward_impl(
     if (!training) {
       ChannelPass<T, 3, 2, 3, 3> pass(layout, begin, end);
       for (int64_t c = begin; c < end; ++c) {
-        pass.set(
-            c - begin, {parameters.mean[c], parameters.weight[c] * parameters.invstd[c], bias[c]});
+        pass.set(c - begin, {parameters.mean[c], parameters.weight[c] * parameters.invstd[c], bias[c]});
       }
       pass.run(
           {v, g, x}, {grad_grad_output, grad_input},
@@ -118,8 +118,7 @@ void double_backward_impl(
     constexpr size_t sums = has_d2f<Act> ? 10 : 5;
     ChannelPass<T, 3, 0, 3, sums> reduce(layout, begin, end);
     for (int64_t c = begin; c < end; ++c) {
-      reduce.set(
-          c - begin, {parameters.mean[c], parameters.weight[c] * parameters.invstd[c], bias[c]});
+      reduce.set(c - begin, {parameters.mean[c], parameters.weight[c] * parameters.invstd[c], bias[c]});
     }
     reduce.run({v, g, x}, {}, [act](const auto& in, const auto& coefficients, auto&, auto& sum) {
       using at::vec::fmadd;
@@ -157,8 +156,7 @@ void double_backward_impl(
       apply.set(
           c - begin, {parameters.mean[c], wr, bias[c], q_of_d, q_of_1,
                       // of v, a, d and 1 in grad_input
-                      of_v, of_a,
-                      -r * (of_v * mean_vh + of_a * mean_ah + wr * r * covariance + wr * mean_ch),
+                      of_v, of_a, -r * (of_v * mean_vh + of_a * mean_ah + wr * r * covariance + wr * mean_ch),
                       -of_v * mean_v - of_a * mean_a - wr * mean_c});
     }
     apply.run(

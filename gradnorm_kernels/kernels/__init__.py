@@ -11,7 +11,12 @@ import torch
 
 # The ops that each module here implements, under their own names.
 _OPS = {
-    "batch_norm": ("batch_norm_backward", "batch_norm_double_backward"),
+    "batch_norm": (
+        "batch_norm_backward",
+        "batch_norm_double_backward",
+        "batch_norm_act_backward",
+        "batch_norm_act_double_backward",
+    ),
     "layer_norm": (
         "layer_norm_2d",
         "layer_norm_2d_backward",

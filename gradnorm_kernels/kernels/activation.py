@@ -30,7 +30,7 @@ from .common import FP_FUSION, on_meta, widen
 
 
 @triton.jit
-def _tile(n, block_size: tl.constexpr):
+def tile(n, block_size: tl.constexpr):
     # 64-bit before the product: a tensor may have more than 2^31 elements.
     offsets = tl.program_id(0).to(tl.int64) * block_size + tl.arange(0, block_size)
     return offsets, offsets < n
@@ -41,7 +41,7 @@ def activation_fwd_kernel(
     input_ptr, output_ptr, n, parameters: tl.constexpr, f: tl.constexpr, block_size: tl.constexpr
 ):
     """output = f(input). Moves 2n elements: reads 1, writes 1."""
-    offsets, mask = _tile(n, block_size)
+    offsets, mask = tile(n, block_size)
     x = widen(tl.load(input_ptr + offsets, mask=mask))
     tl.store(output_ptr + offsets, f(x, parameters), mask=mask)
 
@@ -57,7 +57,7 @@ def activation_bwd_kernel(
     block_size: tl.constexpr,
 ):
     """grad_input = grad_output * f'(input). Moves 3n elements: reads 2, writes 1."""
-    offsets, mask = _tile(n, block_size)
+    offsets, mask = tile(n, block_size)
     x = widen(tl.load(input_ptr + offsets, mask=mask))
     grad_output = widen(tl.load(grad_output_ptr + offsets, mask=mask))
     tl.store(grad_input_ptr + offsets, df(grad_output, x, parameters), mask=mask)
@@ -82,7 +82,7 @@ def activation_bwd_bwd_kernel(
     Moves 5n elements: reads 3, writes 2. What f' and f'' have in common is computed once: the
     compiler merges equal subexpressions.
     """
-    offsets, mask = _tile(n, block_size)
+    offsets, mask = tile(n, block_size)
     x = widen(tl.load(input_ptr + offsets, mask=mask))
     v = widen(tl.load(grad_grad_input_ptr + offsets, mask=mask))
     g = widen(tl.load(grad_output_ptr + offsets, mask=mask))
@@ -117,7 +117,7 @@ def _log1p_fraction(x):
 
 
 @triton.jit
-def _logistic(x):
+def logistic(x):
     """s(x) and s'(x) = s (1 - s), the smaller of s and 1 - s free of cancellation."""
     e = tl.exp(-tl.abs(x))
     smaller = e / (1.0 + e)
@@ -170,7 +170,7 @@ _B3 = tl.constexpr(6 * math.sqrt(2 / math.pi) * 0.044715)
 
 @triton.jit
 def _gelu_tanh_gate(x):
-    return _logistic(x * (_A + _B * x * x))
+    return logistic(x * (_A + _B * x * x))
 
 
 @triton.jit
@@ -200,19 +200,19 @@ def gelu_tanh_ddf(v, g, x, parameters: tl.constexpr):
 
 @triton.jit
 def silu_f(x, parameters: tl.constexpr):
-    s, _ = _logistic(x)
+    s, _ = logistic(x)
     return x * s
 
 
 @triton.jit
 def silu_df(g, x, parameters: tl.constexpr):
-    s, q = _logistic(x)
+    s, q = logistic(x)
     return g * (s + x * q)
 
 
 @triton.jit
 def silu_ddf(v, g, x, parameters: tl.constexpr):
-    s, q = _logistic(x)
+    s, q = logistic(x)
     return v * (2.0 * q + x * q * (1.0 - 2.0 * s)) * g
 
 
@@ -268,14 +268,14 @@ def softplus_f(x, parameters: tl.constexpr):
 @triton.jit
 def softplus_df(g, x, parameters: tl.constexpr):
     z = x * parameters[0]
-    s, _ = _logistic(z)
+    s, _ = logistic(z)
     return tl.where(z > parameters[1], g, g * s)
 
 
 @triton.jit
 def softplus_ddf(v, g, x, parameters: tl.constexpr):
     z = x * parameters[0]
-    _, q = _logistic(z)
+    _, q = logistic(z)
     return v * tl.where(z >= parameters[1], 0.0, q * parameters[0]) * g
 
 
@@ -423,13 +423,13 @@ def logsigmoid_f(x, parameters: tl.constexpr):
 
 @triton.jit
 def logsigmoid_df(g, x, parameters: tl.constexpr):
-    s, _ = _logistic(-x)
+    s, _ = logistic(-x)
     return g * s
 
 
 @triton.jit
 def logsigmoid_ddf(v, g, x, parameters: tl.constexpr):
-    _, q = _logistic(-x)
+    _, q = logistic(-x)
     return v * -q * g
 
 
@@ -531,7 +531,7 @@ def _in_one_layout(
     return tuple(in_layout(tensor) for tensor in inputs), empty()
 
 
-def _make_op(pass_: Pass, op: str, select: Callable[..., Activation]) -> Callable[..., Any]:
+def make_op(pass_: Pass, op: str, select: Callable[..., Activation]) -> Callable[..., Any]:
     def run(*args: Any, **options: Any) -> Tensor | tuple[Tensor, ...]:
         inputs, settings = args[: pass_.reads], args[pass_.reads :]
         activation = select(*settings, **options)
@@ -586,4 +586,4 @@ def _select(name: str) -> Callable[..., Activation]:
 for _name, _activation in ACTIVATIONS.items():
     _op, _selector = ("gelu", _select_gelu) if _name.startswith("gelu_") else (_name, _select(_name))
     for _pass in passes(_activation):
-        globals()[_op + _pass.suffix] = _make_op(_pass, _op + _pass.suffix, _selector)
+        globals()[_op + _pass.suffix] = make_op(_pass, _op + _pass.suffix, _selector)

@@ -10,25 +10,25 @@ import functools
 import triton
 import triton.language as tl
 
-from .activation import ACTIVATIONS, Activation, Pass, _logistic, _make_op, _tile
+from .activation import ACTIVATIONS, Activation, Pass, logistic, make_op, tile
 from .common import widen
 
 
 @triton.jit
 def _logistic_f(x, parameters: tl.constexpr):
-    s, _ = _logistic(x)
+    s, _ = logistic(x)
     return s
 
 
 @triton.jit
 def _logistic_df(g, x, parameters: tl.constexpr):
-    _, q = _logistic(x)
+    _, q = logistic(x)
     return g * q
 
 
 @triton.jit
 def _logistic_ddf(v, g, x, parameters: tl.constexpr):
-    s, q = _logistic(x)
+    s, q = logistic(x)
     return v * (q * (1.0 - 2.0 * s)) * g
 
 
@@ -37,7 +37,7 @@ def _gated_fwd_kernel(
     gate_ptr, value_ptr, output_ptr, n, parameters: tl.constexpr, f: tl.constexpr, block_size: tl.constexpr
 ):
     """output = f(gate) value. Moves 3n elements: reads 2, writes 1."""
-    offsets, mask = _tile(n, block_size)
+    offsets, mask = tile(n, block_size)
     gate = widen(tl.load(gate_ptr + offsets, mask=mask))
     value = widen(tl.load(value_ptr + offsets, mask=mask))
     tl.store(output_ptr + offsets, f(gate, parameters) * value, mask=mask)
@@ -59,7 +59,7 @@ def _gated_bwd_kernel(
     """grad_gate = grad_output f'(gate) value, grad_value = grad_output f(gate).
 
     Moves 5n elements: reads 3, writes 2."""
-    offsets, mask = _tile(n, block_size)
+    offsets, mask = tile(n, block_size)
     g = widen(tl.load(grad_output_ptr + offsets, mask=mask))
     gate = widen(tl.load(gate_ptr + offsets, mask=mask))
     value = widen(tl.load(value_ptr + offsets, mask=mask))
@@ -85,7 +85,7 @@ def _gated_bwd_bwd_kernel(
     block_size: tl.constexpr,
 ):
     """The gradients of the backward's operands (csrc/gated.cpp). Moves 8n elements: reads 5, writes 3."""
-    offsets, mask = _tile(n, block_size)
+    offsets, mask = tile(n, block_size)
     v = widen(tl.load(grad_grad_gate_ptr + offsets, mask=mask))
     u = widen(tl.load(grad_grad_value_ptr + offsets, mask=mask))
     g = widen(tl.load(grad_output_ptr + offsets, mask=mask))
@@ -112,11 +112,11 @@ def _select(activation: str) -> Activation:
     return GATES[activation]
 
 
-gated_unit = _make_op(Pass(_gated_fwd_kernel, "", 2, 1, ("f",)), "gated_unit", _select)
-gated_unit_backward = _make_op(
+gated_unit = make_op(Pass(_gated_fwd_kernel, "", 2, 1, ("f",)), "gated_unit", _select)
+gated_unit_backward = make_op(
     Pass(_gated_bwd_kernel, "_backward", 3, 2, ("f", "df")), "gated_unit_backward", _select
 )
-gated_unit_double_backward = _make_op(
+gated_unit_double_backward = make_op(
     Pass(_gated_bwd_bwd_kernel, "_double_backward", 5, 3, ("f", "df", "ddf")),
     "gated_unit_double_backward",
     _select,

@@ -40,7 +40,18 @@ if INTERPRET:
     numpy.matmul = product
 
 on_every_device = pytest.mark.parametrize("device", DEVICES)
-in_every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+in_every_dtype = pytest.mark.parametrize(
+    "dtype",
+    # In the interpreter, which takes minutes, the others are left to `make test-all`, too.
+    [
+        pytest.param(
+            dtype,
+            marks=[pytest.mark.slow] * (INTERPRET and dtype not in (torch.float32, torch.bfloat16)),
+        )
+        for dtype in DTYPES
+    ],
+    ids=lambda dtype: str(dtype)[6:],
+)
 in_the_interpreter = pytest.mark.skipif(not INTERPRET, reason="the addresses do not depend on the device")
 
 

@@ -239,7 +239,7 @@ def test_nan_and_inf(act: Activation, dtype: torch.dtype, device: str) -> None:
 @triton.jit
 def tile_start_kernel(start_ptr, program, block_size: tl.constexpr):
     if tl.program_id(0) == program:
-        offsets, _ = activation._tile(0, block_size)
+        offsets, _ = activation.tile(0, block_size)
         tl.store(start_ptr, tl.min(offsets, axis=0))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import harness
@@ -38,6 +38,12 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
         yield name, double_backward, x, None, None, x, None, w, *statistics
         for mask in ([True, False, False], ALL):
             yield name, backward, x, x, w, c, c, None, None, False, EPS, mask
+        for activation in () if name == "small" else ("silu", "relu"):
+            for training in (True, False):
+                case = f"{name}-{activation}-{'train' if training else 'eval'}"
+                operands = (x, x, w, w, c, c, c, c, training, EPS, activation, [])
+                yield case, batch_norm.batch_norm_act_backward, *operands, ALL
+                yield case, batch_norm.batch_norm_act_double_backward, x, *operands
 
 
 test_compiles_without_spills = harness.compilation_test(calls)
@@ -56,11 +62,22 @@ CASES = [
     ((3, 19, 7, 11), True, torch.float32),
     ((2, 130, 3, 5), True, torch.bfloat16),
 ]
-in_every_case = pytest.mark.parametrize(
-    ("shape", "channels_last", "dtype"),
-    CASES,
-    ids=[f"{'x'.join(map(str, s))}{'-channels_last' * last}-{str(dtype)[6:]}" for s, last, dtype in CASES],
-)
+
+
+def in_cases(cases: list[tuple[Any, ...]]) -> Any:
+    ids = [f"{'x'.join(map(str, s))}{'-channels_last' * last}-{str(dtype)[6:]}" for s, last, dtype in cases]
+    return pytest.mark.parametrize(("shape", "channels_last", "dtype"), cases, ids=ids)
+
+
+in_every_case = in_cases(CASES)
+# The function and parameters of an activation.
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], list[float]]] = {
+    "silu": (reference.silu, []),
+    "relu": (reference.relu, []),
+    "hardswish": (reference.hardswish, []),
+    "leaky_relu": (lambda z: reference.leaky_relu(z, 0.2), [0.2]),
+    "gelu_tanh": (lambda z: reference.gelu(z, "tanh"), []),
+}
 
 
 def draw(
@@ -75,6 +92,14 @@ def draw(
     return tensors, per_channel
 
 
+def statistics_of(x: Tensor, mean: Tensor, var: Tensor, training: bool) -> list[Tensor | None]:
+    if not training:
+        return [mean, var, None, None]
+    batch_var, batch_mean = torch.var_mean(x.double(), [0, *range(2, x.ndim)], correction=0)
+    # PyTorch keeps them in float32 at least on CUDA.
+    return [None, None, *(t.to(opmath(x.dtype)) for t in (batch_mean, (batch_var + EPS).rsqrt()))]
+
+
 def assert_close(actual: Any, exact: Any, dtype: torch.dtype) -> None:
     # Sums of hundreds of terms, which the interpreter's truncating stores of bfloat16 make no worse.
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
@@ -83,17 +108,27 @@ def assert_close(actual: Any, exact: Any, dtype: torch.dtype) -> None:
 
 
 def derived(
-    v: Any, u: Any, t: Any, g: Tensor, x: Tensor, w: Any, mean: Tensor, var: Tensor, training: bool
+    v: Any,
+    u: Any,
+    t: Any,
+    g: Tensor,
+    x: Tensor,
+    w: Any,
+    mean: Tensor,
+    var: Tensor,
+    training: bool,
+    b: Any = None,
+    activation: Callable[[Tensor], Tensor] = lambda z: z,
 ) -> list[list[Tensor]]:
-    """The gradients of x, w and b, and the double backward's of g, x and w: by autograd in float64."""
-    v, u, t, g, x, w, mean, var = harness.in_double((v, u, t, g, x, w, mean, var))
+    """The gradients of x, w and b, and the double backward's of g, x, w and b: by autograd in float64."""
+    v, u, t, g, x, w, mean, var, b = harness.in_double((v, u, t, g, x, w, mean, var, b))
 
     def function(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-        return reference.batch_norm(x, mean, var, w, b, training, EPS)
+        return activation(reference.batch_norm(x, mean, var, w, b, training, EPS))
 
     w = torch.ones_like(mean) if w is None else w
-    _, first, second = reference.all_orders(function, (x, w, torch.zeros_like(w)), g, (v, u, t))
-    return [first, second[:3]]
+    b = torch.zeros_like(mean) if b is None else b
+    return reference.all_orders(function, (x, w, b), g, (v, u, t))[1:]
 
 
 @on_every_device
@@ -103,17 +138,11 @@ def test_double_backward(
     shape: tuple[int, ...], channels_last: bool, dtype: torch.dtype, training: bool, device: str
 ) -> None:
     (v, g, x), (u, t, w, mean, var) = draw(shape, channels_last, dtype, device)
-    statistics = [mean, var, None, None]
-    if training:
-        dims = [0, *range(2, x.ndim)]
-        batch_var, batch_mean = torch.var_mean(x.double(), dims, correction=0)
-        # PyTorch keeps them in float32 at least on CUDA.
-        invstd = (batch_var + EPS).rsqrt().to(opmath(dtype))
-        statistics = [None, None, batch_mean.to(opmath(dtype)), invstd]
+    statistics = statistics_of(x, mean, var, training)
     op = harness.implementation(batch_norm, x).batch_norm_double_backward
 
     def exact(v: Any, u: Any, t: Any, w: Any) -> list[Tensor]:
-        return derived(v, u, t, g, x, w, mean, var, training)[1]
+        return derived(v, u, t, g, x, w, mean, var, training)[1][:3]
 
     actual = harness.untouched(op, v, u, t, g, x, w, *statistics, training, EPS)
     assert_close(actual, exact(v, u, t, w), dtype)
@@ -149,12 +178,73 @@ def test_backward_of_the_evaluation_mode(
 
 @on_every_device
 @in_both_modes
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@in_cases([CASES[k] for k in (2, 4, 6, 7, 9)])
+def test_with_an_activation(
+    shape: tuple[int, ...],
+    channels_last: bool,
+    dtype: torch.dtype,
+    activation: str,
+    training: bool,
+    device: str,
+) -> None:
+    (v, g, x), (_, b, w, mean, var) = draw(shape, channels_last, dtype, device)
+    function, parameters = ACTIVATIONS[activation]
+    operands = (g, x, w, b, *statistics_of(x, mean, var, training), training, EPS, activation, parameters)
+    ops = harness.implementation(batch_norm, x)
+    first, second = derived(v, None, None, g, x, w, mean, var, training, b, function)
+    backward = harness.untouched(ops.batch_norm_act_backward, *operands, ALL)
+    assert_close(backward, first, dtype)
+    double_backward = harness.untouched(ops.batch_norm_act_double_backward, v, *operands)
+    assert_close(double_backward, second, dtype)
+    assert all(result.stride() == x.stride() for result in (backward[0], *double_backward[:2]))
+
+
+@on_every_device
+@in_both_modes
+@in_cases([CASES[1], CASES[8]])
+def test_with_an_activation_without_parameters(
+    shape: tuple[int, ...], channels_last: bool, dtype: torch.dtype, training: bool, device: str
+) -> None:
+    (v, g, x), (_, _, _, mean, var) = draw(shape, channels_last, dtype, device)
+    settings = (None, None, *statistics_of(x, mean, var, training), training, EPS, "silu", [])
+    ops = harness.implementation(batch_norm, x)
+    first, second = derived(v, None, None, g, x, None, mean, var, training, None, reference.silu)
+    backward = ops.batch_norm_act_backward(g, x, *settings, ALL)
+    assert_close(backward, first, dtype)
+    double_backward = ops.batch_norm_act_double_backward(v, g, x, *settings)
+    assert_close(double_backward, second, dtype)
+
+    def strided(mask: list[bool]) -> Any:
+        return ops.batch_norm_act_backward(harness.strided(g), x, *settings, mask)
+
+    harness.assert_masks(strided, backward)
+    strided_v_g = harness.strided(v), harness.strided(g)
+    again = ops.batch_norm_act_double_backward(*strided_v_g, x, *settings)
+    assert all(map(torch.equal, again, double_backward))
+
+
+def test_activations_of_their_output_are_rejected() -> None:
+    harness.assert_rejected(
+        (ValueError, "activation", batch_norm._select, "tanh", ()),
+        (ValueError, "activation", batch_norm._select, "swish", ()),
+    )
+
+
+@on_every_device
+@in_both_modes
 def test_empty(training: bool, device: str) -> None:
     x, c = torch.empty(2, 3, 0, device=device), torch.ones(3, device=device)
     statistics = (c, c, c, c, training, EPS)
-    results = harness.implementation(batch_norm, x).batch_norm_double_backward(x, c, c, x, x, c, *statistics)
-    assert [r.shape for r in results] == [x.shape, x.shape, c.shape]
-    assert results[2].count_nonzero() == 0
+    act = (x, x, c, c, *statistics, "silu", [])
+    ops = harness.implementation(batch_norm, x)
+    for results, shapes in (
+        (ops.batch_norm_double_backward(x, c, c, x, x, c, *statistics), [x.shape, x.shape, c.shape]),
+        (ops.batch_norm_act_backward(*act, ALL), [x.shape, c.shape, c.shape]),
+        (ops.batch_norm_act_double_backward(x, *act), [x.shape, x.shape, c.shape, c.shape]),
+    ):
+        assert [r.shape for r in results] == shapes
+        assert all(r.count_nonzero() == 0 for r in results)
 
 
 @triton.jit

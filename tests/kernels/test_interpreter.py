@@ -20,10 +20,14 @@ TESTS = Path(__file__).parent
 
 @pytest.mark.skipif(INTERPRET, reason="this is the process that it starts")
 @pytest.mark.parametrize("family", sorted(p.stem for p in TESTS.glob("test_*_kernels.py")))
-def test_values_without_a_gpu(family: str) -> None:
-    """Runs every test of a family's file that is marked for the interpreter, in it."""
+def test_values_without_a_gpu(family: str, request: pytest.FixtureRequest) -> None:
+    """Runs the tests of a family's file that are marked for the interpreter, in it."""
+    slow = ["--run-slow"] if request.config.getoption("--run-slow") else []
     child = subprocess.run(
-        [sys.executable, "-m", "pytest", TESTS / f"{family}.py", "-k", "interpreter", "-q", "--no-header"],
+        [
+            *(sys.executable, "-m", "pytest", TESTS / f"{family}.py", "-k", "interpreter"),
+            *("-q", "--no-header", *slow),
+        ],
         check=False,
         env=os.environ | {"TRITON_INTERPRET": "1"},
         cwd=TESTS,
