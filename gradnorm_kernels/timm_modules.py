@@ -99,7 +99,7 @@ class FusedBatchNormAct2d(timm.layers.BatchNormAct2d):
     def forward(self, x: Tensor) -> Tensor:
         self._check_input_dim(x)
         arguments = modules.batch_norm_arguments(self)
-        activation = modules.activation_of_batch_norm(self.act)
+        activation = modules.activation_of_batch_norm(self.act, x)
         if activation is not None and isinstance(self.drop, nn.Identity):
             return functional.batch_norm_act(x, **arguments, **activation)
         return self.act(self.drop(functional.batch_norm(x, **arguments)))

@@ -8,7 +8,7 @@ import reference
 import test_batch_norm
 import torch
 import torch.nn.functional as F
-from contract import OPS, Call, assert_close
+from contract import OPS, Call, Calls, assert_close
 from hypothesis import strategies as st
 from test_batch_norm import EPS, BatchNorm
 from torch import nn
@@ -179,6 +179,19 @@ def test_fuse_takes_pairs_in_a_sequential(act):
     assert_close(fused[1].running_var, model[1].running_var)
     gk.unfuse(fused)
     assert type(fused) is nn.Sequential
+
+
+def test_half_types_on_a_cpu_are_two_ops():
+    model, x = gk.fuse(pair()).bfloat16(), torch.randn(4, 3, 6, 6, dtype=torch.bfloat16)
+    # The one op has PyTorch's own activation, in place.
+    assert "silu" in names_of(lambda: model(x))
+    assert "silu_" in names_of(lambda: model.float()(x.float()))
+
+
+def names_of(run):
+    with Calls() as calls:
+        run()
+    return calls.names
 
 
 def test_hooks_of_the_parts_are_called():
