@@ -295,8 +295,8 @@ def batch_norm_act(norm: nn.Module, act: nn.Module, input: Tensor) -> Tensor:
 
 
 def activation_of_batch_norm(act: nn.Module, input: Tensor) -> dict[str, Any] | None:
-    """What :func:`functional.batch_norm_act` takes of it. None for another activation or one with hooks, and for
-    half types on a CPU, which computes them faster in two ops."""
+    """What :func:`functional.batch_norm_act` takes of it. None for other activations, for those with hooks,
+    and for half types on a CPU, which computes them faster in two ops."""
     kind = type(act)
     if kind not in _OF_BATCH_NORM or has_hooks(act) or (input.is_cpu and input.dtype.itemsize < 4):
         return None
