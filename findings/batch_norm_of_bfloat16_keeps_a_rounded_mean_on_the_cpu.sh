@@ -8,7 +8,7 @@
 # of most layers is: then the rounding of the mean is what counts.
 #
 # Seen:
-#   weight in bfloat16: statistics in bfloat16, the gradient of the weight off by 0.0535
+#   weight in bfloat16: statistics in bfloat16, the gradient of the weight off by 0.4528
 #   weight in float32: statistics in float32, the gradient of the weight off by 0.0000
 set -euo pipefail
 folder=$(mktemp -d)
@@ -35,5 +35,5 @@ for dtype in (torch.bfloat16, torch.float32):
     off = ((found - exact).norm() / exact.norm()).item()
     names = [str(d).removeprefix("torch.") for d in (dtype, kept)]
     print(f"weight in {names[0]}: statistics in {names[1]}, the gradient of the weight off by {off:.4f}")
-    assert kept == dtype and (off > 0.02) == (dtype == torch.bfloat16)
+    assert kept == dtype and (off > 0.2) == (dtype == torch.bfloat16)
 PYTHON
