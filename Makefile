@@ -45,10 +45,10 @@ test-cpp: $(BIN)/.built
 	$(BIN)/cmake --build build/cmake
 	$(BIN)/ctest --test-dir build/cmake --output-on-failure
 
-# `pytest`, not `python -m pytest`: the latter would import the source tree, built for another torch. Most rows and
-# half types are left to test-python.
+# `pytest`, not `python -m pytest`: the latter would import the source tree, built for another torch. Most rows,
+# half types and other instruction sets are left to test-python.
 test-cpu-only: $(CPU_BIN)/.built
-	$(CPU_BIN)/pytest $(PYTEST_OPTIONS) --few-rows --ignore tests/kernels -k "not inductor and not float16"
+	$(CPU_BIN)/pytest $(PYTEST_OPTIONS) --few-rows --ignore tests/kernels -k "not inductor and not float16 and not instruction_set"
 
 lint: $(BIN)/.built $(BIN)/.lint
 	$(BIN)/ruff check .
