@@ -16,7 +16,7 @@ import functools
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
@@ -437,7 +437,7 @@ def measure(
     return rows
 
 
-def disturbed(rows: list[dict[str, Any]]) -> dict[int, str]:
+def disturbed(rows: Sequence[dict[str, Any]]) -> dict[int, str]:
     """Where the slowest of some copies of the same bytes took more than twice as long as the fastest: the
     rows of those far from most, and what to say of each."""
     by_size: dict[tuple[str, int], dict[int, float]] = defaultdict(dict)
@@ -505,11 +505,11 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"\n{case.op} {case.setting} {shape}")
             measured[k] = measure(case, shape, dtype, args.device, args.variants, args.rounds)
             print("\n".join(line(COLUMNS, row) for row in measured[k]), flush=True)
-        rows = [row for found in measured.values() for row in found]
+        owners, rows = zip(*((k, row) for k, found in measured.items() for row in found), strict=True)
         disturbances = disturbed(rows) if args.json else {}
         for text in disturbances.values():
             print("not written:" if attempt == 2 else "measured again:", text)
-        again = [k for k, found in measured.items() if any(rows[j] in found for j in disturbances)]
+        again = sorted({owners[j] for j in disturbances})
     if again:
         raise SystemExit(1)
     if args.json:
