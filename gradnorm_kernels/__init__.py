@@ -11,6 +11,7 @@ from importlib.metadata import version as _version
 
 from . import _load, functional, kernels, modules
 from .checkpoint import checkpoint, checkpoint_modules
+from .compile import compile, compile_modules
 from .diagnose import Diagnosis, Finding, diagnose
 from .fuse import fuse, unfuse
 from .modules import *  # noqa: F403
@@ -22,6 +23,8 @@ __all__ = [
     "Finding",
     "checkpoint",
     "checkpoint_modules",
+    "compile",
+    "compile_modules",
     "diagnose",
     "functional",
     "fuse",

@@ -14,7 +14,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +30,8 @@ __all__ = ["checkpoint", "checkpoint_modules"]
 Model = TypeVar("Model", bound=nn.Module)
 Node = Any  # of an autograd graph
 Gradients = Sequence[Tensor | None]
-# Incoming gradients of a function, and by the indices of its variables what came back to their gradients.
-Pending = tuple[Gradients, list[tuple[int, Tensor]]]
+# Of each kind of device: its name, the dtype, and whether autocast is on.
+Autocast = list[tuple[str, torch.dtype, bool]]
 
 
 def checkpoint(
@@ -76,9 +76,9 @@ def checkpoint(
         raise ValueError("checkpoint: use_reentrant=True cannot be differentiated twice")
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or _is_transformed():
         return function(*args, **kwargs)
-    call = _Call(function, args, kwargs, preserve_rng_state)
+    call = _Checkpointed(function, args, kwargs, preserve_rng_state)
     start = torch.autograd._get_sequence_nr()
-    inputs = _as_leaves(call.arguments)
+    inputs = _as_leaves(call.tensors)
     versions = [tensor._version for tensor in inputs]
     outputs, structure = tree_flatten(call.first(inputs))
     if versions != [tensor._version for tensor in inputs]:
@@ -87,45 +87,137 @@ def checkpoint(
     if not differentiable:
         return tree_unflatten(outputs, structure)
     leaves = _leaves([outputs[i] for i in differentiable], inputs, start)
-    arguments, call.arguments, call.differentiable = call.arguments, [], differentiable
-    detached = [outputs[i].detach() for i in differentiable]
-    *recorded, _ = _Forward.apply(call, detached, *arguments, *leaves)
+    arguments, call.tensors, call.differentiable = call.tensors, [], differentiable
+    recorded = call.record([outputs[i] for i in differentiable], [*arguments, *leaves])
     for i, output in zip(differentiable, recorded, strict=True):
         outputs[i] = output
     return tree_unflatten(outputs, structure)
 
 
-class _Call:
-    """One call of a function, which can be made again as it was the first time.
+class First(NamedTuple):
+    """First gradients that were taken under ``create_graph``, in the backward pass that differentiates them.
 
     Attributes:
-        arguments: the tensors among the arguments, until they are saved elsewhere.
+        wanted: whose gradients they are: indices of the variables.
+        incoming: the gradients of the outputs that they were computed from.
+        returned: what came back to them, each with the index of its variable.
+        needed: of which of the incoming ones `Call.transposed` computes the gradients.
+        kept: what `Call.first_gradients` kept, and then `Call.transposed`.
+    """
+
+    wanted: Sequence[int]
+    incoming: Gradients
+    returned: list[tuple[int, Tensor]]
+    needed: list[bool]
+    kept: Sequence[Tensor]
+
+
+class Call:
+    """A call of a function that is recorded by `record`, and how its gradients are computed: by calling it again.
+
+    Attributes:
+        arguments: how many of the variables are its arguments; leaves that it reads follow.
         differentiable: which of the function's outputs require a gradient.
         pending: of each backward pass under way, what `_Gradient` left to `_Forward`.
     """
 
+    arguments: int
     differentiable: list[int]
+
+    def __init__(self) -> None:
+        self.pending: dict[int, list[First]] = {}
+
+    def record(self, outputs: Sequence[Tensor], variables: Sequence[Tensor]) -> list[Tensor]:
+        """The differentiable ``outputs``, with a graph that leads to ``variables``."""
+        *recorded, _ = _Forward.apply(self, [output.detach() for output in outputs], *variables)
+        return recorded
+
+    def again(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """The outputs that require a gradient, with a graph that ends at ``inputs`` and at leaves."""
+        raise NotImplementedError
+
+    def first_gradients(
+        self, variables: Sequence[Tensor], wanted: Sequence[int], incoming: Gradients
+    ) -> tuple[Gradients, Sequence[Tensor]]:
+        """The gradients of a backward pass under ``create_graph``, and what `transposed` is to be given of it."""
+        return self.gradients(*self.split(variables), wanted, incoming, []), ()
+
+    def gradients(
+        self,
+        leaves: Sequence[Tensor],
+        arguments: Sequence[Tensor],
+        wanted: Sequence[int],
+        incoming: Gradients,
+        pending: list[First],
+    ) -> Gradients:
+        """Of the outputs times ``incoming``, and of the first gradients times what came back to them.
+
+        Args:
+            wanted: whose gradients are asked for: indices of the arguments, followed by the leaves.
+        """
+        create_graph = torch.is_grad_enabled()
+        inputs, outputs = self._recomputed(leaves, arguments)
+        with torch.enable_grad(), _without_hooks(inputs):
+            targets = pairs(outputs, incoming)
+            for first in pending:
+                indices, cotangents = zip(*first.returned, strict=True)
+                found = grad(pairs(outputs, first.incoming), [inputs[i] for i in indices], create_graph=True)
+                targets += [pair for pair in pairs(found, cotangents) if pair[0].requires_grad]
+            return grad(targets, [inputs[i] for i in wanted], create_graph)
+
+    def transposed(
+        self, leaves: Sequence[Tensor], arguments: Sequence[Tensor], first: First
+    ) -> tuple[Gradients, Sequence[Tensor]]:
+        """The gradients of the incoming gradients, and what `gradients` is to be given of it."""
+        create_graph = torch.is_grad_enabled()
+        inputs, outputs = self._recomputed(leaves, arguments)
+        with torch.enable_grad(), _without_hooks(inputs):
+            # First gradients are linear in them, so that any value will do, and of zeros least is computed.
+            incoming = [
+                torch.zeros_like(g) if g is not None and needed else None
+                for g, needed in zip(first.incoming, first.needed, strict=True)
+            ]
+            with _Zeros(present(incoming)):
+                for zeros in present(incoming):
+                    zeros.requires_grad_()
+                indices, cotangents = zip(*first.returned, strict=True)
+                gradients = grad(pairs(outputs, incoming), [inputs[i] for i in indices], create_graph=True)
+            targets = [pair for pair in pairs(gradients, cotangents) if pair[0].requires_grad]
+            found = iter(grad(targets, present(incoming), create_graph))
+        return [None if g is None else next(found) for g in incoming], ()
+
+    def split(self, variables: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """The leaves and the arguments."""
+        return variables[self.arguments :], variables[: self.arguments]
+
+    def _recomputed(
+        self, leaves: Sequence[Tensor], arguments: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        # Under create_graph they are leaves already, of the checkpoint that this is called in.
+        inputs = arguments if torch.is_grad_enabled() else _as_leaves(arguments)
+        return [*inputs, *leaves], self.again(inputs)
+
+
+class _Checkpointed(Call):
+    """One call of a function, which can be made again as it was the first time."""
 
     def __init__(
         self, function: Callable[..., Any], args: Any, kwargs: dict[str, Any], preserve_rng_state: bool
     ) -> None:
         leaves, self._structure = tree_flatten((args, kwargs))
+        super().__init__()
         self._function = function
         self._others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self._places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        self.arguments: list[Tensor] = [leaves[i] for i in self._places]
-        devices = dict.fromkeys(t.device for t in self.arguments if t.device.type == "cuda")
+        self.arguments = len(self._places)
+        self.tensors: list[Tensor] = [leaves[i] for i in self._places]
+        devices = dict.fromkeys(t.device for t in self.tensors if t.device.type == "cuda")
         self._random_state = (
             {device: torch.cuda.get_rng_state(device) for device in devices} if preserve_rng_state else None
         )
         self._cpu_random_state = torch.get_rng_state() if preserve_rng_state else None
-        self._autocast = [
-            (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
-            for kind in ("cpu", "cuda")
-            if kind == "cpu" or torch.cuda.is_available()
-        ]
+        self._autocast = autocast_state()
         self._modules: list[tuple[nn.Module, bool, dict[str, Tensor]]] = []
-        self.pending: dict[int, list[Pending]] = {}
 
     def first(self, inputs: Sequence[Tensor]) -> Any:
         """Makes the call, and notes what it would find changed when it is made again."""
@@ -138,7 +230,7 @@ class _Call:
 
         handle = register_module_forward_pre_hook(note)
         try:
-            with self._autocasting():
+            with autocasting(self._autocast):
                 result = self._call(inputs)
         finally:
             handle.remove()
@@ -151,7 +243,7 @@ class _Call:
 
     def again(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """The outputs that require a gradient, with a graph that ends at ``inputs`` and at leaves."""
-        with torch.enable_grad(), self._random_numbers(), self._autocasting(), self._module_states():
+        with torch.enable_grad(), self._random_numbers(), autocasting(self._autocast), self._module_states():
             outputs, _ = tree_flatten(self._call(inputs))
         try:
             found = [outputs[i] for i in self.differentiable]
@@ -179,13 +271,6 @@ class _Call:
                 torch.cuda.set_rng_state(state, device)
             yield
 
-    def _autocasting(self) -> ExitStack:
-        stack = ExitStack()
-        for kind, dtype, enabled in self._autocast:
-            # A cached copy of a weight would lead out of the graph.
-            stack.enter_context(torch.autocast(kind, dtype, enabled, cache_enabled=False))
-        return stack
-
     @contextmanager
     def _module_states(self) -> Iterator[None]:
         before = [(module, module.training, dict(module._buffers)) for module, _, _ in self._modules]
@@ -199,68 +284,12 @@ class _Call:
                 module.training = training
                 module._buffers.update(own)
 
-    def gradients(
-        self,
-        leaves: Sequence[Tensor],
-        arguments: Sequence[Tensor],
-        wanted: Sequence[int],
-        incoming: Gradients,
-        pending: list[Pending],
-    ) -> Gradients:
-        """Of the outputs times ``incoming``, and of the first gradients times what came back to them.
-
-        Args:
-            wanted: whose gradients are asked for: indices of the arguments, followed by the leaves.
-        """
-        create_graph = torch.is_grad_enabled()
-        inputs, outputs = self._recomputed(leaves, arguments)
-        with torch.enable_grad(), _without_hooks(inputs):
-            targets = _pairs(outputs, incoming)
-            for gradients, returned in pending:
-                indices, cotangents = zip(*returned, strict=True)
-                first = _grad(_pairs(outputs, gradients), [inputs[i] for i in indices], create_graph=True)
-                targets += [pair for pair in _pairs(first, cotangents) if pair[0].requires_grad]
-            return _grad(targets, [inputs[i] for i in wanted], create_graph)
-
-    def transposed(
-        self,
-        leaves: Sequence[Tensor],
-        arguments: Sequence[Tensor],
-        returned: list[tuple[int, Tensor]],
-        like: Gradients,
-    ) -> Gradients:
-        """The gradients of the incoming gradients, which have the form of ``like``."""
-        create_graph = torch.is_grad_enabled()
-        inputs, outputs = self._recomputed(leaves, arguments)
-        with torch.enable_grad(), _without_hooks(inputs):
-            # First gradients are linear in them, so that any value will do, and of zeros least is computed.
-            incoming = [None if g is None else torch.zeros_like(g) for g in like]
-            with _Zeros(_present(incoming)):
-                for zeros in _present(incoming):
-                    zeros.requires_grad_()
-                indices, cotangents = zip(*returned, strict=True)
-                first = _grad(_pairs(outputs, incoming), [inputs[i] for i in indices], create_graph=True)
-            targets = [pair for pair in _pairs(first, cotangents) if pair[0].requires_grad]
-            found = iter(_grad(targets, [g for g in incoming if g is not None], create_graph))
-        return [None if g is None else next(found) for g in like]
-
-    def split(self, variables: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """The leaves and the arguments."""
-        return variables[len(self._places) :], variables[: len(self._places)]
-
-    def _recomputed(
-        self, leaves: Sequence[Tensor], arguments: Sequence[Tensor]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        # Under create_graph they are leaves already, of the checkpoint that this is called in.
-        inputs = arguments if torch.is_grad_enabled() else _as_leaves(arguments)
-        return [*inputs, *leaves], self.again(inputs)
-
 
 class _Forward(torch.autograd.Function):
     """The function's node. Its last output is empty, and makes it wait for `_Gradient` in a backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, outputs: list[Tensor], *variables: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, call: Call, outputs: list[Tensor], *variables: Tensor) -> tuple[Tensor, ...]:
         link = outputs[0].new_empty(0)
         ctx.call = call
         ctx.set_materialize_grads(False)
@@ -277,7 +306,7 @@ class _Forward(torch.autograd.Function):
         if not torch.is_grad_enabled():
             found = call.gradients(leaves, arguments, wanted, gradients, pending)
         elif not pending:
-            found = _Gradient.apply(call, variables, wanted, gradients, link, *_present(gradients))
+            found = _Gradient.apply(call, variables, wanted, gradients, link, *present(gradients))
         else:
             third = functools.partial(call.gradients, leaves)
             found = checkpoint(third, arguments, wanted, gradients, pending)
@@ -293,38 +322,43 @@ class _Gradient(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        call: _Call,
+        call: Call,
         variables: Sequence[Tensor],
         wanted: list[int],
         incoming: Gradients,
         link: Tensor,
         *present: Tensor,
     ) -> tuple[Tensor | None, ...]:
-        ctx.call, ctx.wanted, ctx.count = call, wanted, len(variables)
+        ctx.call, ctx.wanted = call, wanted
+        ctx.count, ctx.outputs = len(variables), len(incoming)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*variables, *incoming)
-        return tuple(call.gradients(*call.split(variables), wanted, incoming, []))
+        found, kept = call.first_gradients(variables, wanted, incoming)
+        ctx.save_for_backward(*variables, *incoming, *kept)
+        return tuple(found)
 
     @staticmethod
     def backward(ctx: Any, *returned: Tensor | None) -> Any:
         call, saved = ctx.call, ctx.saved_tensors
-        variables, incoming = saved[: ctx.count], saved[ctx.count :]
+        variables, rest = saved[: ctx.count], saved[ctx.count :]
+        incoming, kept = rest[: ctx.outputs], rest[ctx.outputs :]
         rows = [(i, g) for i, g in zip(ctx.wanted, returned, strict=True) if g is not None]
         (forward, _), *nodes = ctx.next_functions
         executed = iter([_is_executed(node) for node, _ in nodes])
-        like = [g if g is not None and next(executed) else None for g in incoming]
-        found: Gradients = [None] * len(like)
-        if rows and any(g is not None for g in like):
+        needed = [g is not None and next(executed) for g in incoming]
+        first = First(ctx.wanted, incoming, rows, needed, kept)
+        found: Gradients = [None] * len(needed)
+        if rows and any(needed):
             leaves, arguments = call.split(variables)
             transposed = functools.partial(call.transposed, leaves)
             if torch.is_grad_enabled():
                 transposed = functools.partial(checkpoint, transposed)
-            found = transposed(arguments, rows, like)
+            found, kept = transposed(arguments, first)
+            first = first._replace(kept=kept)
         link = None
         if rows and _is_executed(forward):
             if not torch.is_grad_enabled():
-                incoming = [None if g is None else g.detach() for g in incoming]
-            call.pending.setdefault(torch._C._current_graph_task_id(), []).append((incoming, rows))
+                first = first._replace(incoming=[None if g is None else g.detach() for g in incoming])
+            call.pending.setdefault(torch._C._current_graph_task_id(), []).append(first)
             link = rows[0][1].new_empty(0)
         present = [g for g, given in zip(found, incoming, strict=True) if given is not None]
         return None, None, None, None, link, *present
@@ -382,6 +416,22 @@ def _zeros_like(value: Any, device: torch.device) -> Any:
     return torch.zeros_like(value, device=device) if isinstance(value, Tensor) else value
 
 
+def autocast_state() -> Autocast:
+    return [
+        (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+        for kind in ("cpu", "cuda")
+        if kind == "cpu" or torch.cuda.is_available()
+    ]
+
+
+def autocasting(state: Autocast) -> ExitStack:
+    stack = ExitStack()
+    for kind, dtype, enabled in state:
+        # A cached copy of a weight would lead out of the graph.
+        stack.enter_context(torch.autocast(kind, dtype, enabled, cache_enabled=False))
+    return stack
+
+
 def _is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
@@ -416,21 +466,25 @@ def _is_executed(node: Node) -> bool:
         return True
 
 
-def _grad(
-    targets: list[tuple[Tensor, Tensor]], inputs: Sequence[Tensor], create_graph: bool = False
+def grad(
+    targets: list[tuple[Tensor, Tensor]],
+    inputs: Sequence[Tensor],
+    create_graph: bool = False,
+    retain_graph: bool | None = None,
 ) -> Gradients:
+    """Of the targets' outputs times the gradients beside them; None of what they do not depend on."""
     if not targets or not inputs:
         return [None] * len(inputs)
     outputs, gradients = zip(*targets, strict=True)
-    return torch.autograd.grad(outputs, inputs, gradients, create_graph=create_graph, allow_unused=True)
+    return torch.autograd.grad(outputs, inputs, gradients, retain_graph, create_graph, allow_unused=True)
 
 
-def _pairs(outputs: Gradients, gradients: Gradients) -> list[tuple[Tensor, Tensor]]:
-    pairs = zip(outputs, gradients, strict=True)
-    return [(o, g) for o, g in pairs if o is not None and g is not None]
+def pairs(outputs: Gradients, gradients: Gradients) -> list[tuple[Tensor, Tensor]]:
+    both = zip(outputs, gradients, strict=True)
+    return [(o, g) for o, g in both if o is not None and g is not None]
 
 
-def _present(gradients: Gradients) -> list[Tensor]:
+def present(gradients: Gradients) -> list[Tensor]:
     return [g for g in gradients if g is not None]
 
 
@@ -457,7 +511,8 @@ def checkpoint_modules(
     """Lets the repeated blocks of ``model`` run under :func:`checkpoint`, in place, and returns ``model``.
 
     Each keeps its class, ``state_dict`` and hooks, which run once, and gains an attribute ``forward``.
-    Calling this again changes nothing, and :func:`fuse` and :func:`unfuse` work before and after.
+    Calling this again changes nothing, and :func:`fuse`, :func:`unfuse` and :func:`compile_modules` work
+    before and after.
 
     Args:
         model: any module; the blocks are found in timm's models and in others built alike.
@@ -470,32 +525,50 @@ def checkpoint_modules(
         TypeError: if ``model`` is not a ``torch.nn.Module``.
         ValueError: if it has no such blocks.
     """
-    if not isinstance(model, nn.Module):
-        kind = type(model).__name__
-        raise TypeError(f"checkpoint_modules: expected model to be a torch.nn.Module, got {kind}")
-    if undo:
-        for module in filter(_is_checkpointed, model.modules()):
-            _, before = module.__dict__.pop("forward").args
-            if before is not None:
-                module.forward = before
-        return model
-    blocks = _blocks(model) if select is None else [m for name, m in model.named_modules() if select(name, m)]
-    if not blocks:
-        raise ValueError("checkpoint_modules: found no blocks in model; name some by select")
-    for block in blocks:
-        if not _is_checkpointed(block):
-            # Without a class of its own, because fuse looks at the class.
-            block.forward = functools.partial(_forward, block, block.__dict__.get("forward"))
+    for block in blocks_of(model, select, "checkpoint_modules", undo):
+        wrap_forward(block, checkpoint, undo)
     return model
 
 
-def _forward(module: nn.Module, before: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
+def blocks_of(
+    model: nn.Module, select: Callable[[str, nn.Module], bool] | None, caller: str, undo: bool
+) -> list[nn.Module]:
+    """The modules whose forward ``caller`` wraps, or where it may have: all."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{caller}: expected model to be a torch.nn.Module, got {type(model).__name__}")
+    if undo:
+        return list(model.modules())
+    blocks = _blocks(model) if select is None else [m for name, m in model.named_modules() if select(name, m)]
+    if not blocks:
+        raise ValueError(f"{caller}: found no blocks in model; name some by select")
+    return blocks
+
+
+def wrap_forward(module: nn.Module, wrapper: Callable[..., Any], undo: bool = False) -> None:
+    """Calls ``wrapper(forward, *args, **kwargs)`` in place of ``forward``, once for each type of wrapper."""
+    wrappers: list[Callable[..., Any]] = [] if undo else [wrapper]
+    forward = module.__dict__.get("forward")
+    while getattr(forward, "func", None) is _forward:
+        found, _, forward = forward.args
+        if type(found) is not type(wrapper):
+            wrappers.append(found)
+    # Without a class of its own, because fuse looks at the class. A checkpoint recomputes what is compiled.
+    for inner in sorted(wrappers, key=lambda found: found is checkpoint):
+        forward = functools.partial(_forward, inner, module, forward)
+    module.__dict__.pop("forward", None)
+    if forward is not None:
+        module.forward = forward
+
+
+def _forward(
+    wrapper: Callable[..., Any],
+    module: nn.Module,
+    before: Callable[..., Any] | None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
     function = functools.partial(type(module).forward, module) if before is None else before
-    return checkpoint(function, *args, **kwargs)
-
-
-def _is_checkpointed(module: nn.Module) -> bool:
-    return getattr(module.__dict__.get("forward"), "func", None) is _forward
+    return wrapper(function, *args, **kwargs)
 
 
 def _blocks(module: nn.Module) -> list[nn.Module]:
