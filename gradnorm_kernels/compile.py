@@ -21,6 +21,7 @@ import torch
 from functorch.compile import min_cut_rematerialization_partition
 from torch import Tensor, fx, nn
 from torch._dispatch.python import enable_python_dispatcher
+from torch._ops import HigherOrderOperator
 from torch._functorch.compile_utils import fx_graph_cse
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import dispatch_functionalize
@@ -72,6 +73,7 @@ class _Joint(NamedTuple):
         results: of each stage what it returns, None for a gradient that is none.
         updated: of each of the region's inputs its value in the end.
         fixed: values of the forward that nobody can compute again.
+        keys: of each node what it computes, the same in the other joints of the region.
     """
 
     graph: fx.GraphModule
@@ -79,6 +81,10 @@ class _Joint(NamedTuple):
     results: list[list[Any]]
     updated: list[Any]
     fixed: list[fx.Node]
+    keys: dict[fx.Node, str]
+
+    def nodes(self) -> dict[str, fx.Node]:
+        return {key: node for node, key in reversed(self.keys.items())}
 
 
 class _Piece(NamedTuple):
@@ -118,6 +124,7 @@ class _Region:
         self._mode = next((v.fake_mode for v in inputs if isinstance(v, FakeTensor)), FakeTensorMode())
         self._joints: dict[Chain, _Joint] = {}
         self._kept: dict[Chain, list[str]] = {}
+        self._numbers: dict[str, int] = {}
         self._pieces: dict[tuple[Chain, bool], _Piece] = {}
         self._guards: int | None = None
         self._changed: list[int] = []
@@ -175,7 +182,7 @@ class _Region:
         return self._run(self._piece(chain, keep), [*values, *given])
 
     def count_kept(self, chain: Chain) -> int:
-        return len(self._names(chain))
+        return len(self._keys(chain))
 
     def _run(self, piece: _Piece, values: Values) -> tuple[list[Any], list[Tensor]]:
         inputs = [values[i] for i in piece.inputs]
@@ -206,34 +213,34 @@ class _Region:
 
     def _piece(self, chain: Chain, keep: bool) -> _Piece:
         if (chain, keep) not in self._pieces:
-            kept = self._names(chain) if keep else []
+            kept = self._keys(chain) if keep else []
             joint = self._joint(self._likely(chain) if keep else chain)
-            nodes, results = _by_name(joint), joint.results[len(chain)]
+            nodes, results = joint.nodes(), joint.results[len(chain)]
             held = [*self._held(chain, joint), *joint.inputs[len(chain)]]
-            outputs = list(dict.fromkeys([*filter(None, results), *(nodes[name] for name in kept)]))
+            outputs = list(dict.fromkeys([*filter(None, results), *(nodes[key] for key in kept)]))
             changes = {} if chain else {joint.inputs[0][i]: joint.updated[i] for i in self._changed}
             module, inputs = _extract(joint, held, outputs, changes)
             place = {node: i for i, node in enumerate(outputs)}
             self._pieces[chain, keep] = _Piece(
-                torch.compile(module, **self._options),
+                torch.compile(module.forward, **self._options),
                 inputs,
                 [None if node is None else place[node] for node in results],
-                [place[nodes[name]] for name in kept],
+                [place[nodes[key]] for key in kept],
             )
         return self._pieces[chain, keep]
 
     def _held(self, chain: Chain, joint: _Joint) -> list[fx.Node | None]:
         """The values before those that come with the last stage of ``chain``, None where one is gone."""
-        nodes, held = _by_name(joint), []
+        nodes, held = joint.nodes(), []
         for k in range(len(chain)):
             held += [
                 None if k == 0 and i in self._changed else node for i, node in enumerate(joint.inputs[k])
             ]
-            held += [nodes.get(name) for name in self._names(chain[:k])]
+            held += [nodes.get(key) for key in self._keys(chain[:k])]
         return held
 
-    def _names(self, chain: Chain) -> list[str]:
-        """The nodes that are kept after the last stage of ``chain``, by the names that they have in any joint."""
+    def _keys(self, chain: Chain) -> list[str]:
+        """What is kept after the last stage of ``chain``."""
         if chain not in self._kept:
             likely = self._likely(chain)
             self._kept[chain] = []
@@ -243,7 +250,7 @@ class _Region:
         return self._kept[chain]
 
     def _cut(self, joint: _Joint, chain: Chain) -> list[str]:
-        k, nodes = len(chain), _by_name(joint)
+        k, nodes = len(chain), {node.name: node for node in joint.keys}
         before = [node for node in [*self._held(chain, joint), *joint.inputs[k]] if node is not None]
         after = [node for placeholders in joint.inputs[k + 1 :] for node in placeholders]
         now = _present(joint.results[k])
@@ -260,7 +267,7 @@ class _Region:
         # A result that shares their memory is kept as well, so that a change of it in place is noticed.
         storages = set(map(_storage, kept))
         kept += [node for node in now if node not in kept and _storage(node) in storages]
-        return [node.name for node in kept]
+        return [joint.keys[node] for node in kept]
 
     def _joint(self, chain: Chain) -> _Joint:
         """One that begins with ``chain``."""
@@ -310,9 +317,24 @@ class _Region:
         inputs, *given = _split(placeholders, sizes)
         fixed = [user for i in self._changed for user in inputs[i].users]
         for node in graph.graph.nodes:
-            if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            if _is_random(node):
                 fixed += [node] if isinstance(node.meta["val"], Tensor) else list(node.users)
-        return _Joint(graph, [inputs, *given], results, updated, fixed)
+        return _Joint(graph, [inputs, *given], results, updated, fixed, self._identify(graph, placeholders))
+
+    def _identify(self, graph: fx.GraphModule, placeholders: list[fx.Node]) -> dict[fx.Node, str]:
+        """Of each node its op and operands; random numbers are told apart by their order."""
+        keys = {node: f"input {i}" for i, node in enumerate(placeholders)}
+        drawn = 0
+        for node in graph.graph.nodes:
+            if node.op in ("placeholder", "output"):
+                continue
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda operand: keys[operand])
+            key = f"{node.op} {node.target} {args} {kwargs}"
+            if _is_random(node):
+                key, drawn = f"{key} {drawn}", drawn + 1
+            # Short, where an operand's own key would grow with the depth.
+            keys[node] = f"node {self._numbers.setdefault(key, len(self._numbers))}"
+        return keys
 
     def _like(self, chain: Chain) -> list[Tensor]:
         """What the gradients that come with the stages are like."""
@@ -384,8 +406,8 @@ def _extract(
     return fx.GraphModule(joint.graph, graph), used
 
 
-def _by_name(joint: _Joint) -> dict[str, fx.Node]:
-    return {node.name: node for node in joint.graph.graph.nodes}
+def _is_random(node: fx.Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def _present(nodes: Iterable[fx.Node | None]) -> list[fx.Node]:
@@ -500,6 +522,9 @@ class _Backend:
     def __call__(self, graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         placeholders = graph.graph.find_nodes(op="placeholder")
         try:
+            for node in graph.graph.nodes:
+                if isinstance(node.target, HigherOrderOperator):
+                    raise NotImplementedError(f"it calls {node.target}")
             return _Region(graph, [node.meta["example_value"] for node in placeholders], self._options)
         except (RuntimeError, NotImplementedError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
