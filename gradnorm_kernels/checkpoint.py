@@ -113,7 +113,7 @@ class First(NamedTuple):
 
 
 class Call:
-    """A call of a function that is recorded by `record`, and how its gradients are computed: by calling it again.
+    """A call of a function, which `record` records, and its gradients: here by calling it again.
 
     Attributes:
         arguments: how many of the variables are its arguments; leaves that it reads follow.
@@ -139,7 +139,7 @@ class Call:
     def first_gradients(
         self, variables: Sequence[Tensor], wanted: Sequence[int], incoming: Gradients
     ) -> tuple[Gradients, Sequence[Tensor]]:
-        """The gradients of a backward pass under ``create_graph``, and what `transposed` is to be given of it."""
+        """The gradients under ``create_graph``, and what `transposed` is to be given of them."""
         return self.gradients(*self.split(variables), wanted, incoming, []), ()
 
     def gradients(

@@ -22,7 +22,6 @@ from functorch.compile import min_cut_rematerialization_partition
 from torch import Tensor, fx, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import HigherOrderOperator
-from torch._functorch.compile_utils import fx_graph_cse
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -277,8 +276,8 @@ class _Region:
         joint = self._joints[chain] = self._trace(chain)
         if self._guards is not None and len(self._mode.shape_env.guards) > self._guards:
             raise RuntimeError(
-                "gradnorm_kernels.compile: these gradients depend on the shapes in a way that the forward does"
-                " not; pass dynamic=False"
+                "gradnorm_kernels.compile: these gradients depend on the shapes in a way that the forward"
+                " does not; pass dynamic=False"
             )
         return joint
 
@@ -309,8 +308,11 @@ class _Region:
             given = [torch.empty_like(v) for v in self._like(chain)]
             inputs = [v.detach() if isinstance(v, Tensor) else v for v in self._inputs]
             graph = make_fx(dispatch_functionalize(run))(*inputs, *given)
+        for node in graph.graph.find_nodes(op="call_function", target=torch.ops.aten.alias.default):
+            # Of a saved tensor there is a new one at each use, and what is computed of it would seem new.
+            node.replace_all_uses_with(node.args[0])
         graph.graph.eliminate_dead_code()
-        graph.graph = fx_graph_cse(graph.graph)
+        keys = self._merge(graph.graph)
         *placeholders, output = [n for n in graph.graph.nodes if n.op in ("placeholder", "output")]
         sizes = [len(self._inputs), *(len(stage.given) for stage in chain)]
         *results, updated = _split(output.args[0], counts)
@@ -319,21 +321,31 @@ class _Region:
         for node in graph.graph.nodes:
             if _is_random(node):
                 fixed += [node] if isinstance(node.meta["val"], Tensor) else list(node.users)
-        return _Joint(graph, [inputs, *given], results, updated, fixed, self._identify(graph, placeholders))
+        return _Joint(graph, [inputs, *given], results, updated, fixed, keys)
 
-    def _identify(self, graph: fx.GraphModule, placeholders: list[fx.Node]) -> dict[fx.Node, str]:
-        """Of each node its op and operands; random numbers are told apart by their order."""
-        keys = {node: f"input {i}" for i, node in enumerate(placeholders)}
-        drawn = 0
-        for node in graph.graph.nodes:
+    def _merge(self, graph: fx.Graph) -> dict[fx.Node, str]:
+        """Leaves one node of those that compute the same; returns for each its op and operands.
+
+        Torch's own elimination of common subexpressions leaves some, of which a matrix product can follow.
+        """
+        keys: dict[fx.Node, str] = {}
+        first: dict[str, fx.Node] = {}
+        for i, node in enumerate(graph.nodes):
             if node.op in ("placeholder", "output"):
+                keys[node] = f"{node.op} {i}"
                 continue
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda operand: keys[operand])
             key = f"{node.op} {node.target} {args} {kwargs}"
             if _is_random(node):
-                key, drawn = f"{key} {drawn}", drawn + 1
-            # Short, where an operand's own key would grow with the depth.
+                # Told apart by their order.
+                key += f" {sum(map(_is_random, keys))}"
+            # A number, because what contains its operands' keys would grow with the depth.
             keys[node] = f"node {self._numbers.setdefault(key, len(self._numbers))}"
+            node.replace_all_uses_with(first.setdefault(keys[node], node))
+        for node in reversed(graph.nodes):
+            if node.op == "call_function" and not node.users:
+                graph.erase_node(node)
+                del keys[node]
         return keys
 
     def _like(self, chain: Chain) -> list[Tensor]:
@@ -521,14 +533,20 @@ class _Backend:
 
     def __call__(self, graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         placeholders = graph.graph.find_nodes(op="placeholder")
+        for node in graph.graph.nodes:
+            if isinstance(node.target, HigherOrderOperator):
+                # Dynamo's own of a custom autograd Function has a wrong second derivative.
+                raise RuntimeError(
+                    f"gradnorm_kernels.compile: cannot differentiate {node.target} twice; keep the function"
+                    " that leads to it out of the region by torch.compiler.disable"
+                )
         try:
-            for node in graph.graph.nodes:
-                if isinstance(node.target, HigherOrderOperator):
-                    raise NotImplementedError(f"it calls {node.target}")
             return _Region(graph, [node.meta["example_value"] for node in placeholders], self._options)
         except (RuntimeError, NotImplementedError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            warnings.warn(f"gradnorm_kernels.compile: runs a region without compiling it: {reason}", stacklevel=2)
+            warnings.warn(
+                f"gradnorm_kernels.compile: runs a region without compiling it: {reason}", stacklevel=2
+            )
             return graph
 
 
@@ -552,17 +570,18 @@ def compile(model: Any = None, **options: Any) -> Any:
     again; AOTAutograd's partitioner says what is kept. Random numbers are drawn once, and buffers change once.
 
     Fused modules and functions give way to PyTorch's ops inside, which the compiler fuses.
-    ``scaled_dot_product_attention`` becomes matrix products and a softmax, because PyTorch's fused attention has no
-    second derivative. A third derivative is exact but not compiled. A graph that cannot be traced with its
-    derivatives runs without compiling, and a warning says why.
+    ``scaled_dot_product_attention`` becomes matrix products and a softmax, because PyTorch's fused attention
+    has no second derivative. A third derivative is exact but not compiled. A graph that cannot be traced with
+    its derivatives runs without compiling, and a warning says why.
 
     Args:
         model: a module or function. Without it, a decorator is returned.
         options: of :func:`torch.compile`.
 
     Raises:
-        RuntimeError: in a third derivative through random numbers or buffers that change in the forward, and
-            in whatever else :func:`torch.compile` raises it.
+        RuntimeError: in a third derivative through random numbers or buffers that change in the forward; at
+            the first call, as an error of the backend, for custom autograd Functions and other higher-order
+            operators.
     """
     if model is None:
         return functools.partial(compile, **options)
@@ -577,11 +596,12 @@ def compile_modules(
     undo: bool = False,
     **options: Any,
 ) -> Model:
-    """Lets the repeated blocks of ``model`` run compiled as by :func:`compile`, in place, and returns ``model``.
+    """Lets the repeated blocks of ``model`` run as by :func:`compile`, in place, and returns ``model``.
 
     Blocks of the same structure share one compilation, whatever their weights. Each keeps its class,
     ``state_dict`` and hooks, and gains an attribute ``forward``. Together with :func:`checkpoint_modules`,
-    before or after, blocks run compiled and are computed again in both backward passes.
+    before or after, blocks are also computed again in both backward passes; its hooks break their graphs
+    into smaller ones, which costs time.
 
     Args:
         model, select, undo: as for :func:`checkpoint_modules`.
