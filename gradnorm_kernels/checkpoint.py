@@ -547,7 +547,7 @@ def blocks_of(
 def wrap_forward(module: nn.Module, wrapper: Callable[..., Any], undo: bool = False) -> None:
     """Calls ``wrapper(forward, *args, **kwargs)`` in place of ``forward``, once for each type of wrapper."""
     wrappers: list[Callable[..., Any]] = [] if undo else [wrapper]
-    forward = module.__dict__.get("forward")
+    forward: Any = module.__dict__.get("forward")
     while getattr(forward, "func", None) is _forward:
         found, _, forward = forward.args
         if type(found) is not type(wrapper):

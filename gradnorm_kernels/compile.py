@@ -120,7 +120,7 @@ class _Region:
         is_symbolic = any(isinstance(value, torch.SymInt) for value in inputs)
         self._options = {**options, "dynamic": is_symbolic}
         self._autocast = autocast_state()
-        self._mode = next((v.fake_mode for v in inputs if isinstance(v, FakeTensor)), FakeTensorMode())
+        self._mode: Any = next((v.fake_mode for v in inputs if isinstance(v, FakeTensor)), FakeTensorMode())
         self._joints: dict[Chain, _Joint] = {}
         self._kept: dict[Chain, list[str]] = {}
         self._numbers: dict[str, int] = {}
@@ -144,7 +144,7 @@ class _Region:
             # What is learned of symbolic shapes until here, Dynamo guards.
             self._piece((), True)
             self._joint((_Stage(self._all_outputs, self._variables),))
-        if is_symbolic:
+        if is_symbolic and self._mode.shape_env is not None:
             self._guards = len(self._mode.shape_env.guards)
 
     def __call__(self, *args: Any) -> list[Any]:
@@ -305,9 +305,9 @@ class _Region:
             return [value for group in results for value in group]
 
         with self._mode, enable_python_dispatcher(), torch.no_grad():
-            given = [torch.empty_like(v) for v in self._like(chain)]
+            gradients = [torch.empty_like(v) for v in self._like(chain)]
             inputs = [v.detach() if isinstance(v, Tensor) else v for v in self._inputs]
-            graph = make_fx(dispatch_functionalize(run))(*inputs, *given)
+            graph = make_fx(dispatch_functionalize(run))(*inputs, *gradients)
         for node in graph.graph.find_nodes(op="call_function", target=torch.ops.aten.alias.default):
             # Of a saved tensor there is a new one at each use, and what is computed of it would seem new.
             node.replace_all_uses_with(node.args[0])
@@ -401,9 +401,8 @@ def _extract(
             stack += () if node in available else node.all_input_nodes
     graph, copies = fx.Graph(), {}
     # For a partitioner all are inputs, used or not.
-    used = [i for i, node in enumerate(held) if node is not None and (tangents or node in needed)]
-    for i in used:
-        node = held[i]
+    used = {i: node for i, node in enumerate(held) if node is not None and (tangents or node in needed)}
+    for i, node in used.items():
         name = f"tangents_{i}" if node in tangents else node.name
         copies[node] = graph.placeholder(name)
         copies[node].meta = dict(node.meta)
@@ -415,7 +414,7 @@ def _extract(
     for placeholder, value in changes.items():
         graph.call_function(torch.ops.aten.copy_.default, (copies[placeholder], copies[value]))
     graph.output(tuple(copies[node] for node in outputs))
-    return fx.GraphModule(joint.graph, graph), used
+    return fx.GraphModule(joint.graph, graph), list(used)
 
 
 def _is_random(node: fx.Node) -> bool:
@@ -438,7 +437,8 @@ def _storage(node: fx.Node) -> int | None:
 
 def _laid_out_like(tensor: Tensor, like: Tensor) -> Tensor:
     """``tensor``, dense in the order of ``like``'s strides, for which the graph was traced."""
-    order = sorted(range(like.dim()), key=lambda i: -like.stride(i))
+    strides = like.stride()
+    order = sorted(range(like.dim()), key=lambda i: -strides[i])
     permuted = tensor.permute(order)
     if permuted.is_contiguous():
         return tensor
@@ -490,8 +490,8 @@ class _RegionCall(Call):
         if torch.is_grad_enabled():
             return super().gradients(leaves, arguments, wanted, incoming, pending)
         if not pending:
-            chain = (self._stage(incoming, wanted),)
-            found, _ = self._region.stage(chain, self._values(arguments), present(incoming), keep=False)
+            plain = (self._stage(incoming, wanted),)
+            found, _ = self._region.stage(plain, self._values(arguments), present(incoming), keep=False)
             return found
         total: list[Tensor | None] = [None] * len(wanted)
         for first in pending:
@@ -564,10 +564,10 @@ def compile(model: Any = None, **options: Any) -> Any:
     """:func:`torch.compile`, for modules and functions whose gradients are differentiated once more.
 
     What it returns is called from code that is not compiled, and there
-    ``torch.autograd.grad(..., create_graph=True)`` and a ``backward()`` of the result work; of the function of
-    :func:`torch.compile` the second one raises. Forward, first gradients and the gradients of these are
+    ``torch.autograd.grad(..., create_graph=True)`` and a ``backward()`` of the result work, where
+    that of :func:`torch.compile` raises. Forward, first gradients and the gradients of these are
     compiled as they are first asked for. Nothing that takes a matrix product or a convolution is computed
-    again; AOTAutograd's partitioner says what is kept. Random numbers are drawn once, and buffers change once.
+    again; AOTAutograd's partitioner says what is kept. Random numbers are drawn and buffers change once.
 
     Fused modules and functions give way to PyTorch's ops inside, which the compiler fuses.
     ``scaled_dot_product_attention`` becomes matrix products and a softmax, because PyTorch's fused attention
@@ -612,7 +612,8 @@ def compile_modules(
         ValueError: if it has no such blocks.
     """
     for block in blocks_of(model, select, "compile_modules", undo):
-        wrap_forward(block, _Compiled(_structure(block), _freeze({"dynamic": False, **options})), undo)
+        wrapper: Any = _Compiled(_structure(block), _freeze({"dynamic": False, **options}))
+        wrap_forward(block, wrapper, undo)
     return model
 
 

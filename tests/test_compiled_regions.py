@@ -42,7 +42,13 @@ def compilations(monkeypatch):
     return made
 
 
-@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize(
+    "block",
+    [
+        pytest.param(block, marks=() if block in ("dropout", "batch_norm") else pytest.mark.slow)
+        for block in BLOCKS
+    ],
+)
 def test_equals_the_step_without(block, compilations):
     model = make_model(block)
     compiled = compile_modules(copy.deepcopy(model))
@@ -52,7 +58,7 @@ def test_equals_the_step_without(block, compilations):
     assert len(compilations) == (3 if block == "spectral_norm" else 1)
 
 
-@pytest.mark.parametrize("block", ["tanh", "fused"])
+@pytest.mark.parametrize("block", ["tanh", pytest.param("fused", marks=pytest.mark.slow)])
 def test_third_order(block):
     model = make_model(block)
     compiled = compile_modules(copy.deepcopy(model))
@@ -90,6 +96,7 @@ def test_matrix_products_of_a_step():
     assert count(compile_modules(copy.deepcopy(model))) == count(model)
 
 
+@pytest.mark.slow
 def test_frozen_parameters_and_an_input_without_gradient():
     model = make_model()
     model[1][1].requires_grad_(False)
@@ -103,6 +110,7 @@ def test_frozen_parameters_and_an_input_without_gradient():
     assert_same(gradients(compiled), gradients(model), 1e-11)
 
 
+@pytest.mark.slow
 def test_gradients_by_parameters_are_differentiated():
     def run(model):
         x = torch.linspace(-1, 1, 5 * WIDTH, dtype=torch.float64).view(5, WIDTH)
@@ -114,6 +122,7 @@ def test_gradients_by_parameters_are_differentiated():
     assert_same(run(compile_modules(copy.deepcopy(model))), run(model), 1e-11)
 
 
+@pytest.mark.slow
 def test_several_first_gradients_and_a_retained_graph():
     def run(model):
         torch.manual_seed(1)
@@ -176,7 +185,7 @@ def test_several_inputs_and_outputs(order):
     assert_same(run(gk.compile(several, backend="aot_eager")), run(several), 1e-11)
 
 
-@pytest.mark.parametrize("dynamic", [None, False, True])
+@pytest.mark.parametrize("dynamic", [pytest.param(None, marks=pytest.mark.slow), False, True])
 def test_several_shapes(dynamic, compilations):
     model = make_model()
     compiled = compile_modules(copy.deepcopy(model), dynamic=dynamic)
@@ -225,6 +234,7 @@ def test_an_output_changed_in_place_is_noticed():
         compiled(x).mul_(2).sum().backward()
 
 
+@pytest.mark.slow
 def test_with_checkpoint():
     model = make_model("batch_norm")
     for first, second in ((compile_modules, gk.checkpoint_modules), (gk.checkpoint_modules, compile_modules)):
@@ -235,6 +245,7 @@ def test_with_checkpoint():
         assert "forward" not in vars(gk.compile_modules(both, undo=True)[1][0])
 
 
+@pytest.mark.slow
 def test_compile_modules_changes_nothing_else():
     model = make_model()
     keys, kinds = model.state_dict().keys(), [type(m) for m in model.modules()]
@@ -267,7 +278,7 @@ class Doubled(torch.autograd.Function):
 def test_custom_autograd_functions_raise():
     """What Dynamo makes of them has a wrong second derivative, also without this package."""
     x = torch.ones(3, requires_grad=True)
-    with pytest.raises(Exception, match="torch.compiler.disable"):
+    with pytest.raises(Exception, match=r"torch\.compiler\.disable"):
         gk.compile(lambda x: Doubled.apply(x.sin()) * x, backend="aot_eager")(x)
 
 
