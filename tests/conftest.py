@@ -16,6 +16,11 @@ import torch
 pytest.register_assert_rewrite("contract")
 
 
+def usual(values, *names):
+    """Values for `parametrize`, of which those with other names than these are left to `make test-all`."""
+    return [pytest.param(value, marks=[pytest.mark.slow] * (str(value) not in names)) for value in values]
+
+
 def pytest_addoption(parser):
     parser.addoption("--run-slow", action="store_true", help="also run the tests marked slow")
     parser.addoption(

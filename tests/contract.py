@@ -923,7 +923,7 @@ class OpContract:
         expected = penalised_gradients(reference, [t.double() for t in inputs])
         assert_close([t.double() for t in compiled(*inputs)], expected, rtol=1e-3, atol=1e-3)
 
-    @pytest.mark.parametrize("dynamic", [False, True])
+    @pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.slow), True])
     def test_the_ops_themselves_trace(self, compiled_case, dynamic, fresh_dynamo):
         """Called by name inside a compiled region, to plain ops that can be differentiated."""
         calls = list(compiled_case.calls(compiled_case.draw()))

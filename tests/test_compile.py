@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import usual
 from torch import nn
 from torch._dynamo.testing import EagerAndRecordGraphs
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -46,8 +47,15 @@ def batch():
 
 
 # aot_eager runs the traced derivatives op by op; inductor generates code, and takes half a minute.
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("fused_by", ["module", "switch"])
+@pytest.mark.parametrize(
+    ("backend", "fused_by"),
+    [
+        ("aot_eager", "module"),
+        ("aot_eager", "switch"),
+        ("inductor", "module"),
+        pytest.param("inductor", "switch", marks=pytest.mark.slow),
+    ],
+)
 def test_whole_step_gives_eagers_gradients(batch, backend, fused_by):
     eager = make_net(nn.GELU)
     penalised_step(eager, *batch)
@@ -93,7 +101,7 @@ NORMS = {
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("fused_by", ["module", "switch"])
-@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize("name", usual(NORMS, "layer", "batch", "hardsigmoid"))
 def test_third_order(name, fused_by):
     """Of a physics-informed step, compiled and captured: the parameters' gradient of u_xx, as plain autograd
     has it of the fused modules."""
