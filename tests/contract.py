@@ -25,6 +25,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import usual
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import all_orders
@@ -459,10 +460,7 @@ class OpContract:
             "small_case": [case for case in cases if case.is_small()],
             "traced_case": [by_name[name] for name in self.traced],
             # Of the tests that take seconds a row, `make test` runs one.
-            "compiled_case": [
-                pytest.param(by_name[name], marks=[pytest.mark.slow] * (k > 0))
-                for k, name in enumerate(self.traced)
-            ],
+            "compiled_case": usual([by_name[name] for name in self.traced], *self.traced[:1]),
             "dtype": DTYPES,
             "half": HALF,
             "layout": LAYOUTS,
@@ -923,7 +921,7 @@ class OpContract:
         expected = penalised_gradients(reference, [t.double() for t in inputs])
         assert_close([t.double() for t in compiled(*inputs)], expected, rtol=1e-3, atol=1e-3)
 
-    @pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.slow), True])
+    @pytest.mark.parametrize("dynamic", usual([False, True], "True"))
     def test_the_ops_themselves_trace(self, compiled_case, dynamic, fresh_dynamo):
         """Called by name inside a compiled region, to plain ops that can be differentiated."""
         calls = list(compiled_case.calls(compiled_case.draw()))

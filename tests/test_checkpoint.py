@@ -180,20 +180,22 @@ def test_matrix_products_of_a_step():
     assert count(gk.checkpoint_modules(copy.deepcopy(model))) == count(model) + 6 * 5 - 3
 
 
+def under_autocast(model, x):
+    with torch.autocast("cpu", torch.bfloat16):
+        return model(x)
+
+
+def step_under_autocast(model, order):
+    return step(model, order, functools.partial(under_autocast, model), dtype=torch.float32)
+
+
 def test_autocast():
     model = make_model("dropout").float()
-
-    def under_autocast(model, x):
-        with torch.autocast("cpu", torch.bfloat16):
-            return model(x)
-
-    def run(model, order):
-        return step(model, order, functools.partial(under_autocast, model), dtype=torch.float32)
-
     checkpointed = gk.checkpoint_modules(copy.deepcopy(model))
     for order in (1, 2):
         # Of the same bfloat16 products; without the cache of casts, sums are the same too.
-        assert_same(run(checkpointed, order), run(model, order), tolerance=1e-2)
+        ours, wanted = (step_under_autocast(m, order) for m in (checkpointed, model))
+        assert_same(ours, wanted, tolerance=1e-2)
         model.zero_grad(), checkpointed.zero_grad()
     x = torch.randn(5, WIDTH, requires_grad=True)
     seen = []
@@ -210,49 +212,49 @@ def several(x, *, scale, others, flag="a"):
     return {"product": product, "rest": (product.sum(0), z + 1, x.argmax(), x.detach() * 2, "text", x)}
 
 
+def gradients_of_several(call, order):
+    """Of what ``call`` makes of `several`'s arguments."""
+    torch.manual_seed(0)
+    x, y = (torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    z = torch.arange(4)
+    out = call(torch.exp(x), scale=2.0, others={"y": [y * x, z]}, flag="b")
+    total, plain, index, constant, text, same = out["rest"]
+    assert text == "text" and not constant.requires_grad and index.dtype == torch.int64
+    assert torch.equal(plain, z + 1)
+    loss = (out["product"].square().sum() + total.exp().sum() + same.sin().sum()) * constant.sum()
+    for _ in range(order - 1):
+        found = torch.autograd.grad(loss, [x, y], create_graph=True)
+        loss = sum(g.square().sum() for g in found)
+    return torch.autograd.grad(loss, [x, y])
+
+
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_several_inputs_and_outputs(order):
-    def run(call):
-        torch.manual_seed(0)
-        x, y = (torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
-        z = torch.arange(4)
-        out = call(several, torch.exp(x), scale=2.0, others={"y": [y * x, z]}, flag="b")
-        total, plain, index, constant, text, same = out["rest"]
-        assert text == "text" and not constant.requires_grad and index.dtype == torch.int64
-        assert torch.equal(plain, z + 1)
-        loss = (out["product"].square().sum() + total.exp().sum() + same.sin().sum()) * constant.sum()
-        for _ in range(order - 1):
-            found = torch.autograd.grad(loss, [x, y], create_graph=True)
-            loss = sum(g.square().sum() for g in found)
-        return torch.autograd.grad(loss, [x, y])
-
-    assert_same(run(gk.checkpoint), run(lambda function, *args, **kwargs: function(*args, **kwargs)))
+    checkpointed = functools.partial(gk.checkpoint, several)
+    assert_same(gradients_of_several(checkpointed, order), gradients_of_several(several, order))
 
 
-def test_several_first_gradients_and_a_retained_graph():
+def step_of_several_first_gradients(model):
     """Of one forward; with a second backward pass over the same graph."""
-
-    def run(model):
-        torch.manual_seed(1)
-        x = torch.randn(5, WIDTH, dtype=torch.float64, requires_grad=True)
-        out = model(x)
-        first = [torch.autograd.grad(out[:, i].exp().sum(), x, create_graph=True)[0] for i in range(2)]
-        loss = (first[0] * first[1]).sum() + out.square().sum()
-        loss.backward(retain_graph=True)
-        loss.backward()
-        return [x.grad, *gradients(model)]
-
-    model = make_model()
-    assert_same(run(gk.checkpoint_modules(copy.deepcopy(model))), run(model))
+    torch.manual_seed(1)
+    x = torch.randn(5, WIDTH, dtype=torch.float64, requires_grad=True)
+    out = model(x)
+    first = [torch.autograd.grad(out[:, i].exp().sum(), x, create_graph=True)[0] for i in range(2)]
+    loss = (first[0] * first[1]).sum() + out.square().sum()
+    loss.backward(retain_graph=True)
+    loss.backward()
+    return [x.grad, *gradients(model)]
 
 
-def test_gradients_by_parameters_are_differentiated():
-    def run(model):
-        x = torch.linspace(-1, 1, 5 * WIDTH, dtype=torch.float64).view(5, WIDTH)
-        first = torch.autograd.grad(model(x).exp().sum(), list(model.parameters()), create_graph=True)
-        sum(g.square().sum() for g in first).backward()
-        return gradients(model)
+def step_of_gradients_by_parameters(model):
+    x = torch.linspace(-1, 1, 5 * WIDTH, dtype=torch.float64).view(5, WIDTH)
+    first = torch.autograd.grad(model(x).exp().sum(), list(model.parameters()), create_graph=True)
+    sum(g.square().sum() for g in first).backward()
+    return gradients(model)
 
+
+@pytest.mark.parametrize("run", [step_of_several_first_gradients, step_of_gradients_by_parameters])
+def test_other_steps(run):
     model = make_model()
     assert_same(run(gk.checkpoint_modules(copy.deepcopy(model))), run(model))
 
@@ -454,17 +456,23 @@ def wrapped(model):
     return [name for name, module in model.named_modules() if "forward" in vars(module)]
 
 
-def test_checkpoint_modules_changes_nothing_else():
+def assert_changes_nothing_else(wrap, tolerance=1e-12):
+    """``wrap`` lets the blocks of a model run otherwise, in place; returns a model that it was given."""
     model = make_model()
     keys, kinds = model.state_dict().keys(), [type(m) for m in model.modules()]
-    assert gk.checkpoint_modules(gk.checkpoint_modules(model)) is model
+    assert wrap(wrap(model)) is model
     assert wrapped(model) == ["1.0", "1.1", "1.2"]
     assert model.state_dict().keys() == keys and [type(m) for m in model.modules()] == kinds
     expected = step(make_model())
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         # It runs its own parameters, not those it was copied from.
-        assert_same(step(other), expected)
+        assert_same(step(other), expected, tolerance)
     assert all(p.grad is None for p in model.parameters())
+    return model
+
+
+def test_checkpoint_modules_changes_nothing_else():
+    model = assert_changes_nothing_else(gk.checkpoint_modules)
     assert wrapped(gk.checkpoint_modules(model, undo=True)) == []
     assert wrapped(gk.checkpoint_modules(model, lambda name, m: isinstance(m, nn.Tanh))) == [
         f"1.{i}.between" for i in range(3)

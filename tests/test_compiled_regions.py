@@ -2,12 +2,26 @@
 
 import copy
 import functools
-import pickle
 import warnings
 
 import pytest
 import torch
-from test_checkpoint import BLOCKS, WIDTH, assert_same, gradients, make_model, step
+from conftest import usual
+from test_checkpoint import (
+    BLOCKS,
+    WIDTH,
+    assert_changes_nothing_else,
+    assert_same,
+    gradients,
+    gradients_of_several,
+    make_model,
+    several,
+    step,
+    step_of_gradients_by_parameters,
+    step_of_several_first_gradients,
+    step_under_autocast,
+    under_autocast,
+)
 from torch import nn
 
 import gradnorm_kernels as gk
@@ -41,13 +55,7 @@ def compilations(monkeypatch):
     return made
 
 
-@pytest.mark.parametrize(
-    "block",
-    [
-        pytest.param(block, marks=() if block in ("dropout", "batch_norm") else pytest.mark.slow)
-        for block in BLOCKS
-    ],
-)
+@pytest.mark.parametrize("block", usual(BLOCKS, "dropout", "batch_norm"))
 def test_equals_the_step_without(block, compilations):
     model = make_model(block)
     compiled = compile_modules(copy.deepcopy(model))
@@ -57,7 +65,7 @@ def test_equals_the_step_without(block, compilations):
     assert len(compilations) == (3 if block == "spectral_norm" else 1)
 
 
-@pytest.mark.parametrize("block", ["tanh", pytest.param("fused", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("block", usual(["tanh", "fused"], "tanh"))
 def test_third_order(block):
     model = make_model(block)
     compiled = compile_modules(copy.deepcopy(model))
@@ -110,81 +118,28 @@ def test_frozen_parameters_and_an_input_without_gradient():
 
 
 @pytest.mark.slow
-def test_gradients_by_parameters_are_differentiated():
-    def run(model):
-        x = torch.linspace(-1, 1, 5 * WIDTH, dtype=torch.float64).view(5, WIDTH)
-        first = torch.autograd.grad(model(x).exp().sum(), list(model.parameters()), create_graph=True)
-        sum(g.square().sum() for g in first).backward()
-        return gradients(model)
-
-    model = make_model()
-    assert_same(run(compile_modules(copy.deepcopy(model))), run(model), 1e-11)
-
-
-@pytest.mark.slow
-def test_several_first_gradients_and_a_retained_graph():
-    def run(model):
-        torch.manual_seed(1)
-        x = torch.randn(5, WIDTH, dtype=torch.float64, requires_grad=True)
-        out = model(x)
-        first = [torch.autograd.grad(out[:, i].exp().sum(), x, create_graph=True)[0] for i in range(2)]
-        loss = (first[0] * first[1]).sum() + out.square().sum()
-        loss.backward(retain_graph=True)
-        loss.backward()
-        return [x.grad, *gradients(model)]
-
+@pytest.mark.parametrize("run", [step_of_several_first_gradients, step_of_gradients_by_parameters])
+def test_other_steps(run):
     model = make_model()
     assert_same(run(compile_modules(copy.deepcopy(model))), run(model), 1e-11)
 
 
 def test_autocast():
-    def under_autocast(model, x):
-        with torch.autocast("cpu", torch.bfloat16):
-            return model(x)
-
-    def run(model):
-        return step(model, 2, functools.partial(under_autocast, model), dtype=torch.float32)
-
     model = make_model("dropout").float()
     compiled = compile_modules(copy.deepcopy(model))
     # Of the same bfloat16 products.
-    assert_same(run(compiled), run(model), 1e-2)
-    assert (
-        under_autocast(compiled[1], torch.randn(2, WIDTH)).dtype
-        == under_autocast(model[1], torch.randn(2, WIDTH)).dtype
-    )
-
-
-def several(x, *, scale, others, flag="a"):
-    """Nested arguments and results; one is an argument, one has no gradient, one is an integer."""
-    y, z = others["y"]
-    assert flag == "b"
-    product = torch.tanh(x) * y * scale
-    with torch.no_grad():
-        constant = x * 2
-    return {"product": product, "rest": (product.sum(0), z + 1, x.argmax(), constant, "text", x)}
+    assert_same(step_under_autocast(compiled, 2), step_under_autocast(model, 2), 1e-2)
+    ours, wanted = (under_autocast(m[1], torch.randn(2, WIDTH)) for m in (compiled, model))
+    assert ours.dtype == wanted.dtype
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_several_inputs_and_outputs(order):
-    def run(call):
-        torch.manual_seed(0)
-        x, y = (torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
-        z = torch.arange(4)
-        out = call(torch.exp(x), scale=2.0, others={"y": [y * x, z]}, flag="b")
-        total, plain, index, constant, text, same = out["rest"]
-        assert text == "text" and not constant.requires_grad and index.dtype == torch.int64
-        assert torch.equal(plain, z + 1)
-        loss = (out["product"].square().sum() + total.exp().sum() + same.sin().sum()) * constant.sum()
-        for _ in range(order - 1):
-            found = torch.autograd.grad(loss, [x, y], create_graph=True)
-            loss = sum(g.square().sum() for g in found)
-        return torch.autograd.grad(loss, [x, y])
-
-    assert_same(run(gk.compile(several, backend="aot_eager")), run(several), 1e-11)
+    compiled = gk.compile(several, backend="aot_eager")
+    assert_same(gradients_of_several(compiled, order), gradients_of_several(several, order), 1e-11)
 
 
-@pytest.mark.parametrize("dynamic", [pytest.param(None, marks=pytest.mark.slow), False, True])
+@pytest.mark.parametrize("dynamic", usual([None, False, True], "False", "True"))
 def test_several_shapes(dynamic, compilations):
     model = make_model()
     compiled = compile_modules(copy.deepcopy(model), dynamic=dynamic)
@@ -246,15 +201,7 @@ def test_with_checkpoint():
 
 @pytest.mark.slow
 def test_compile_modules_changes_nothing_else():
-    model = make_model()
-    keys, kinds = model.state_dict().keys(), [type(m) for m in model.modules()]
-    assert compile_modules(compile_modules(model)) is model
-    assert model.state_dict().keys() == keys and [type(m) for m in model.modules()] == kinds
-    expected = step(make_model())
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        # It runs its own parameters, not those it was copied from.
-        assert_same(step(other), expected, 1e-11)
-    assert all(p.grad is None for p in model.parameters())
+    assert_changes_nothing_else(compile_modules, 1e-11)
 
 
 def test_bad_input():

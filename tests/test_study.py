@@ -4,6 +4,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from conftest import usual
 
 pytest.importorskip("timm", reason="training needs: pip install 'gradnorm_kernels[train]'")
 
@@ -17,7 +18,7 @@ QUICK = {"epochs": 2, "batch_size": 359, "ramp_epochs": 0.0}
 @pytest.mark.parametrize(
     "name",
     # Which trains most networks.
-    [pytest.param(name, marks=[pytest.mark.slow] * (name == "activations")) for name in STUDIES],
+    usual(STUDIES, *STUDIES.keys() - {"activations"}),
 )
 def test_study(name, tmp_path):
     """Every row trains, is attacked, and reaches table, JSON and report."""
