@@ -81,10 +81,30 @@ def _train(recipe: str | None, output: Path, resume: bool, settings: list[str], 
     return 0
 
 
-def _evaluate(checkpoint: Path, output: Path | None, **options: Any) -> int:
-    from .training.runs import evaluate_run
+def _evaluate(
+    checkpoint: Path | None,
+    weights: Path | None,
+    output: Path | None,
+    settings: list[str],
+    partial: bool,
+    model: str | None = None,
+    data: str | None = None,
+    **options: Any,
+) -> int:
+    from .training.runs import evaluate_run, evaluate_weights
 
-    report = evaluate_run(checkpoint, output, **options)
+    if (checkpoint is None) == (weights is None):
+        raise TrainingError("evaluate: expected a run's CHECKPOINT, or --weights and --model")
+    if checkpoint is not None:
+        if model or settings or partial:
+            raise TrainingError("evaluate: --model, --set and --partial go with --weights; a run has its own")
+        report = evaluate_run(checkpoint, output, data=data, **options)
+    else:
+        assert weights is not None  # for the type checker
+        if model is None:
+            raise TrainingError("--model: --weights needs the model's name")
+        config = TrainConfig(**{**parse_settings(settings), "model": model, "data": data})
+        report = evaluate_weights(weights, config, output, partial_weights=partial, **options)
     print(report.table())
     return 0
 
@@ -180,11 +200,22 @@ def _parser() -> argparse.ArgumentParser:
         "Measures a checkpoint's accuracy on held-out images, clean and under attack, as a table and as JSON"
         " beside the checkpoint. An interrupted AutoAttack goes on where it was.",
     )
-    add("checkpoint", type=Path, metavar="CHECKPOINT", help="a run's directory or checkpoint")
+    help = "a run's directory or checkpoint"
+    add("checkpoint", nargs="?", type=Path, metavar="CHECKPOINT", help=help)
+    help = "instead of a run, weights of any origin: a .pth of timm's, RobustBench's ..., or safetensors"
+    add("--weights", type=Path, metavar="FILE", help=help)
+    add(
+        "--model",
+        metavar="NAME",
+        help="whose weights these are, as model of `gradnorm train --help`",
+        **unset,
+    )
+    add("--partial", action="store_true", help="take of --weights what fits, and list what does not")
+    add_settings(add)
     add_data(add)
     help = "(default: %(default)s, the standard version)"
     add("--attack", choices=ATTACKS, default="autoattack", help=help)
-    help = "radius in pixel units, such as 4/255; several make a curve (default: the run's epsilon)"
+    help = "radius in pixel units, such as 4/255; several make a curve (default: the run's, or 4/255)"
     add("--eps", type=_number, nargs="+", metavar="X", help=help)
     add("--norm", choices=NORMS, default="Linf", help="(default: %(default)s)")
     add("--n", type=_count, metavar="N", help="held-out images to attack, a fixed sample (default: all)")
