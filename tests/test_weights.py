@@ -170,6 +170,8 @@ def test_evaluates_weights(tmp_path, capsys):
     """On digits, with the file's normalisation, to the accuracy of the model itself."""
     spec = models.input_spec("gelu_mixer", 1, 8)
     model = models.create_model("gelu_mixer", spec, 10)
+    # It begins with zeros there.
+    torch.nn.init.normal_(model.model.head.weight)
     torch.save({"state_dict_ema": prefixed("module.", model.model.state_dict())}, tmp_path / "weights.pth")
     file = str(tmp_path / "weights.pth")
     command = ["evaluate", "--weights", file, "--model", "gelu_mixer", "--attack", "fgsm", "--n", "30"]
