@@ -25,7 +25,7 @@ __all__ = ["main"]
 
 # Each is imported only by what needs it, after the arguments are parsed.
 OPTIONAL_PACKAGES = {
-    *("PIL", "matplotlib", "numpy", "pyautoattack", "sklearn"),
+    *("PIL", "numpy", "pyautoattack", "sklearn"),
     *("tensorboard", "timm", "torchvision", "tqdm", "yaml"),
 }
 
@@ -66,12 +66,19 @@ def _without_traceback(error: Exception) -> str:
     return message
 
 
-def _train(recipe: str | None, output: Path, resume: bool, settings: list[str], **options: Any) -> int:
+def _train(
+    recipe: str | None, output: Path, resume: bool, dry_run: bool, settings: list[str], **options: Any
+) -> int:
     from .training.files import resumed_config
     from .training.trainer import train
 
     changes = {**(load_recipe(recipe) if recipe else {}), **parse_settings(settings), **as_options(options)}
     config = resumed_config(output, changes) if resume else TrainConfig(**changes)
+    if dry_run:
+        from .training.dry_run import dry_run as describe
+
+        describe(config)
+        return 0
     try:
         train(config, output, resume=resume)
     except Interrupted as interrupted:
@@ -181,12 +188,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     help = "a recipe of `gradnorm recipes`, or a YAML file of options; without it, the defaults below"
     add("recipe", nargs="?", metavar="RECIPE", help=help)
-    help = "directory for the checkpoint, metrics.jsonl and config.json (default: %(default)s)"
+    help = "directory for the checkpoint, metrics.jsonl, config.json and report.html (default: %(default)s)"
     add("--output", type=Path, default=Path("run"), metavar="DIR", help=help)
     add("--resume", action="store_true", help="go on with the run in --output, whose options it keeps")
+    help = "train nothing; print the model, its fused modules, a step's estimated memory and time"
+    add("--dry-run", action="store_true", help=help)
     add_settings(add)
     add_data(add)
     # Shorthands of --set for what differs from run to run.
+    add("--epochs", type=_count, metavar="N", help="passes over the training images", **unset)
     add("--act", metavar="NAME", help="activation, as act below", **unset)
     add("--fused", choices=("auto", "on", "off"), help="fused kernels", **unset)
     add("--init", metavar="CHECKPOINT", help="weights to start from", **unset)

@@ -114,7 +114,7 @@ def test_help_gives_units_and_defaults(capsys):
     assert exit.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "epsilon (4/255): perturbation that" in text and "in pixel units (pixels lie in [0, 1])" in text
-    assert "directory for the checkpoint, metrics.jsonl and config.json (default: run)" in text
+    assert "metrics.jsonl, config.json and report.html (default: run)" in text
 
 
 def test_arguments_are_parsed_before_the_optional_packages_load(tmp_path):

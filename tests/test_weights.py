@@ -185,7 +185,7 @@ def test_evaluates_weights(tmp_path, capsys):
     )
     torch.save(swin().model.state_dict(), tmp_path / "weights.pth")
     for arguments, message in [
-        (command, "unknown: layers.0.blocks.0.attn.proj.bias"),
+        (command, "unknown: head.fc.bias, head.fc.weight, layers.0"),
         (["evaluate"], "expected a run's CHECKPOINT, or --weights"),
         (["evaluate", "--weights", file], "--model: --weights needs the model's name"),
         (["evaluate", file, "--partial"], "go with --weights"),

@@ -160,15 +160,16 @@ def step_seconds(trainers: Mapping[str, Trainer], count: int, warm_up: int = 3) 
     for _ in range(warm_up + count):
         for name, trainer in trainers.items():
             images, targets = (part.to(trainer.device) for part in first)
-            _synchronize(trainer.device)
+            synchronize(trainer.device)
             start = time.perf_counter()
             trainer.step(images, targets)
-            _synchronize(trainer.device)
+            synchronize(trainer.device)
             seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(times[warm_up:]) for name, times in seconds.items()}
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Waits for what was started on ``device``."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
