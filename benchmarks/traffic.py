@@ -21,7 +21,7 @@ nothing is generated or run. The graph has no phases and no peak. It takes minut
 import argparse
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock

@@ -1,4 +1,4 @@
-"""Follows which storages are alive while ops run, on meta tensors too: the peak memory of a step, uncomputed."""
+"""Which storages are alive while ops run, on meta tensors too: the peak memory of a step, uncomputed."""
 
 import weakref
 from collections import Counter
