@@ -20,9 +20,8 @@ nothing is generated or run. The graph has no phases and no peak. It takes minut
 
 import argparse
 import functools
-import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -36,16 +35,14 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 import gradnorm_kernels as gk
+from gradnorm_kernels.training.memory import HELD, PHASES, Memory
 from gradnorm_kernels.training.objectives import GradientNormLoss, NaturalLoss
 
 from .measure import Columns, describe_machine, heading, line, write_json
 
 VARIANTS = ("natural", "stock", "fuse", "checkpoint", "switch", "compiled")
-PHASES = ("forward", "input gradient", "backward")
 # Of a graph in which the phases are one.
 WHOLE = "whole step"
-# What a step finds or leaves: parameters, buffers, images, and the parameters' gradients.
-HELD = "held"
 # The objective of whole steps here and in `benchmarks.steps`, its norm at full weight from the start.
 PENALTY = GradientNormLoss(ramp_epochs=0)
 
@@ -92,59 +89,6 @@ SEVERAL_PASSES: dict[str, Callable[[dict[str, Any]], tuple[int, dict[str, int]]]
 # Matrix products of an attention's pass, each of the size of the first one, queries by keys. Scores are not
 # kept, so the backward passes compute them again.
 _MATRIX_PRODUCTS = {"attention": 2, "attention_backward": 5, "attention_double_backward": 12}
-
-
-class Memory:
-    """The storages that are alive: each once, whatever views it has, from when it is added to its release.
-
-    Attributes:
-        phase: in which what happens from now on happens.
-        kinds: of each storage in turn, the phase that made it, or `HELD`.
-        changes: in turn, (phase, storage, bytes) of each addition and, below 0, of each release.
-    """
-
-    def __init__(self) -> None:
-        self.phase = PHASES[0]
-        self.kinds: list[str] = []
-        self.changes: list[tuple[str, int, int]] = []
-        # By address, which another storage may have once this one is released.
-        self._alive: dict[int, int] = {}
-
-    def add(self, tensors: Iterable[Tensor]) -> None:
-        """Follows the storages of ``tensors``, and keeps none of them alive."""
-        for tensor in tensors:
-            storage = tensor.untyped_storage()
-            if storage._cdata in self._alive:
-                continue
-            self._alive[storage._cdata] = len(self.kinds)
-            self.changes.append((self.phase, len(self.kinds), storage.nbytes()))
-            self.kinds.append(self.phase)
-            # PyTorch keeps a storage's Python object for as long as the storage, tensors in a graph included.
-            weakref.finalize(storage, self._release, storage._cdata, storage.nbytes())
-
-    def hold(self, tensors: Iterable[Tensor]) -> None:
-        """Also says that they are of the kind `HELD`."""
-        for tensor in tensors:
-            self.add([tensor])
-            self.kinds[self._alive[tensor.untyped_storage()._cdata]] = HELD
-
-    def _release(self, address: int, size: int) -> None:
-        self.changes.append((self.phase, self._alive.pop(address), -size))
-
-    def after(self, phase: str) -> int:
-        """Bytes alive at the end of ``phase``."""
-        past = PHASES[: PHASES.index(phase) + 1]
-        return sum(size for at, _, size in self.changes if at in past)
-
-    def peak(self) -> Counter[str]:
-        """Bytes alive when they are most, by kind."""
-        alive: Counter[str] = Counter()
-        most = alive.copy()
-        for _, storage, size in self.changes:
-            alive[self.kinds[storage]] += size
-            if alive.total() > most.total():
-                most = alive.copy()
-        return most
 
 
 class Traffic(TorchDispatchMode):

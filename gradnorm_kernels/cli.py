@@ -25,7 +25,7 @@ __all__ = ["main"]
 
 # Each is imported only by what needs it, after the arguments are parsed.
 OPTIONAL_PACKAGES = {
-    *("PIL", "matplotlib", "numpy", "pyautoattack", "sklearn"),
+    *("PIL", "numpy", "pyautoattack", "sklearn"),
     *("tensorboard", "timm", "torchvision", "tqdm", "yaml"),
 }
 
@@ -66,12 +66,19 @@ def _without_traceback(error: Exception) -> str:
     return message
 
 
-def _train(recipe: str | None, output: Path, resume: bool, settings: list[str], **options: Any) -> int:
+def _train(
+    recipe: str | None, output: Path, resume: bool, dry_run: bool, settings: list[str], **options: Any
+) -> int:
     from .training.files import resumed_config
     from .training.trainer import train
 
     changes = {**(load_recipe(recipe) if recipe else {}), **parse_settings(settings), **as_options(options)}
     config = resumed_config(output, changes) if resume else TrainConfig(**changes)
+    if dry_run:
+        from .training.dry_run import dry_run as describe
+
+        describe(config)
+        return 0
     try:
         train(config, output, resume=resume)
     except Interrupted as interrupted:
@@ -81,10 +88,30 @@ def _train(recipe: str | None, output: Path, resume: bool, settings: list[str], 
     return 0
 
 
-def _evaluate(checkpoint: Path, output: Path | None, **options: Any) -> int:
-    from .training.runs import evaluate_run
+def _evaluate(
+    checkpoint: Path | None,
+    weights: Path | None,
+    output: Path | None,
+    settings: list[str],
+    partial: bool,
+    model: str | None = None,
+    data: str | None = None,
+    **options: Any,
+) -> int:
+    from .training.runs import evaluate_run, evaluate_weights
 
-    report = evaluate_run(checkpoint, output, **options)
+    if (checkpoint is None) == (weights is None):
+        raise TrainingError("evaluate: expected a run's CHECKPOINT, or --weights and --model")
+    if checkpoint is not None:
+        if model or settings or partial:
+            raise TrainingError("evaluate: --model, --set and --partial go with --weights; a run has its own")
+        report = evaluate_run(checkpoint, output, data=data, **options)
+    else:
+        assert weights is not None  # for the type checker
+        if model is None:
+            raise TrainingError("--model: --weights needs the model's name")
+        config = TrainConfig(**{**parse_settings(settings), "model": model, "data": data})
+        report = evaluate_weights(weights, config, output, partial_weights=partial, **options)
     print(report.table())
     return 0
 
@@ -161,12 +188,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     help = "a recipe of `gradnorm recipes`, or a YAML file of options; without it, the defaults below"
     add("recipe", nargs="?", metavar="RECIPE", help=help)
-    help = "directory for the checkpoint, metrics.jsonl and config.json (default: %(default)s)"
+    help = "directory for the checkpoint, metrics.jsonl, config.json and report.html (default: %(default)s)"
     add("--output", type=Path, default=Path("run"), metavar="DIR", help=help)
     add("--resume", action="store_true", help="go on with the run in --output, whose options it keeps")
+    help = "train nothing; print the model, its fused modules, a step's estimated memory and time"
+    add("--dry-run", action="store_true", help=help)
     add_settings(add)
     add_data(add)
     # Shorthands of --set for what differs from run to run.
+    add("--epochs", type=_count, metavar="N", help="passes over the training images", **unset)
     add("--act", metavar="NAME", help="activation, as act below", **unset)
     add("--fused", choices=("auto", "on", "off"), help="fused kernels", **unset)
     add("--init", metavar="CHECKPOINT", help="weights to start from", **unset)
@@ -180,11 +210,22 @@ def _parser() -> argparse.ArgumentParser:
         "Measures a checkpoint's accuracy on held-out images, clean and under attack, as a table and as JSON"
         " beside the checkpoint. An interrupted AutoAttack goes on where it was.",
     )
-    add("checkpoint", type=Path, metavar="CHECKPOINT", help="a run's directory or checkpoint")
+    help = "a run's directory or checkpoint"
+    add("checkpoint", nargs="?", type=Path, metavar="CHECKPOINT", help=help)
+    help = "instead of a run, weights of any origin: a .pth of timm's, RobustBench's ..., or safetensors"
+    add("--weights", type=Path, metavar="FILE", help=help)
+    add(
+        "--model",
+        metavar="NAME",
+        help="whose weights these are, as model of `gradnorm train --help`",
+        **unset,
+    )
+    add("--partial", action="store_true", help="take of --weights what fits, and list what does not")
+    add_settings(add)
     add_data(add)
     help = "(default: %(default)s, the standard version)"
     add("--attack", choices=ATTACKS, default="autoattack", help=help)
-    help = "radius in pixel units, such as 4/255; several make a curve (default: the run's epsilon)"
+    help = "radius in pixel units, such as 4/255; several make a curve (default: the run's, or 4/255)"
     add("--eps", type=_number, nargs="+", metavar="X", help=help)
     add("--norm", choices=NORMS, default="Linf", help="(default: %(default)s)")
     add("--n", type=_count, metavar="N", help="held-out images to attack, a fixed sample (default: all)")

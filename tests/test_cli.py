@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import shlex
 import signal
 import subprocess
@@ -91,6 +92,26 @@ def test_errors(status, command, message, run, capsys):
     assert exit.value.code == 2 if exit else error.startswith("gradnorm: error: ")
 
 
+def test_dry_run(tmp_path, capsys, monkeypatch):
+    """Says what a run would be; checkpointed blocks take less memory; nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    peaks = []
+    for more in ([], ["--set", "checkpoint=true"], ["--set", "accumulate=4"]):
+        assert cli.main(["train", "digits", "--dry-run", "--epochs", "5", *more]) == 0
+        output, error = capsys.readouterr()
+        assert "model: gelu_mixer, 0.0319 million parameters, images of 1x8x8, 10 classes" in output
+        assert "5 epochs of 11 steps of 128 of 1437 images; 360 held out" in output
+        assert "6 torch.nn.GELU -> FusedGeLU" in output and "one step of" in output
+        assert "epochs: 5 end within the 5 of warmup_epochs; the learning rate never reaches 0.004" in error
+        assert "the gradient norm never has its full weight" in error
+        peaks.append(float(re.search(r"memory: (\S+) GiB", output)[1]))
+    assert max(peaks[1:]) < 0.7 * peaks[0]
+    assert not list(tmp_path.iterdir())
+    assert cli.main(["train", "digits_natural", "--dry-run", "--set", "fused=off"]) == 0
+    output, error = capsys.readouterr()
+    assert "nothing is swapped" in output and "epochs" not in error
+
+
 def test_diagnose(capsys):
     assert cli.main(["diagnose", "mobilenetv3_small_100", "--size", "32"]) == 0
     output = capsys.readouterr().out
@@ -114,7 +135,7 @@ def test_help_gives_units_and_defaults(capsys):
     assert exit.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "epsilon (4/255): perturbation that" in text and "in pixel units (pixels lie in [0, 1])" in text
-    assert "directory for the checkpoint, metrics.jsonl and config.json (default: run)" in text
+    assert "metrics.jsonl, config.json and report.html (default: run)" in text
 
 
 def test_arguments_are_parsed_before_the_optional_packages_load(tmp_path):
@@ -136,6 +157,8 @@ def test_trains_and_resumes(tmp_path, capsys):
     output = ["--output", str(tmp_path / "run")]
     assert cli.main([*QUICK, *output]) == 0
     assert "gradient_norm" not in json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert "<td>accuracy held out, %</td>" in report and "batch_size=1437" in report and "http" not in report
     assert cli.main([*QUICK, *output]) == 1
     assert "already holds a run; --resume" in capsys.readouterr().err
     # What is not given again is the run's, not the default.

@@ -26,13 +26,17 @@ from gradnorm_kernels.training.options import TrainingError
 from gradnorm_kernels.training.trainer import Trainer
 
 # The sides of the smallest images that the models take.
-SIZES = {"swin_base_patch4_window7_224": 56, "resnet50": 32, "gelu_mixer": 8}
+SIZES = {"swin_base_patch4_window7_224": 56, "swin_large_patch4_window7_224": 56, "resnet50": 32}
+SIZES["gelu_mixer"] = 8
+QUICKEST_SWINS = ("swin_b", "swin_b_edge")
 
 
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[pytest.mark.slow] * (name.startswith("swin_b_") and name != "swin_b_edge"))
+        pytest.param(
+            name, marks=[pytest.mark.slow] * (name.startswith("swin_") and name not in QUICKEST_SWINS)
+        )
         for name in recipe_names()
     ],
 )
@@ -61,6 +65,8 @@ def test_two_steps(name):
         ("swin_b", """model=swin_base_patch4_window7_224 pretrained=true objective=gradient_norm ce_weight=0.8
             gn_weight=1.2 epsilon=4/255 ramp_epochs=5 mode=eval epochs=100 warmup_epochs=5 batch_size=532
             lr=0.625e-3 lr_batch=512 warmup_lr=1e-5 min_lr=1e-5"""),
+        ("swin_l", """model=swin_large_patch4_window7_224 pretrained=true objective=gradient_norm epochs=100
+            batch_size=532 lr=0.625e-3 epsilon=4/255"""),
         ("resnet50", """model=resnet50 act=gelu pretrained=false epochs=83 warmup_epochs=5 batch_size=256
             lr=1.25e-3 lr_batch=512 warmup_lr=1e-6 min_lr=1e-5 mode=eval"""),
         ("resnet50_start", "epochs=4 objective=natural pretrained=true act=gelu"),

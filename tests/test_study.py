@@ -36,7 +36,9 @@ def test_study(name, tmp_path):
     assert saved["rows"].keys() == rows.keys() and "torch" in saved["conditions"]
     report = (tmp_path / "report.html").read_text()
     assert all(f"<td>{row}</td>" in report for row in rows) and "http" not in report
-    assert report.count("data:image/png;base64,") == (3 if name == "stability" else 2)
+    assert report.count("<svg ") == (4 if name == "stability" else 2)
+    # Six images, their edges, and their gradients by each row's model.
+    assert report.count("data:image/png;base64,") == 6 * (2 + len(rows))
 
 
 def test_seeds_and_what_is_done_already(tmp_path, monkeypatch):

@@ -731,6 +731,8 @@ def test_demo(tmp_path):
     table = outcome.table()
     assert f"{outcome.results[STOCK].step_seconds * 1e3:.1f}" in table and "1.00" in table
     report = (tmp_path / "report.html").read_text()
-    assert report.count("data:image/png;base64,") == 3 and torch.__version__ in report
+    # Three losses and the curve; six digits and their gradients by three models.
+    assert report.count("<svg ") == 4 and report.count("data:image/png;base64,") == 24
+    assert torch.__version__ in report
     assert "http" not in report
     assert all(f"<td>{cell}</td>" in report for row in outcome.rows() for cell in row)

@@ -32,7 +32,9 @@ class _DataAndModel:
         " without it, scikit-learn's 1,797 digits of 8x8 pixels"
     )  # fmt: skip
     model: str = option(
-        "gelu_mixer", "gelu_mixer (small, no normalisation), preact_resnet18, preact_resnet10, or timm's"
+        "gelu_mixer",
+        "gelu_mixer (small, no normalisation), preact_resnet18, preact_resnet10 (small),"
+        " preact_resnet10_w24, or timm's",
     )
     act: str | None = option(
         None, "activation to put in place of every ReLU-like one of the model: relu, leaky_relu, elu,"

@@ -19,7 +19,7 @@ from .data import load_data, load_digits
 from .evaluation import robustness_curve
 from .files import load_checkpoint
 from .models import load_model
-from .report import conditions, curves, gradient_figure, history_figure, page, text_table
+from .report import chart, charts, conditions, gradient_grid, history_charts, page, text_table
 from .runs import step_seconds
 from .trainer import Trainer, train
 
@@ -32,7 +32,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 NATURAL, STOCK, FUSED = VARIANTS
 # The two gradient-norm runs nearly coincide, so one is dashed over the other.
-STYLES = {NATURAL: "C0-", STOCK: "C1-", FUSED: "C2--"}
+DASHED = (FUSED,)
 
 
 @dataclass(frozen=True)
@@ -167,11 +167,13 @@ def _report(outcome: Demo, config: TrainConfig, shown: Tensor) -> str:
         name: [(epsilon, 100 * accuracy) for epsilon, accuracy in result.accuracy.items()]
         for name, result in outcome.results.items()
     }
-    axis: dict[str, Any] = {
-        "xlabel": "APGD-CE's epsilon (pixels in [0, 1])",
-        "ylabel": "accuracy, %",
-        "ylim": (0, 100),
-    }
+    attacked = chart(
+        accuracies,
+        xlabel="APGD-CE's epsilon (pixels in [0, 1])",
+        ylabel="accuracy, %",
+        top=100,
+        dashed=DASHED,
+    )
     panels = {
         "cross_entropy": "cross-entropy in training (soft targets), nats",
         "eval_cross_entropy": "cross-entropy held out, nats",
@@ -183,14 +185,14 @@ def _report(outcome: Demo, config: TrainConfig, shown: Tensor) -> str:
         (
             "Accuracy against epsilon",
             "Held-out images under attack.",
-            curves(accuracies, styles=STYLES, **axis),
+            charts([attacked]),
         ),
-        ("Loss curves", "", history_figure(histories, panels, STYLES)),
+        ("Loss curves", "", history_charts(histories, panels, DASHED)),
         (
             "Input gradients",
             "Held-out images, and below them the gradient of the cross-entropy with respect to their pixels,"
             " each in a colour scale of its own; above it its L1 norm.",
-            gradient_figure({"image": shown}, gradients),
+            gradient_grid({"image": shown}, gradients),
         ),
     ]
     return page("One network, trained three ways", outcome.rows(), _conditions(outcome, config), sections)

@@ -1,8 +1,7 @@
 """Builds models that take pixels in [0, 1]: timm's, PreActResNet, a small GELU network for small images."""
 
-import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import timm
 import timm.layers
 import torch
 from timm.models import PretrainedCfg, get_pretrained_cfg
-from timm.models import load_state_dict as load_weights
 from timm.models.mlp_mixer import MlpMixer
 from torch import Tensor, nn
 
@@ -19,10 +17,15 @@ from .config import TrainConfig
 from .files import load_checkpoint
 from .options import TrainingError
 from .preact_resnet import PreActResNet
+from .weights import Weights, read_weights
 
 SMALL_MODEL = "gelu_mixer"
 # Blocks a stage, channels of the first, and stride of the first convolution.
-PREACT_RESNETS = {"preact_resnet18": (2, 64, 1), "preact_resnet10": (1, 16, 2)}
+PREACT_RESNETS = {
+    "preact_resnet18": (2, 64, 1),
+    "preact_resnet10": (1, 16, 2),
+    "preact_resnet10_w24": (1, 24, 2),
+}
 
 
 class Normalize(nn.Module):
@@ -94,7 +97,7 @@ def input_spec(name: str, channels: int, size: int | None = None) -> InputSpec:
 
 def build_model(
     config: TrainConfig, spec: InputSpec, num_classes: int, device: str | torch.device, *, initial: bool
-) -> nn.Module:
+) -> Normalize:
     """The model of a run, on ``device``, with its initial weights or, without ``initial``, any.
 
     Raises:
@@ -104,12 +107,17 @@ def build_model(
     model = create_model(config.model, spec, num_classes, act=config.act, **weights).to(device)
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    if config.fused == "on" or (config.fused == "auto" and torch.device(device).type in ("cpu", "cuda")):
+    if config.fused == "on" or (config.fused == "auto" and fuses_on(device)):
         before = [type(module) for module in model.modules()]
         fuse(model)
         if config.fused == "on" and before == [type(module) for module in model.modules()]:
             raise TrainingError(f"fused: there is nothing to fuse in {config.model}")
     return model
+
+
+def fuses_on(device: str | torch.device) -> bool:
+    """Whether the fused kernels are for ``device``; on meta tensors they say the shapes of their results."""
+    return torch.device(device).type in ("cpu", "cuda", "meta")
 
 
 def load_model(path: Path, device: str | torch.device = "cpu") -> nn.Module:
@@ -140,17 +148,18 @@ def create_model(
     """Builds a model of pixels in [0, 1], with random weights from torch's global generator.
 
     Args:
-        name: ``"gelu_mixer"``, ``"preact_resnet18"``, ``"preact_resnet10"`` or a timm model. ``gelu_mixer``
+        name: ``"gelu_mixer"``, one of ``PREACT_RESNETS`` or a timm model. ``gelu_mixer``
             is timm's MLP-Mixer, three blocks of width 32 on 4x4 patches, without normalisation or dropout:
             smooth in its input, and the same function in train and eval mode. ``preact_resnet10`` has half
-            the blocks of PreActResNet-18, a quarter of its channels and half its resolution.
+            the blocks of PreActResNet-18, a quarter of its channels and half its resolution: 0.008 GFLOP an
+            image of 32x32 (a multiply-add is 2), and ``preact_resnet10_w24``, with 24 channels for 16, 0.018.
         spec: from :func:`input_spec`; its mean and std are the wrapper's.
         num_classes: C.
         act: as :func:`swap_activations` takes it.
         pretrained: load timm's pretrained weights.
-        init: path of weights to load: a checkpoint of a run, whose averaged weights are taken, or a
-            state_dict of the unwrapped model (``.pth``, ``.safetensors``). Of another number of classes, the
-            last layer is left out.
+        init: path of weights to load: a checkpoint of a run, whose averaged weights are taken, or any other
+            file that :func:`~.weights.read_weights` reads. Of another number of classes, the last layer is
+            left out.
 
     Returns:
         A module from pixels (B, channels, size, size) to logits (B, C).
@@ -178,7 +187,7 @@ def create_model(
         swap_activations(model, act)
     wrapped = Normalize(model, spec.mean, spec.std)
     if init:
-        _load(wrapped, Path(init))
+        load_weights(wrapped, Path(init), option="init", classes_may_differ=True)
     return wrapped
 
 
@@ -239,32 +248,49 @@ def swap_activations(model: nn.Module, act: str) -> None:
         setattr(parent, key, make(**arguments))
 
 
-def _load(model: Normalize, path: Path) -> None:
-    if not path.is_file():
-        raise TrainingError(f"init: there is no file {path}")
-    try:
-        if path.suffix == ".safetensors":
-            saved = load_weights(str(path))
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            saved = next((state[key] for key in _WEIGHTS if isinstance(state.get(key), dict)), state)
-        saved = {key: value for key, value in saved.items() if isinstance(value, Tensor)}
-    except Exception as error:  # torch.load raises many kinds
-        raise TrainingError(f"init: cannot read {path}: {error}") from error
+def load_weights(
+    model: Normalize,
+    path: Path,
+    *,
+    option: str = "weights",
+    classes_may_differ: bool = False,
+    partial: bool = False,
+) -> Weights:
+    """Loads a file's weights, and its mean and std where it has them, as :func:`~.weights.read_weights` finds
+    them.
+
+    Args:
+        option: what an error calls ``path``.
+        classes_may_differ: keep the last layer of ``model`` where the file's is of another shape.
+        partial: load what fits, whatever else there is on either side.
+
+    Returns:
+        What was read, with what does not fit.
+
+    Raises:
+        TrainingError: if the file cannot be read, or does not fit; the message says what it found.
+    """
     own = model.model.state_dict()
-    # Of Normalize, of DistributedDataParallel and of torch.compile.
-    wrappers = re.compile(r"^(model|module|_orig_mod)\.")
-    while not own.keys() & saved.keys() and any(map(wrappers.match, saved)):
-        saved = {wrappers.sub("", key): value for key, value in saved.items()}
-    for key in {"mean", "std"} & saved.keys() - own.keys():
-        del saved[key]
-    for key in _classifier_keys(model.model):
-        if key in saved and saved[key].shape != own[key].shape:
-            saved[key] = own[key]
     try:
-        model.model.load_state_dict(saved)
-    except RuntimeError as error:
-        raise TrainingError(f"init: {path} does not fit the model: {error}") from error
+        found = read_weights(path, own)
+        if classes_may_differ:
+            for key in _classifier_keys(model.model):
+                if key in found.tensors and found.tensors[key].shape != own[key].shape:
+                    found.tensors[key] = own[key]
+        if problems := found.problems(own):
+            if not partial:
+                raise TrainingError(f"{path} does not fit the model: {problems}")
+            found.drop_misfits(own)
+            if not found.tensors:
+                raise TrainingError(f"{path} has nothing that fits the model: {problems}")
+    except TrainingError as error:
+        raise TrainingError(f"{option}: {error}") from error
+    model.model.load_state_dict(found.tensors, strict=False)
+    for name, values in found.normalization.items():
+        buffer = getattr(model, name)
+        if values.numel() == buffer.numel():
+            buffer.copy_(values.view_as(buffer))
+    return replace(found, left_out=problems)
 
 
 def _classifier_keys(model: nn.Module) -> list[str]:
@@ -273,7 +299,3 @@ def _classifier_keys(model: nn.Module) -> list[str]:
     named = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or keys[-1].rpartition(".")[0]
     layers = (named,) if isinstance(named, str) else tuple(named)
     return [key for key in keys if key.rpartition(".")[0] in layers]
-
-
-# Where checkpoints keep their weights: a run of this package, timm's trainer, and others.
-_WEIGHTS = ("ema", "state_dict_ema", "state_dict", "model")

@@ -1,22 +1,35 @@
-"""What the reports of demo and studies share: text tables, HTML pages with plots inside, the conditions."""
+"""What the reports of runs, studies and the demo share: text tables, HTML pages with figures, the conditions.
+
+A page is one file: its charts are SVG inside it, its images PNG inside it, and it asks for nothing else.
+"""
 
 import base64
 import html
 import io
+import math
 import os
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import fields
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
-import numpy as np
 import timm
 import torch
-from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
 from .. import __version__
 from .._machine import processor_name
+from .config import TrainConfig
 
 Rows = Sequence[Sequence[str]]
+Points = Sequence[tuple[float, float]]
+
+_COLOURS = (
+    *("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd"),
+    *("#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf"),
+)
 
 
 def text_table(rows: Rows) -> str:
@@ -26,115 +39,241 @@ def text_table(rows: Rows) -> str:
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 
-def page(title: str, rows: Rows, notes: str, sections: Iterable[tuple[str, str, Figure]]) -> str:
-    """A page of HTML that needs no other file: table, notes, and sections of heading, text and plot."""
+def page(title: str, rows: Rows, notes: str, sections: Iterable[tuple[str, str, str]]) -> str:
+    """A page of HTML that needs no other file.
+
+    Args:
+        rows: the table's cells, heading first.
+        sections: of each the heading, a text, and HTML: the figures.
+    """
     lines = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows)
     body = "".join(f"<tr>{line}</tr>" for line in lines)
-    plots = "".join(
-        f"<h2>{html.escape(heading)}</h2><p>{html.escape(text)}</p>{_image(figure)}"
+    figures = "".join(
+        f"<h2>{html.escape(heading)}</h2><p>{html.escape(text)}</p>{figure}"
         for heading, text, figure in sections
     )
     return f"""<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
 <title>{html.escape(title)}</title>
 <style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
+  overflow-wrap: anywhere; }}
 table {{ border-collapse: collapse; }}
-td {{ padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #ccc; }}
+td {{ padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #ccc; overflow-wrap: normal; }}
 td:first-child {{ text-align: left; }}
-tr:first-child {{ font-weight: bold; }}
-img {{ max-width: 100%; }}
+.results tr:first-child {{ font-weight: bold; }}
+.wide {{ overflow-x: auto; }}
+.charts {{ display: flex; flex-wrap: wrap; gap: 1rem; }}
+figure {{ margin: 0; flex: 1 1 20rem; min-width: 0; max-width: 36rem; }}
+svg {{ display: block; width: 100%; height: auto; font: 12px system-ui, sans-serif; }}
+figcaption span {{ white-space: nowrap; margin-right: .8rem; }}
+.images td {{ border: 0; padding: .15rem; text-align: center; font-size: .75rem; }}
+.images img {{ display: block; width: 5rem; min-width: 3rem; image-rendering: pixelated; }}
 </style>
 <h1>{html.escape(title)}</h1>
-<table>{body}</table>
+<div class="wide"><table class="results">{body}</table></div>
 <p>{html.escape(notes)}</p>
-{plots}
+{figures}
 </html>
 """
 
 
+def duration(seconds: float) -> str:
+    """In two units: 5 s, 3 min 20 s, 2 h 5 min, 3 d 4 h."""
+    count = round(seconds)
+    for larger, smaller, size, part in (("d", "h", 86400, 3600), ("h", "min", 3600, 60), ("min", "s", 60, 1)):
+        if count >= size:
+            return f"{count // size} {larger} {count % size // part} {smaller}"
+    return f"{count} s"
+
+
 def conditions() -> str:
     """Hardware and versions, as a sentence."""
-    import pyautoattack
-
+    try:
+        attacks = f" pyautoattack {version('pyautoattack')},"
+    except PackageNotFoundError:  # trainings do without it
+        attacks = ""
     device = f"{processor_name()} ({os.cpu_count()} CPUs), {torch.get_num_threads()} threads"
     if torch.cuda.is_available():
         device += f", {torch.cuda.get_device_name()}"
     return (
         f"{device}; Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__},"
-        f" pyautoattack {pyautoattack.__version__}, gradnorm_kernels {__version__}."
+        f"{attacks} gradnorm_kernels {__version__}."
     )
 
 
-def curves(
-    series: Mapping[str, Sequence[tuple[float, float]]],
+def charts(figures: Iterable[str]) -> str:
+    """Charts side by side, as many as the page is wide for."""
+    return f'<div class="charts">{"".join(figures)}</div>'
+
+
+def chart(
+    series: Mapping[str, Points],
     *,
-    styles: Mapping[str, str] | None = None,
-    panel: tuple[Figure, int, int] | None = None,
-    **axis: object,
-) -> Figure:
-    """Points by name as lines; ``axis`` as ``Axes.set`` takes it.
+    xlabel: str,
+    ylabel: str,
+    top: float | None = None,
+    lines: bool = True,
+    dashed: Collection[str] = (),
+) -> str:
+    """Points by name, joined by ``lines``, with a legend below; colours follow the names' order.
+
+    Points that are not finite are left out. The vertical axis begins at 0, or at the least value below it.
 
     Args:
-        styles: matplotlib's format strings, by name.
-        panel: figure to draw into, number of panels in it, and which of them this is (from 0).
+        top: where the vertical axis ends; without it, at the largest value.
+        dashed: names whose lines are dashed, so that what they cover shows.
     """
-    figure, panels, which = panel or (Figure(figsize=(7, 4), layout="constrained"), 1, 0)
-    axes = figure.add_subplot(1, panels, which + 1)
-    for name, points in series.items():
-        if points:
-            axes.plot(*zip(*points, strict=True), (styles or {}).get(name, "-"), marker=".", label=name)
-    axes.set(**axis)
-    if which == 0:
-        axes.legend(fontsize="small")
-    return figure
+    kept = {
+        name: [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
+        for name, points in series.items()
+    }
+    xs = [x for points in kept.values() for x, _ in points] or [0.0]
+    ys = [y for points in kept.values() for _, y in points] or [0.0]
+    x_ticks = _ticks(min(xs) if lines else min(0.0, *xs), max(xs))
+    y_ticks = _ticks(min(0.0, *ys), top or max(ys))
+    left, right, upper, lower = 56, 470, 12, 250
+
+    def across(x: float) -> float:
+        return left + (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0]) * (right - left)
+
+    def up(y: float) -> float:
+        return lower - (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]) * (lower - upper)
+
+    parts = []
+    for y in y_ticks:
+        parts.append(f'<path d="M{left} {up(y):.1f}H{right}" stroke="#ddd"/>')
+        parts.append(f'<text x="{left - 6}" y="{up(y) + 4:.1f}" text-anchor="end">{y:.4g}</text>')
+    for x in x_ticks:
+        parts.append(f'<path d="M{across(x):.1f} {lower}v4" stroke="#888"/>')
+        parts.append(f'<text x="{across(x):.1f}" y="{lower + 18}" text-anchor="middle">{x:.4g}</text>')
+    legend = []
+    for (name, points), colour in zip(kept.items(), _COLOURS * (1 + len(kept) // 10), strict=False):
+        where = [f"{across(x):.1f} {up(y):.1f}" for x, y in points]
+        if lines and len(points) > 1:
+            dashes = ' stroke-dasharray="6 4"' if name in dashed else ""
+            path = f"M{'L'.join(where)}"
+            parts.append(f'<path d="{path}" fill="none" stroke="{colour}" stroke-width="1.8"{dashes}/>')
+        if not lines or len(points) <= 30:
+            radius = 3 if lines else 6
+            for at, (x, y) in zip(where, points, strict=True):
+                cx, cy = at.split()
+                tip = f"<title>{html.escape(name)}: {x:.4g}, {y:.4g}</title>"
+                parts.append(f'<circle cx="{cx}" cy="{cy}" r="{radius}" fill="{colour}">{tip}</circle>')
+        legend.append(f'<span><b style="color:{colour}">&#9632;</b> {html.escape(name)}</span> ')
+    # One line needs no name.
+    caption = "".join(legend) if len(legend) > 1 else ""
+    label = html.escape(f"{ylabel} against {xlabel}")
+    return (
+        f'<figure><svg viewBox="0 0 480 300" role="img" aria-label="{label}">{"".join(parts)}'
+        f'<text x="{(left + right) / 2}" y="{lower + 40}" text-anchor="middle">{html.escape(xlabel)}</text>'
+        f'<text transform="translate(12 {(upper + lower) / 2}) rotate(-90)" text-anchor="middle">'
+        f"{html.escape(ylabel)}</text></svg><figcaption>{caption}</figcaption></figure>"
+    )
 
 
-def history_figure(
+def _ticks(low: float, high: float) -> list[float]:
+    """About five round numbers, of which the first and last hold ``low`` and ``high`` between them."""
+    if high <= low:
+        high = low + 1
+    rough = (high - low) / 5
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [step * i for i in range(first, last + 1)]
+
+
+def history_charts(
     histories: Mapping[str, Sequence[Mapping[str, float]]],
     panels: Mapping[str, str],
-    styles: Mapping[str, str] | None = None,
-) -> Figure:
-    """What the histories' lines hold by epoch: a panel for each key of ``panels``, under its label."""
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    for which, (key, label) in enumerate(panels.items()):
-        scale = 100 if label.endswith("%") else 1
-        points = {
-            name: [(line["epoch"], scale * line[key]) for line in history if key in line]
-            for name, history in histories.items()
-        }
-        panel = (figure, len(panels), which)
-        curves(points, styles=styles, panel=panel, title=label, xlabel="epoch", ylim=(0, None))
-    return figure
+    dashed: Collection[str] = (),
+) -> str:
+    """What the histories' lines hold by epoch: a chart for each key of ``panels``, under its label."""
+    return charts(
+        chart(history_points(histories, key, label), xlabel="epoch", ylabel=label, dashed=dashed)
+        for key, label in panels.items()
+    )
 
 
-def gradient_figure(images: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> Figure:
+def history_points(
+    histories: Mapping[str, Sequence[Mapping[str, float]]], key: str, label: str
+) -> dict[str, Points]:
+    """(epoch, value) of the lines that have ``key``; in percent where the label says so."""
+    scale = 100 if label.endswith("%") else 1
+    return {
+        name: [(line["epoch"], scale * line[key]) for line in history if key in line]
+        for name, history in histories.items()
+    }
+
+
+def gradient_grid(images: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> str:
     """Images, and below them gradients, in rows by name; all (N, C, H, W).
 
     A row of images is drawn as it is, from 0 to 1, or up to its largest value; a gradient's channels are
-    summed, each in a colour scale of its own, under its L1 norm.
+    summed, each in a colour scale of its own from red (below 0) through white to blue, over its L1 norm.
     """
-    rows = {**images, **gradients}
-    columns = len(next(iter(rows.values())))
-    figure = Figure(figsize=(1.5 * columns, 1.6 * len(rows)), layout="constrained")
-    grid: np.ndarray = figure.subplots(len(rows), columns, squeeze=False)
-    for cells, (name, tensors) in zip(grid, rows.items(), strict=True):
-        for axes, tensor in zip(cells, tensors.detach().float().cpu(), strict=True):
+    rows = []
+    for name, tensors in {**images, **gradients}.items():
+        cells = [f"<td>{html.escape(name)}</td>"]
+        for tensor in tensors.detach().float().cpu():
             if name in images:
-                shown = tensor / max(1.0, tensor.max().item())
-                axes.imshow(shown.movedim(0, 2).squeeze(2).numpy(), cmap="gray", vmin=0, vmax=1)
+                shown, below = (tensor / tensor.max().clamp_min(1)).expand(3, -1, -1), ""
             else:
-                total = tensor.sum(0).numpy()
-                largest = np.abs(total).max() or 1.0
-                axes.imshow(total, cmap="RdBu", vmin=-largest, vmax=largest)
-                axes.set_title(f"L1 {tensor.abs().sum():.2g}", fontsize="small")
-            axes.set(xticks=[], yticks=[])
-        cells[0].set_ylabel(name.replace(", ", ",\n"), fontsize="small")
-    return figure
+                shown, below = _diverging(tensor.sum(0)), f"L1 {tensor.abs().sum():.2g}"
+            cells.append(f"<td>{_image(shown, name)}{below}</td>")
+        rows.append(f"<tr>{''.join(cells)}</tr>")
+    return f'<div class="wide"><table class="images">{"".join(rows)}</table></div>'
 
 
-def _image(figure: Figure) -> str:
+def _diverging(values: Tensor) -> Tensor:
+    """(H, W) as colours (3, H, W): white at 0, the largest magnitude in full red or blue."""
+    share = values / values.abs().max().clamp_min(torch.finfo(values.dtype).tiny)
+    red, green, blue = 1 - share.clamp_min(0), 1 - share.abs(), 1 + share.clamp_max(0)
+    return torch.stack([red, green, blue])
+
+
+def _image(colours: Tensor, name: str) -> str:
+    """(3, H, W) in [0, 1], to be scaled up without blurring."""
+    pixels = (colours.clamp(0, 1) * 255).round().byte().movedim(0, 2).contiguous().numpy()
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+    Image.fromarray(pixels).save(buffer, format="png")
+    content = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img alt="{html.escape(name)}" src="data:image/png;base64,{content}">'
+
+
+# What a run's history may hold, in the order of its report, under the chart's label.
+_RUN_PANELS = {
+    "loss": "loss in training",
+    "cross_entropy": "cross-entropy in training, nats",
+    "gradient_norm": "epsilon x gradient norm in training, nats",
+    "edge": "edge loss in training",
+    "train_accuracy": "accuracy in training, %",
+    "eval_accuracy": "accuracy held out, %",
+    "eval_cross_entropy": "cross-entropy held out, nats",
+    "eval_apgd_accuracy": "accuracy under APGD-CE, %",
+    "eval_gradient_norm": "epsilon x gradient norm held out, nats",
+    "parameter_gradient_norm": "norm of the parameters' gradient before clipping",
+    "lr": "learning rate",
+}
+
+
+def run_report(config: TrainConfig, history: Sequence[Mapping[str, Any]]) -> str:
+    """The page of one run: its last epoch, its numbers by epoch, the options that are not defaults."""
+    last = history[-1]
+    panels = {key: label for key, label in _RUN_PANELS.items() if any(key in line for line in history)}
+    rows = [("last epoch", str(last["epoch"]))]
+    rows += [(label, f"{(100 if label.endswith('%') else 1) * last[key]:.4g}")
+             for key, label in panels.items() if key in last]  # fmt: skip
+    rows.append(("training without evaluation", duration(sum(line["seconds"] for line in history))))
+    changed = [
+        f"{item.name}={getattr(config, item.name)}"
+        for item in fields(config)
+        if getattr(config, item.name) != item.default
+    ]
+    notes = f"Options: {', '.join(changed) or 'the defaults'}. {conditions()}"
+    title = f"{config.model}, {config.objective.replace('_', ' ')}"
+    by_epoch = "Means over an epoch's images in training; held out, of the averaged weights at its end."
+    sections = [("By epoch", by_epoch, history_charts({"run": history}, panels))]
+    return page(title, rows, notes, sections)

@@ -3,21 +3,23 @@
 import hashlib
 import json
 import statistics
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .config import TrainConfig
-from .data import load_data
+from .data import Data, load_data
 from .evaluation import Robustness, robustness_curve
 from .execution import find_device
 from .files import checkpoint_path, load_checkpoint, write_text
-from .models import load_model
+from .models import build_model, load_model, load_weights
 from .options import TrainingError
 from .report import text_table
 from .trainer import Trainer
@@ -44,10 +46,73 @@ class Evaluation:
 
 
 def evaluate_run(
-    checkpoint: Path,
+    checkpoint: Path, output: Path | None = None, *, data: str | None = None, **options: Any
+) -> Evaluation:
+    """Attacks the averaged model of a run on held-out images.
+
+    Writes ``evaluation-<attack>.json`` to ``output`` (the checkpoint's directory) and, while it runs, states
+    from which an interrupted AutoAttack goes on.
+
+    Args:
+        checkpoint: a run's directory or its checkpoint.
+        data: image folder to take instead of the run's.
+        options: of :func:`_evaluate`.
+
+    Raises:
+        TrainingError: if the checkpoint or the data cannot be used.
+    """
+    path = checkpoint_path(checkpoint)
+    saved = load_checkpoint(path)
+    config = TrainConfig(**saved["config"] | ({} if data is None else {"data": data}))
+    held_out = load_data(config)
+    if held_out.classes != saved["classes"]:
+        raise TrainingError(f"data: the classes of {config.data} are not those that {path} was trained on")
+    facts = {"checkpoint": path.name, "epoch": saved["epoch"]}
+    return _evaluate(partial(load_model, path), held_out, path, output, facts, **options)
+
+
+def evaluate_weights(
+    weights: Path,
+    config: TrainConfig,
     output: Path | None = None,
     *,
-    data: str | None = None,
+    partial_weights: bool = False,
+    **options: Any,
+) -> Evaluation:
+    """Attacks a model whose weights are in a file that no run of this package need have written.
+
+    Writes what :func:`evaluate_run` does, by default beside the file.
+
+    Args:
+        weights: as :func:`~.models.load_weights` takes them; logits are in the order of the classes' names.
+        config: names the model and the data; its normalisation is the file's or else that of timm's model.
+        partial_weights: load what fits, and say on stderr what does not.
+        options: of :func:`_evaluate`.
+
+    Raises:
+        TrainingError: if the file does not fit the model, or the model or the data cannot be used.
+    """
+    held_out = load_data(config)
+
+    def model(device: torch.device) -> nn.Module:
+        built = build_model(config, held_out.spec, held_out.num_classes, device, initial=False)
+        loaded = load_weights(built, weights, partial=partial_weights)
+        if loaded.left_out:
+            print(f"{weights} fits in part; {loaded.left_out}", file=sys.stderr)
+        facts.update(table=loaded.table, left_out=loaded.left_out)
+        return built.eval()
+
+    facts: dict[str, Any] = {"weights": weights.name, "model": config.model}
+    return _evaluate(model, held_out, weights, output, facts, **options)
+
+
+def _evaluate(
+    make_model: Callable[[torch.device], nn.Module],
+    data: Data,
+    path: Path,
+    output: Path | None,
+    facts: dict[str, Any],
+    *,
     attack: str = "autoattack",
     eps: Sequence[float] | None = None,
     norm: str = "Linf",
@@ -57,32 +122,22 @@ def evaluate_run(
     device: str | None = None,
     progress: bool = True,
 ) -> Evaluation:
-    """Attacks the averaged model of a run on ``n`` held-out images, a fixed sample, or on all of them.
-
-    Writes ``evaluation-<attack>.json`` to ``output`` (the checkpoint's directory) and, while it runs, states
-    from which an interrupted AutoAttack goes on.
+    """Attacks a model and writes what came of it.
 
     Args:
-        checkpoint: a run's directory or its checkpoint.
-        data: image folder to take instead of the run's.
-        eps: radii in pixel units; without them the run's epsilon.
+        path: the file of its weights.
+        facts: of the model, for the JSON.
+        eps: radii in pixel units; without them the config's epsilon.
+        n: held-out images to attack, a fixed sample; without it, all.
         attack, norm, batch_size, seed, device: as :func:`~.evaluation.evaluate` takes them.
-
-    Raises:
-        TrainingError: if the checkpoint or the data cannot be used.
     """
-    path = checkpoint_path(checkpoint)
-    where = find_device(device)
-    saved = load_checkpoint(path)
-    config = TrainConfig(**saved["config"] | ({} if data is None else {"data": data}))
-    held_out = load_data(config)
-    if held_out.classes != saved["classes"]:
-        raise TrainingError(f"data: the classes of {config.data} are not those that {path} was trained on")
-    images, labels = held_out.evaluation_sample(n or len(held_out.evaluation))
+    model = make_model(find_device(device))
+    images, labels = data.evaluation_sample(n or len(data.evaluation))
     output = output or path.parent
-    states = output / "evaluation" / _digest(*saved["ema"].values(), images, labels, [batch_size, seed])
+    state = [value.cpu() for value in model.state_dict().values()]
+    states = output / "evaluation" / _digest(*state, images, labels, [batch_size, seed])
     states.mkdir(parents=True, exist_ok=True)
-    model, radii = load_model(path, where), eps or [config.epsilon]
+    radii = eps or [data.config.epsilon]
     options: dict[str, Any] = {"attack": attack, "norm": norm, "batch_size": batch_size, "seed": seed}
     try:
         results = robustness_curve(
@@ -90,8 +145,7 @@ def evaluate_run(
         )
     except ValueError as error:
         raise TrainingError(str(error)) from error
-    report = {"checkpoint": path.name, "epoch": saved["epoch"], "data": config.data}
-    report["results"] = [result.to_dict() for result in results]
+    report = {**facts, "data": data.config.data, "results": [result.to_dict() for result in results]}
     write_text(output / f"evaluation-{attack}.json", json.dumps(report, indent=1))
     return Evaluation(path, results)
 
@@ -106,15 +160,16 @@ def step_seconds(trainers: Mapping[str, Trainer], count: int, warm_up: int = 3) 
     for _ in range(warm_up + count):
         for name, trainer in trainers.items():
             images, targets = (part.to(trainer.device) for part in first)
-            _synchronize(trainer.device)
+            synchronize(trainer.device)
             start = time.perf_counter()
             trainer.step(images, targets)
-            _synchronize(trainer.device)
+            synchronize(trainer.device)
             seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(times[warm_up:]) for name, times in seconds.items()}
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Waits for what was started on ``device``."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

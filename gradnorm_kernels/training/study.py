@@ -20,7 +20,7 @@ from .files import CHECKPOINT, load_checkpoint, write_text
 from .models import load_model
 from .objectives.edge import edges
 from .options import TrainingError
-from .report import conditions, gradient_figure, history_figure, page, text_table
+from .report import conditions, gradient_grid, history_charts, page, text_table
 from .runs import evaluate_run, step_seconds
 from .trainer import Trainer, train
 
@@ -284,7 +284,7 @@ def _report(outcome: Outcome, data: Data, runs: Mapping[str, Path]) -> str:
         (
             "By epoch: " + " and ".join(label.split(",")[0] for label in keys.values()),
             "First seed.",
-            history_figure(histories, keys),
+            history_charts(histories, keys),
         )
         for keys in panels
     ]
@@ -295,7 +295,7 @@ def _report(outcome: Outcome, data: Data, runs: Mapping[str, Path]) -> str:
             "Input gradients",
             "Held-out images, their edges (blurred Sobel magnitude), and the gradient of the cross-entropy"
             " with respect to the pixels, channels summed, each in its own colour scale under its L1 norm.",
-            gradient_figure({"image": images, "edges": edges(images)}, gradients),
+            gradient_grid({"image": images, "edges": edges(images)}, gradients),
         )
     )
     return page(outcome.study.title, outcome.cells(), notes, sections)

@@ -2,8 +2,9 @@
 
 A run is a function of its :class:`TrainConfig`: every random number depends on (seed, epoch, step) alone, so
 a checkpoint needs no generator's state and a resumed run ends, on a CPU, where the uninterrupted one would
-have, to the bit. The output directory holds ``checkpoint.pt``, ``config.json`` and ``metrics.jsonl``, which
-has a line an epoch. Under ``torchrun`` the processes share every batch, and the first one writes.
+have, to the bit. The output directory holds ``checkpoint.pt``, ``config.json``, ``metrics.jsonl``, which has
+a line an epoch, and at the end ``report.html``. Under ``torchrun`` the processes share every batch, and the
+first one writes.
 """
 
 import math
@@ -35,11 +36,12 @@ from .config import Interrupted, TrainConfig
 from .data import Data, load_data, seed_everything
 from .distributed import any_process, process_group, rank, summed, world_size
 from .execution import allow_tf32, compiled, find_device, for_training, tf32, without_exchange
-from .files import CHECKPOINT, load_checkpoint, write_file, write_lines, write_tensorboard
+from .files import CHECKPOINT, load_checkpoint, write_file, write_lines, write_tensorboard, write_text
 from .models import build_model
 from .objectives import OBJECTIVES, Loss, Objective, make_objective
 from .objectives.common import evaluated
 from .options import TrainingError
+from .report import duration, run_report
 
 # One stream of random numbers for the initial weights and one for the steps, apart from the data's.
 _INITIAL, _STEP = 0, 3
@@ -104,6 +106,7 @@ def _train(config: TrainConfig, output: Path, device: torch.device, resume: bool
         write_lines(output / "config.json", [asdict(config)])
     write_metrics()
     if rank() == 0 and (trainer.epoch, trainer.step_in_epoch) == (0, 0):
+        trainer.warn_of_short_run()
         trainer.warn_of_double_backward()
     with _interrupts_noted() as interrupted:
 
@@ -117,6 +120,8 @@ def _train(config: TrainConfig, output: Path, device: torch.device, resume: bool
             write_checkpoint()
             write_metrics()
             stop_if_interrupted()
+    if rank() == 0:
+        write_text(output / "report.html", run_report(config, trainer.history))
     return trainer.history
 
 
@@ -164,6 +169,18 @@ class Trainer:
         if saved:
             self.load_state_dict(saved)
 
+    def warn_of_short_run(self) -> None:
+        """Says on stderr if the run ends before the learning rate, or the norm's weight, is at its full."""
+        config = self.config
+        # The last update is that many epochs after the start, less one step.
+        if config.epochs <= config.warmup_epochs:
+            what = f"epochs: {config.epochs} end within the {config.warmup_epochs:g} of warmup_epochs"
+            print(f"{what}; the learning rate never reaches {config.peak_lr:.3g}", file=sys.stderr)
+        weighs = OBJECTIVES[config.objective].differentiates_twice and config.objective != "edge"
+        if weighs and config.epochs <= config.ramp_epochs:
+            what = f"epochs: {config.epochs} end within the {config.ramp_epochs:g} of ramp_epochs"
+            print(f"{what}; the gradient norm never has its full weight", file=sys.stderr)
+
     def warn_of_double_backward(self) -> None:
         """Says on stderr what :func:`~..diagnose.diagnose` finds harmful, if a run differentiates twice."""
         config, shape = self.config, (2, len(self.data.spec.mean), self.data.spec.size, self.data.spec.size)
@@ -185,6 +202,7 @@ class Trainer:
             TrainingError: if the loss or the gradient is not finite.
         """
         steps = self.data.steps_per_epoch
+        begun, at_first = time.perf_counter(), self.step_in_epoch
         batches = self.data.training_batches(self.epoch, self.step_in_epoch)
         with tqdm(
             total=steps,
@@ -216,7 +234,11 @@ class Trainer:
             held_out |= self._robustness()
         self.history.append(self._summary() | held_out)
         if rank() == 0:
-            tqdm.write(_describe(self.history[-1], self.config.epochs), file=sys.stderr)
+            # What this epoch took, evaluation included, is the best guess of each of the next.
+            left = self.config.epochs - self.epoch - 1
+            seconds = (time.perf_counter() - begun) * left * steps / max(steps - at_first, 1)
+            line = _describe(self.history[-1], self.config.epochs)
+            tqdm.write(f"{line}, {duration(seconds)} left" if left else line, file=sys.stderr)
         self.epoch, self.step_in_epoch, self.sums = self.epoch + 1, 0, defaultdict(float)
 
     def step(self, images: Tensor, targets: Tensor) -> tuple[Loss, Tensor]:
