@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from gradnorm_kernels.training.trainer import allow_tf32
+from gradnorm_kernels._tf32 import allow_tf32
 
 from .measure import option_parser, parse, start, wall_time, write_json
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gradnorm_kernels as gk
-from gradnorm_kernels.training.trainer import allow_tf32
+from gradnorm_kernels._tf32 import allow_tf32
 
 from .measure import alternate, heading, line, option_parser, parse, start, summary, wall_time, write_json
 from .steps import gradients, relative_difference

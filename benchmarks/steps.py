@@ -54,11 +54,11 @@ from timm.layers import get_act_layer
 from torch import Tensor, nn
 
 import gradnorm_kernels as gk
+from gradnorm_kernels._tf32 import allow_tf32
 from gradnorm_kernels.training.config import TrainingError
 from gradnorm_kernels.training.models import create_model, input_spec
 from gradnorm_kernels.training.objectives import AdversarialLoss, GradientNormLoss, NaturalLoss, Objective
 from gradnorm_kernels.training.objectives.gradient_norm import NORMS
-from gradnorm_kernels.training.trainer import allow_tf32
 
 from .limits import DTYPES, Limits
 from .limits import measure as measure_limits

@@ -1,13 +1,22 @@
-"""CUDA kernels of the ops, written in Triton, which is imported at the first CUDA call."""
+"""CUDA kernels of the ops, written in Triton, which is imported at the first CUDA call.
+
+Where there is none that works, and where a kernel does not cover a shape, the op is its composite.
+"""
 
 from __future__ import annotations
 
 import functools
 import importlib
+import os
+import re
+import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from . import composite
 
 # The ops that each module here implements, under their own names.
 _OPS = {
@@ -54,21 +63,78 @@ _OPS = {
 }
 
 
+# That of torch 2.11.
+_OLDEST_TRITON = (3, 6)
+
+
+class NotCoveredError(Exception):
+    """A launcher has no kernel for such operands, on such a device."""
+
+
+def _install() -> str:
+    """How Triton is installed on this platform."""
+    if torch.version.hip:
+        return "reinstall torch from PyTorch's index for ROCm, with the Triton that it names"
+    package = "triton-windows" if sys.platform == "win32" else "triton"
+    return f'pip install --upgrade "{package}>={".".join(map(str, _OLDEST_TRITON))}"'
+
+
+def _obstacle() -> tuple[str, str] | None:
+    """Why Triton cannot run here, and the remedy."""
+    try:
+        import triton
+    except ImportError as error:
+        return f"Triton cannot be imported ({error})", _install()
+    if tuple(map(int, re.findall(r"\d+", triton.__version__)[:2])) < _OLDEST_TRITON:
+        return f"Triton {triton.__version__} is too old", _install()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    try:
+        # Makes the module that talks to the driver, for which Triton calls a C compiler.
+        triton.runtime.driver.active.get_current_target()
+    # Of many kinds: of the compiler, of the linker, of the driver.
+    except Exception as error:
+        what = (str(error).splitlines() or [type(error).__name__])[0]
+        return (
+            f"Triton found no C compiler, no header of Python or no driver ({what})",
+            "install them (Debian: apt-get install gcc python3-dev; Fedora: dnf install gcc python3-devel; "
+            "Windows: triton-windows brings its own), or name a compiler by the environment variable CC",
+        )
+    return None
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether kernels can run; warns, the first time, if not."""
+    obstacle = _obstacle()
+    if obstacle is not None:
+        reason, remedy = obstacle
+        warnings.warn(
+            f"gradnorm_kernels: on the GPU, PyTorch's own ops take the place of fused kernels, which is "
+            f"right but slower: {reason}. Remedy: {remedy}",
+            stacklevel=2,
+        )
+    return obstacle is None
+
+
 def _lazy(module: str, op: str) -> Callable[..., Any]:
-    implementation: Callable[..., Any] | None = None
+    launcher: Callable[..., Any] | None = None
+    # The composite writes all results anew.
+    not_covered: tuple[type[Exception], ...] = ()
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        nonlocal implementation
-        if implementation is None:
-            try:
-                implementation = getattr(importlib.import_module(f"{__name__}.{module}"), op)
-            except ModuleNotFoundError as error:
-                if error.name != "triton":
-                    raise
-                raise ImportError(
-                    f"gradnorm_kernels.{op} on CUDA needs Triton: pip install triton"
-                ) from error
-        return implementation(*args, **kwargs)
+        nonlocal launcher, not_covered
+        if launcher is None:
+            if not has_triton():
+                return composite.call(op, *args, **kwargs)
+            from triton.runtime.errors import OutOfResources
+
+            not_covered = (NotCoveredError, OutOfResources)
+            launcher = getattr(importlib.import_module(f"{__name__}.{module}"), op)
+        try:
+            return launcher(*args, **kwargs)
+        except not_covered:
+            return composite.call(op, *args, **kwargs)
 
     return call
 

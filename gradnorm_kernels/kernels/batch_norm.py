@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import ACTIVATIONS, Activation
-from .common import FP_FUSION, contiguous, load, load_parameter, opmath
+from .common import FP_FUSION, contiguous, gpu, load, load_parameter, opmath
 
 
 @triton.jit
@@ -487,8 +487,6 @@ _TILE = 1024
 # them writes for the sums is little beside what it reads.
 _PROGRAMS = 2048
 _OPTIONS = {"num_warps": 4, **FP_FUSION}
-# Left to itself, ptxas spills five sums a thread for the sake of one more program at a time.
-_SUMS_OPTIONS = {**_OPTIONS, "maxnreg": 128}
 # Twice the sums, and derivatives of activations: half as many elements a thread.
 _ACT_OPTIONS = {**_OPTIONS, "num_warps": 8}
 
@@ -652,8 +650,10 @@ def batch_norm_double_backward(
     with torch.cuda.device_of(x):
         if training:
             partial_sums = x.new_empty((layout.grid[1], 5, channels), dtype=dtype_of_sums)
+            # Left to itself, ptxas spills five sums a thread for the sake of one more program at a time.
+            options = _OPTIONS | ({"maxnreg": 128} if gpu(x.device).backend == "cuda" else {})
             batch_norm_sums_kernel[layout.grid](
-                v, g, x, mean, partial_sums, *layout.sizes, **layout.constants, **_SUMS_OPTIONS
+                v, g, x, mean, partial_sums, *layout.sizes, **layout.constants, **options
             )
             per_channel = partial_sums.sum(0)
             grad_weight = x.new_empty(channels, dtype=dtype)

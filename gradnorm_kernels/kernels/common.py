@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -123,6 +124,28 @@ def normalization_double_backward(means, v, g, h, r, w, u, t):
 
 
 # Launchers.
+
+
+class Gpu(NamedTuple):
+    """What a launch is chosen by."""
+
+    backend: str
+    capability: int  # 90 is sm_90; 0 where there is none
+    shared_memory: int  # the most bytes that a program may have
+    multiprocessors: int
+
+
+@functools.cache
+def gpu(device: torch.device) -> Gpu:
+    """As Triton's driver has it, which also checks launches against it."""
+    if device.type == "cpu":  # for Triton's interpreter
+        return Gpu("cuda", 90, 227 * 1024, 2)
+    driver = triton.runtime.driver.active
+    with torch.cuda.device(device if device.type == "cuda" else -1):  # -1 does nothing, for a stand-in
+        target = driver.get_current_target()
+        properties = driver.utils.get_device_properties(driver.get_current_device())
+    capability = target.arch if target.backend == "cuda" else 0
+    return Gpu(target.backend, capability, properties["max_shared_mem"], properties["multiprocessor_count"])
 
 
 def contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

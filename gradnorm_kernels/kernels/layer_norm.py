@@ -30,6 +30,7 @@ from .common import (
     check_operands,
     contiguous,
     empty_like,
+    gpu,
     load,
     load_parameter,
     normalization_double_backward,
@@ -240,6 +241,9 @@ def layer_norm_bwd_kernel(
             else:
                 _store_partial(grad_weight_ptr, g * h, columns, first, index != first_tile)
                 _store_partial(grad_bias_ptr, g, columns, first, index != first_tile)
+        if not whole:
+            # The next tile's sums may be read by other threads than those that wrote them.
+            tl.debug_barrier()
     if whole:
         _store_partial(grad_weight_ptr, weight_sum, columns, 0, False)
         _store_partial(grad_bias_ptr, bias_sum, columns, 0, False)
@@ -317,6 +321,8 @@ def layer_norm_bwd_bwd_kernel(
                 weight_sum += term
             else:
                 _store_partial(grad_weight_ptr, term, columns, first, index != first_tile)
+        if not whole:
+            tl.debug_barrier()
     if whole:
         _store_partial(grad_weight_ptr, weight_sum, columns, 0, False)
 
@@ -393,16 +399,10 @@ def _constants(
     return constants, {"num_warps": num_warps, **FP_FUSION}
 
 
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    # A CPU tensor is for Triton's interpreter.
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-
-
 def _programs(rows: Rows, block_rows: int, num_warps: int, device: torch.device) -> int:
     """As many as fill the device, as long as their partial sums are small beside the tensors."""
     tiles = rows.groups * -(-rows.rows // block_rows)
-    sms = _multiprocessors(device)
+    sms = gpu(device).multiprocessors
     return min(tiles, max(sms, min(sms * (32 // num_warps), tiles // 16)))
 
 

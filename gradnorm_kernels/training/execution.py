@@ -1,8 +1,8 @@
 """How a training step is executed: the device, the precision, compilation, several processes."""
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -58,21 +58,6 @@ def for_training(model: nn.Module, config: TrainConfig, device: torch.device) ->
 def without_exchange(trained: nn.Module) -> AbstractContextManager[None]:
     """Gradients are not exchanged between processes for as long as the block lasts."""
     return trained.no_sync() if isinstance(trained, DistributedDataParallel) else nullcontext()
-
-
-@contextmanager
-def allow_tf32(allowed: bool | None) -> Iterator[None]:
-    """Sets PyTorch's switches of TF32 for as long as the block lasts; None leaves them as they are."""
-    if allowed is None:
-        yield
-        return
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = allowed
-    try:
-        yield
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 def tf32(config: TrainConfig) -> bool | None:

@@ -29,13 +29,14 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .._tf32 import allow_tf32
 from ..checkpoint import checkpoint_modules
 from ..diagnose import diagnose
 from .attacks import input_gradient
 from .config import Interrupted, TrainConfig
 from .data import Data, load_data, seed_everything
 from .distributed import any_process, process_group, rank, summed, world_size
-from .execution import allow_tf32, compiled, find_device, for_training, tf32, without_exchange
+from .execution import compiled, find_device, for_training, tf32, without_exchange
 from .files import CHECKPOINT, load_checkpoint, write_file, write_lines, write_tensorboard, write_text
 from .models import build_model
 from .objectives import OBJECTIVES, Loss, Objective, make_objective

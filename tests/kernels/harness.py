@@ -8,6 +8,7 @@ tests run on it, through the dispatcher.
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import subprocess
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
+common: Any = importlib.import_module("gradnorm_kernels.kernels.common")
 GPUTarget = triton.backends.compiler.GPUTarget
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -59,7 +61,10 @@ in_the_interpreter = pytest.mark.skipif(not INTERPRET, reason="the addresses do 
 
 # The most shared memory of a block, in KiB: table "Technical Specifications per Compute Capability" of the
 # CUDA C++ Programming Guide.
-SHARED_MEMORY = {80: 163, 90: 227, 100: 227, 120: 99}
+SHARED_MEMORY = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+# Of which each kind stands for the others in most tests.
+ARCHITECTURES = (80, 90, 100, 120)
+ROCM = GPUTarget("hip", "gfx942", 64)
 # What `make test` compiles; the rest is left to `make test-all`.
 USUAL = ((torch.float32, 90), (torch.bfloat16, 90))
 
@@ -73,13 +78,18 @@ class Launch(NamedTuple):
     attributes: dict[tuple[int, ...], Any]
     options: dict[str, Any]
 
-    def compiled(self, capability: int) -> Any:
+    def compiled(self, target: Any) -> Any:
         source = triton.compiler.ASTSource(self.kernel, self.signature, self.constants, self.attributes)
-        return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=self.options)
+        target = GPUTarget("cuda", target, 32) if isinstance(target, int) else target
+        return triton.compile(source, target=target, options=self.options)
 
 
-def recorded(launcher: Callable[..., Any], *operands: Any) -> list[Launch]:
-    """The launches of a call on meta tensors, whose addresses are aligned as a GPU's are."""
+def recorded(launcher: Callable[..., Any], *operands: Any, target: Any = 90) -> list[Launch]:
+    """The launches of a call on meta tensors, whose addresses are aligned as a GPU's are.
+
+    Args:
+        target: a CUDA architecture, or a GPUTarget of another backend's.
+    """
     launches: list[Launch] = []
 
     def warm_up(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
@@ -95,15 +105,24 @@ def recorded(launcher: Callable[..., Any], *operands: Any) -> list[Launch]:
     run = triton.runtime.JITFunction.run
     absent_gpu = SimpleNamespace(
         # Not the number of a GPU that may be there: Triton caches what it specialises under it.
-        get_current_device=lambda: -1,
+        get_current_device=lambda: f"absent {target}",
         get_current_stream=lambda device: 0,
-        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+        get_current_target=lambda: target,
+        utils=SimpleNamespace(
+            get_device_properties=lambda device: {
+                "max_shared_mem": SHARED_MEMORY.get(target.arch, 64) * 1024,  # 64 of ROCm's
+                "multiprocessor_count": 132,
+            }
+        ),
     )
+    target = GPUTarget("cuda", target, 32) if isinstance(target, int) else target
+    common.gpu.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton.runtime.JITFunction, "run", warm_up)
         patch.setattr(triton.runtime.JITFunction, "_do_compile", record)
         patch.setattr(triton.runtime.driver, "_active", absent_gpu)
         launcher(*operands)
+    common.gpu.cache_clear()
     return launches
 
 
@@ -119,6 +138,7 @@ def compilation_test(
     calls: Callable[[torch.dtype], Iterator[tuple[Any, ...]]],
     wide: Sequence[str] = (),
     known: dict[str, str] | None = None,
+    by_device: bool = False,
 ) -> Callable[..., None]:
     """A test of every distinct launch of a family's calls, in each dtype and for each architecture.
 
@@ -126,18 +146,20 @@ def compilation_test(
         calls: tuples of a name, a launcher and its arguments.
         wide: the names of those whose kernels have 128-bit accesses only; all is every one.
         known: what does not hold yet: patterns of tests' ids, and why.
+        by_device: the launches differ from device to device; every architecture is tested.
     """
     cases: dict[str, Any] = {}
     for dtype in [] if INTERPRET else DTYPES:
-        seen: list[Launch] = []
+        seen: list[tuple[int, Launch]] = []
         for name, *call in calls(dtype):
-            for launch in recorded(*call):
-                if launch in seen:
-                    continue
-                seen.append(launch)
-                case = f"{launch.kernel.__name__.removesuffix('_kernel')}-{name}-{str(dtype)[6:]}"
-                case += "-again" * (f"{case}-sm_80" in cases)
-                for capability in SHARED_MEMORY:
+            usual = recorded(*call)
+            for capability in SHARED_MEMORY if by_device else ARCHITECTURES:
+                for launch in recorded(*call, target=capability) if by_device else usual:
+                    if (capability, launch) in seen:
+                        continue
+                    seen.append((capability, launch))
+                    case = f"{launch.kernel.__name__.removesuffix('_kernel')}-{name}-{str(dtype)[6:]}"
+                    case += "-again" * (f"{case}-sm_{capability}" in cases)
                     key = f"{case}-sm_{capability}"
                     marks = [] if (dtype, capability) in USUAL else [pytest.mark.slow]
                     for pattern, reason in (known or {}).items():

@@ -11,10 +11,13 @@ import harness
 import pytest
 import reference
 import torch
-from harness import in_every_dtype, meta, normal, on_every_device, triton
+from harness import INTERPRET, in_every_dtype, meta, normal, on_every_device, triton
 from torch import Tensor
 
 import gradnorm_kernels as gk
+from gradnorm_kernels import kernels
+from gradnorm_kernels._tf32 import allow_tf32
+from gradnorm_kernels.kernels import NotCoveredError, composite
 
 attention: Any = importlib.import_module("gradnorm_kernels.kernels.attention")
 OPS = torch.ops.gradnorm_kernels
@@ -33,7 +36,7 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
             o = Operands(case, dtype, "meta")
             yield name, run_kernels, o, False, 2
             if dtype == torch.float32:
-                yield f"{name}-tf32", allow_tf32(run_kernels), o, False, 2
+                yield f"{name}-tf32", allow_tf32(True)(run_kernels), o, False, 2
     scores, mask = meta(8, 12, 577, 577, dtype=dtype), meta(577, 577, dtype=dtype)
     for name, m in (("rows", None), ("rows-mask", mask)):
         yield name, attention._attention_softmax, scores, m, SCALE
@@ -60,19 +63,6 @@ TILED = [
 ]
 SMALLEST = [WINDOWS[2], ((1, 2, 1), 16, 70, 16, 20, (1, 1, 1))]
 in_windows_and_tiles = pytest.mark.parametrize("case", SMALLEST, ids=["window", "tiles"])
-
-
-def allow_tf32(function: Any) -> Any:
-    @functools.wraps(function)
-    def call(*args: Any) -> Any:
-        before = torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = True
-        try:
-            return function(*args)
-        finally:
-            torch.backends.cuda.matmul.allow_tf32 = before
-
-    return call
 
 
 class Operands:
@@ -177,7 +167,7 @@ def test_windows_and_tiles(case: Any, dtype: torch.dtype, device: str) -> None:
 def test_vit(device: str) -> None:
     """Of its shape, and in the interpreter, which multiplies in float32 all the same, in tf32's tiles."""
     o = Operands(((1, 1, 1), 197, 197, 64, 64, None), torch.float32, device)
-    assert_as_accurate_as_stock(o, (allow_tf32(run_kernels) if device == "cpu" else run_kernels)(o))
+    assert_as_accurate_as_stock(o, (allow_tf32(True)(run_kernels) if device == "cpu" else run_kernels)(o))
 
 
 @on_every_device
@@ -285,8 +275,93 @@ def test_rows_without_scores(device: str) -> None:
 
 
 # With TF32 products these hold more than the registers of a thread, which the former lists did not see.
-KNOWN = {r"window_attention_bwd(_bwd)?-(swin|window)-tf32-float32-sm_\d+": "spills with TF32 products"}
-test_compiles_without_spills = harness.compilation_test(calls, known=KNOWN)
+KNOWN = {
+    r"window_attention_bwd(_bwd)?-(swin|window)-tf32-float32-sm_\d+": "spills with TF32 products",
+    r"\w*attention_(fwd|bwd|bwd_bwd)-(swin|vit)\S*-b?float16\S*-sm_75": "spills, without tensor cores",
+}
+test_compiles_without_spills = harness.compilation_test(calls, known=KNOWN, by_device=True)
+
+
+def launches(case: Any, precision: str, target: Any) -> list[harness.Launch]:
+    """Of all passes in float32, on such a device."""
+    with allow_tf32(precision == "tf32"):
+        return harness.recorded(run_kernels, Operands(case, torch.float32, "meta"), True, 2, target=target)
+
+
+@pytest.mark.skipif(INTERPRET, reason="the interpreter does not compile")
+@pytest.mark.parametrize(
+    ("capability", "columns", "precision"),
+    [
+        pytest.param(*case, marks=[] if case[:2] in ((80, 64), (86, 64)) else pytest.mark.slow)
+        for case in (
+            *((capability, columns, "tf32") for capability in harness.SHARED_MEMORY for columns in (32, 64)),
+            (75, 32, "ieee"),
+            (86, 64, "ieee"),
+        )
+        if case[:2] != (75, 64)
+    ],
+)
+def test_windows_fit_the_shared_memory(
+    capability: int, columns: int, precision: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    """Of 64 tokens, with the mask's gradient. Without assembling, which takes longest, nor caching that."""
+    from triton.backends.nvidia.compiler import CUDABackend
+
+    monkeypatch.setattr(CUDABackend, "make_cubin", lambda *args: b"")
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    case = ((64, 1, 12), 64, 64, columns, columns, (1, 1, 12))
+    *_, double_backward = launches(case, precision, capability)
+    shared = double_backward.compiled(capability).metadata.shared
+    assert shared <= harness.SHARED_MEMORY[capability] * 1024
+
+
+@pytest.mark.skipif(INTERPRET, reason="it takes the interpreter's own device")
+@pytest.mark.parametrize("case", [WINDOWS[0], TILED[0]], ids=["window", "tiles"])
+def test_precision_is_one_that_the_device_has(case: Any) -> None:
+    for target, expected in ((75, "ieee"), (80, "tf32"), (90, "tf32"), (120, "tf32"), (harness.ROCM, "ieee")):
+        found = launches(case, "tf32", target)
+        assert len(found) >= 3 and all(expected in launch.constants.values() for launch in found), target
+
+
+@pytest.mark.skipif(INTERPRET, reason="it takes the interpreter's own device")
+def test_windows_beyond_the_shared_memory_are_not_covered() -> None:
+    with pytest.raises(NotCoveredError):
+        launches(((64, 1, 12), 64, 64, 64, 64, (1, 1, 12)), "ieee", 75)
+
+
+@on_every_device
+def test_the_masks_gradient_of_an_empty_batch_is_zero(device: str) -> None:
+    o = Operands(((0, 2, 2), 5, 4, 4, 4, (1, 2, 2)), torch.float32, device)
+    *_, second_sums = results = run_kernels(o, True, 2)
+    assert results[4].shape == second_sums.shape == (1, 2, 2, 5, 4)
+    assert not results[4].any() and not second_sums.any()
+
+
+@pytest.mark.parametrize("case", [*WINDOWS[:3], TILED[0]], ids=str)
+@pytest.mark.parametrize("parts", [1, 2])
+def test_composites_of_the_passes(case: Any, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Into the results, partial sums among them, that kernels write."""
+    for op in ("_attention_fwd", "_attention_bwd", "_attention_bwd_bwd"):
+        monkeypatch.setattr(attention, op, functools.partial(composite.call, op))
+    o = Operands(case, torch.float32, "cpu")
+    assert_as_accurate_as_stock(o, run_kernels(o, True, parts))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_long_rows_are_composites(dtype: torch.dtype) -> None:
+    most = 4096 if dtype == torch.float64 else 8192
+    for keys, is_covered in ((most, True), (most + 1, False)):
+        meta_scores = meta(1, 2, keys, dtype=dtype)
+        if is_covered and not INTERPRET:
+            assert harness.recorded(attention._attention_softmax, meta_scores, None, SCALE)
+        elif not is_covered:
+            with pytest.raises(NotCoveredError):
+                attention._attention_softmax(meta_scores, None, SCALE)
+    scores = normal(1, 2, most + 1, dtype=dtype, device="cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "has_triton", lambda: True)
+        p = kernels._lazy("attention", "_attention_softmax")(scores, None, SCALE)
+    torch.testing.assert_close(p, (scores * SCALE).softmax(-1))
 
 
 @pytest.mark.gpu

@@ -48,6 +48,16 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
 
 test_compiles_without_spills = harness.compilation_test(calls)
 
+
+@pytest.mark.skipif(harness.INTERPRET, reason="the interpreter does not compile")
+def test_compiles_for_rocm() -> None:
+    """Whose compiler is not told how many registers a thread may have: it rejects the option."""
+    launches = harness.recorded(*next(calls(torch.float32))[1:], target=harness.ROCM)
+    assert len(launches) == 2
+    for launch in launches:
+        assert launch.compiled(harness.ROCM).asm["hsaco"]
+
+
 in_both_modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 # Shape, channels_last, dtype.
 CASES = [

@@ -7,12 +7,15 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from harness import INTERPRET
 
 from gradnorm_kernels import kernels
+from gradnorm_kernels.kernels import composite
 
 # Not the source folder, which a child would import instead of the installed package.
 TESTS = Path(__file__).parent
@@ -46,9 +49,49 @@ def test_triton_is_imported_late() -> None:
     assert child.stdout.strip() == "False"
 
 
-def test_without_triton_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "gradnorm_kernels.kernels.activation", raising=False)
-    monkeypatch.setitem(sys.modules, "triton", None)
-    gelu = kernels._lazy("activation", "gelu")
-    with pytest.raises(ImportError, match="pip install triton"):
-        gelu(torch.ones(4))
+def without_compiler(version: str = "3.8.0") -> SimpleNamespace:
+    """As much of a Triton as is asked whether it works."""
+
+    def raise_error() -> None:
+        raise RuntimeError("Failed to find C compiler.")
+
+    driver = SimpleNamespace(active=SimpleNamespace(get_current_target=raise_error))
+    return SimpleNamespace(__version__=version, runtime=SimpleNamespace(driver=driver))
+
+
+@pytest.mark.parametrize(
+    ("triton", "platform", "message"),
+    [
+        (None, "linux", 'cannot be imported .*Remedy: pip install --upgrade "triton>=3.6"'),
+        (None, "win32", 'cannot be imported .*Remedy: pip install --upgrade "triton-windows>=3.6"'),
+        (without_compiler("3.5.1+git"), "linux", "Triton 3.5.1.git is too old. Remedy: pip install"),
+        (
+            without_compiler(),
+            "linux",
+            r"Failed to find C compiler.*Remedy: .* apt-get install gcc python3-dev",
+        ),
+    ],
+    ids=["absent", "absent on Windows", "old", "without compiler"],
+)
+def test_without_triton_ops_are_composites(
+    triton: Any, platform: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setitem(sys.modules, "triton", triton)
+    monkeypatch.setattr(sys, "platform", platform)
+    kernels.has_triton.cache_clear()
+    x, v = torch.randn(2, 5, dtype=torch.float64)
+    with pytest.warns(UserWarning, match=message) as warned:
+        y = kernels._lazy("activation", "gelu")(x, approximate="tanh")
+        grad = kernels._lazy("activation", "gelu_backward")(v, x, approximate="tanh")
+    kernels.has_triton.cache_clear()
+    assert len(warned) == 1
+    torch.testing.assert_close(y, torch.nn.functional.gelu(x, approximate="tanh"))
+    torch.testing.assert_close(grad, torch.ops.aten.gelu_backward(v, x, approximate="tanh"))
+
+
+def test_every_op_has_a_composite() -> None:
+    for op in (op for ops in kernels._OPS.values() for op in ops):
+        assert op in composite._IN_PLACE or torch._C._dispatch_has_computed_kernel_for_dispatch_key(
+            f"gradnorm_kernels::{op}", "XPU"
+        ), op

@@ -69,6 +69,16 @@ def test_rows_are_read_once_in_128_bits(name: str, dtype: torch.dtype) -> None:
     assert len(wide) in (4, 8) and len(loads) - len(wide) <= 16
 
 
+@pytest.mark.skipif(INTERPRET, reason="the interpreter does not compile")
+def test_sums_in_memory_wait_for_those_who_wrote_them() -> None:
+    """Of rows that are not whole, a tile's part of the sums is added to what other threads wrote."""
+    x, w = meta(64, 512, 1, 2, dtype=torch.float32), meta(512, dtype=torch.float32)
+    s = meta(64, 1, 1, 2, dtype=torch.float32)
+    double_backward = layer_norm.layer_norm_double_backward
+    launch, _ = harness.recorded(double_backward, x, None, None, x, x, s, s, w, ALL)
+    assert "barrier" in launch.compiled(90).asm["ttir"]
+
+
 def statistics(input: Tensor, dim: int, centred: bool = True) -> list[Tensor]:
     wide = input.to(opmath(input.dtype))
     variance, mean = torch.var_mean(wide, dim, correction=0, keepdim=True)

@@ -11,7 +11,9 @@ import torch
 import triton
 from torch import Tensor
 
-from ..common import FP_FUSION
+from ..._tf32 import has_tf32_products
+from .. import NotCoveredError
+from ..common import FP_FUSION, gpu
 from .tiles import attention_fwd_kernel, tiled_attention_bwd_bwd_kernel, tiled_attention_bwd_kernel
 from .windows import window_attention_bwd_bwd_kernel, window_attention_bwd_kernel
 
@@ -22,6 +24,14 @@ _WINDOW_TOKENS = 64
 
 # The fewest rows that are multiplied without tensor cores.
 _FEWEST_ROWS = 8 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8) else 16
+
+
+def _precision(query: Tensor) -> str:
+    """As the user set it, where the device has such instructions and Triton's backend takes the name."""
+    device = gpu(query.device)
+    has_instructions = device.backend == "cuda" and device.capability >= 80
+    is_tf32 = query.dtype == torch.float32 and has_instructions and has_tf32_products()
+    return "tf32" if is_tf32 else "ieee"
 
 
 def _power(n: int) -> int:
@@ -47,6 +57,15 @@ def _compiled(
     return constants, {"num_warps": warps, "num_stages": stages, **FP_FUSION}
 
 
+def _fits(limit: int, dtype: torch.dtype, row_block: int, keys: int, columns: int) -> bool:
+    """Whether a window's double backward in these blocks has enough shared memory: for K, ddK, V and ddV, and
+    for about three tiles of scores and three of the rows' operands. What was compiled took up
+    to 0.06 more, and 0.16 on sm_90, which has room.
+    """
+    elements = keys * 2 * columns + row_block * (3 * keys + 1.5 * columns)
+    return dtype.itemsize * elements * 1.1 <= limit
+
+
 @functools.cache
 def _window(
     dtype: torch.dtype,
@@ -56,14 +75,27 @@ def _window(
     order: int,
     rows: int,
     keys: int,
+    shared_memory: int,
 ) -> _Compiled:
+    """
+    Raises:
+        NotCoveredError: if a program has too little shared memory.
+    """
+
+    def fits(row_block: int) -> bool:
+        return _fits(shared_memory, dtype, row_block, _power(keys), _power(columns) + _power(value_columns))
+
     # With tensor cores a warp holds 16 rows, or in the second order, of which there is twice as much, half of
     # their columns. Without, a few rows of scores are as much as fits into the registers of many warps.
     if dtype in _HALF or precision == "tf32":
         row_block = _power(rows)
         warps = row_block // 16 * (2 if order == 2 else 1)
+        while order == 2 and row_block > 16 and not fits(row_block):
+            row_block //= 2
     else:
         row_block, warps = _FEWEST_ROWS, 8
+    if order == 2 and not fits(row_block):
+        raise NotCoveredError
     constants, options = _compiled(row_block, _power(keys), columns, value_columns, precision, warps, 1)
     constants |= {"rows": rows, "keys": keys} if order else {"is_window": True}
     return constants, options
@@ -114,19 +146,24 @@ def _run(
     (*batch, rows, columns), keys = query.shape, key.shape[3]
     items = math.prod(batch)
     if items == 0:
+        if mask_sums is not None:
+            mask_sums.zero_()
         return
-    precision = "tf32" if query.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    precision = _precision(query)
     kind = (query.dtype, columns, value.shape[4], precision, order)
     tensors = tuple(_strided(*incoming, *operands, *results))
     is_window = max(rows, keys) <= _WINDOW_TOKENS
+    limit = gpu(query.device).shared_memory
     with torch.cuda.device_of(query):  # does nothing for a CPU tensor (Triton's interpreter)
         if order == 0:
-            constants, options = _window(*kind, rows, keys) if is_window else _tiles(*kind, mask is not None)
+            constants, options = (
+                _window(*kind, rows, keys, limit) if is_window else _tiles(*kind, mask is not None)
+            )
             grid = (items * triton.cdiv(rows, constants["row_block"]),)
             attention_fwd_kernel[grid](*tensors, scale, rows, keys, *batch[1:], **constants, **options)
         elif is_window:
             kernel = (window_attention_bwd_kernel, window_attention_bwd_bwd_kernel)[order - 1]
-            constants, options = _window(*kind, rows, keys)
+            constants, options = _window(*kind, rows, keys, limit)
             if order == 2:
                 tensors += tuple(_strided(grad_grad_mask))
             # The parts of the batch, the tiles of the mask, and how often the batch goes through the tiles.

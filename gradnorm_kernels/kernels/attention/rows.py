@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common import FP_FUSION, contiguous, widen
+from .. import NotCoveredError
+from ..common import DTYPES, FP_FUSION, contiguous, widen
 from .primitives import split, start_of
 
 
@@ -104,6 +105,10 @@ def attention_rows_bwd_bwd_kernel(
     _store_row(e_ptr, place, p * (c - tl.sum(p * c, axis=0)))
 
 
+# What the registers of a program hold of a row without spills. The composite takes longer rows.
+_MOST_KEYS = {dtype: 4096 if dtype == torch.float64 else 8192 for dtype in DTYPES}
+
+
 def _broadcast(mask: Tensor | None, scores: Tensor) -> tuple[Any, ...] | None:
     if mask is None:
         return None
@@ -116,6 +121,8 @@ def _launch(kernel: Any, scores: Tensor, scale: float, *arguments: Any) -> None:
     if scores.numel() == 0:
         return
     rows, keys = scores.shape[-2:]
+    if keys > _MOST_KEYS[scores.dtype]:
+        raise NotCoveredError
     batch = (1, 1, *scores.shape[:-2])[-2:]
     block = max(16, triton.next_power_of_2(keys))
     warps = min(max(block // 256, 1), 16)

@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ... import functional as fused
+from ..._tf32 import has_tf32_convolutions, has_tf32_products
 from .common import Batch
 
 # Of a gradient (B, ...), per sample. A half-precision sum over 150,528 pixels would overflow or round.
@@ -96,8 +97,8 @@ def _check_precision(batch: Batch) -> None:
     coarse = {
         "autocast": torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device),
         **{f"{dtype} in model or images": dtype.itemsize < 4 for dtype in dtypes if dtype.is_floating_point},
-        "TF32 matrix products": device == "cuda" and torch.backends.cuda.matmul.allow_tf32,
-        "TF32 convolutions": device == "cuda" and torch.backends.cudnn.allow_tf32,
+        "TF32 matrix products": device == "cuda" and has_tf32_products(),
+        "TF32 convolutions": device == "cuda" and has_tf32_convolutions(),
     }
     for what, found in coarse.items():
         if found:
