@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import usual
 
 import gradnorm_kernels as gk
 from gradnorm_kernels._json import by_line
@@ -271,7 +272,7 @@ def test_resident_peak():
     assert 2**24 < peaks[0] < peaks[1] < held.nbytes / 2
 
 
-@pytest.mark.parametrize("memory", [False, True])
+@pytest.mark.parametrize("memory", usual([False, True], "True"))
 def test_memory_of_a_step(monkeypatch, run, memory):
     """Measured where it is asked for, and not of compilers."""
     monkeypatch.setattr(steps, "in_new_process", lambda function, *arguments: 1234)

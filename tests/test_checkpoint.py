@@ -447,9 +447,8 @@ def fully_sharded(batch, part):
         assert_same([g.full_tensor() for g in gradients(model)], whole_batch_gradients(batch), 1e-10)
 
 
-@pytest.mark.parametrize("run", [distributed_data_parallel, fully_sharded])
-def test_two_processes(run):
-    in_two_processes(run)
+def test_two_processes():
+    in_two_processes(distributed_data_parallel, fully_sharded)
 
 
 def wrapped(model):

@@ -43,19 +43,21 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def in_two_processes(function):
-    mp.spawn(_process, (function, free_port()), nprocs=2)
+def in_two_processes(*functions):
+    """Runs each with all random images and labels and the process's own half of them."""
+    mp.spawn(_process, (functions, free_port()), nprocs=2)
 
 
-def _process(rank, function, port):
+def _process(rank, functions, port):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(minutes=2))
-    torch.manual_seed(1)
-    batch = torch.rand(8, 3, 2, 2, dtype=torch.float64), torch.randint(4, (8,))
     try:
-        function(batch, tuple(part[4 * rank : 4 * rank + 4] for part in batch))
-        dist.barrier()  # Gloo aborts a process whose peer is gone
+        for function in functions:
+            torch.manual_seed(1)
+            batch = torch.rand(8, 3, 2, 2, dtype=torch.float64), torch.randint(4, (8,))
+            function(batch, tuple(part[4 * rank : 4 * rank + 4] for part in batch))
+            dist.barrier()  # Gloo aborts a process whose peer is gone
     finally:
         dist.destroy_process_group()
 
@@ -111,17 +113,14 @@ def uneven_evaluation(batch, part):
     assert trainer.history[-1]["eval_accuracy"] == pytest.approx(correct.double().mean().item())
 
 
+def test_gradients_of_two_processes():
+    in_two_processes(distributed_data_parallel, fully_sharded)
+
+
+@pytest.mark.slow
 def test_evaluation_of_uneven_shares():
     pytest.importorskip("timm")
     in_two_processes(uneven_evaluation)
-
-
-def test_distributed_data_parallel():
-    in_two_processes(distributed_data_parallel)
-
-
-def test_fully_sharded():
-    in_two_processes(fully_sharded)
 
 
 # BatchNorm's frozen statistics and dropout-free models: what is random within a step differs by process.

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import usual
 from torch.utils.data import TensorDataset
 
 pytest.importorskip("timm", reason="training needs: pip install 'gradnorm_kernels[train]'")
@@ -28,18 +29,11 @@ from gradnorm_kernels.training.trainer import Trainer
 # The sides of the smallest images that the models take.
 SIZES = {"swin_base_patch4_window7_224": 56, "swin_large_patch4_window7_224": 56, "resnet50": 32}
 SIZES["gelu_mixer"] = 8
-QUICKEST_SWINS = ("swin_b", "swin_b_edge")
+# One of each model and kind of objective.
+USUAL = ("swin_b", "resnet50", "digits", "digits_edge", "digits_pgd3", "cifar10_small")
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(
-            name, marks=[pytest.mark.slow] * (name.startswith("swin_") and name not in QUICKEST_SWINS)
-        )
-        for name in recipe_names()
-    ],
-)
+@pytest.mark.parametrize("name", usual(recipe_names(), *USUAL))
 def test_two_steps(name):
     """The model, optimiser and loss of every recipe, on small synthetic images."""
     options = {"data": None if name.startswith("digits") else "images"} | load_recipe(name)

@@ -367,7 +367,7 @@ class TestRun:
         trainer = quick_trainer(mode=mode)
         assert trainer.model.training == (mode == "train") and not trainer.ema.module.training
 
-    @pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGKILL])
+    @pytest.mark.parametrize("kill", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
     def test_a_signal_in_the_middle_of_an_epoch(self, kill, uninterrupted, tmp_path):
         """Ctrl-C loses nothing, kill -9 the current epoch; both resume to the uninterrupted run."""
         options = ["epochs=3", "batch_size=359", "lr=4e-3", "warmup_epochs=1", "epsilon=0.1"]
@@ -470,6 +470,7 @@ class TestOptions:
         trainer.loss(torch.rand(16, 1, 8, 8), torch.randint(10, (16,)))
         assert layouts == [True]
 
+    @pytest.mark.slow
     @pytest.mark.skipif(
         not hasattr(torch._dynamo.config, "trace_autograd_ops"),
         reason="this torch cannot trace autograd.grad",

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import replace
+from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2
@@ -21,6 +22,7 @@ from .trainer import Trainer
 
 # The step that is timed has so many images at first, and more until it takes so many seconds.
 _FEWEST, _LONG_ENOUGH = 8, 0.5
+_RANDOM_WEIGHTS: dict[str, Any] = {"pretrained": False, "init": None}
 
 
 def dry_run(config: TrainConfig) -> None:
@@ -37,7 +39,7 @@ def dry_run(config: TrainConfig) -> None:
     """
     device = find_device(config.device)
     data = load_data(config)
-    plain = replace(config, pretrained=False, init=None)
+    plain = replace(config, **_RANDOM_WEIGHTS)
     trainer = Trainer(replace(plain, batch_size=min(_FEWEST, config.batch_size), accumulate=1), data, device)
     # Where the norm is at its full weight.
     trainer.epoch = config.epochs - 1

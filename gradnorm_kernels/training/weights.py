@@ -29,7 +29,7 @@ _NORMALIZATION |= {"std": "std", "sigma": "std", "new_std": "std"}
 # Buffers of Swin's that timm kept in checkpoints before 0.9, and computes now.
 _COMPUTED = ("attn_mask", "relative_position_index")
 # In a checkpoint of timm's trainer: its command line. It is a plain holder of attributes.
-_HARMLESS = [argparse.Namespace]
+_HARMLESS: list[Any] = [argparse.Namespace]
 _LISTED = 4
 
 
@@ -134,7 +134,7 @@ def _read(path: Path) -> Any:
 
 def _table(content: Any, path: Path) -> tuple[str, dict[str, Tensor]]:
     """The innermost table of weights, and the keys that lead there."""
-    keys = []
+    keys: list[str] = []
     while isinstance(content, Mapping):
         inner = next((key for key in _TABLES if isinstance(content.get(key), Mapping)), None)
         if inner is None:

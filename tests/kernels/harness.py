@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from conftest import usual
 from torch import Tensor
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
@@ -44,14 +45,8 @@ if INTERPRET:
 on_every_device = pytest.mark.parametrize("device", DEVICES)
 in_every_dtype = pytest.mark.parametrize(
     "dtype",
-    # In the interpreter, which takes minutes, the others are left to `make test-all`, too.
-    [
-        pytest.param(
-            dtype,
-            marks=[pytest.mark.slow] * (INTERPRET and dtype not in (torch.float32, torch.bfloat16)),
-        )
-        for dtype in DTYPES
-    ],
+    # In the interpreter, which takes minutes, the others are left to `make test-all`.
+    usual(DTYPES, *(["torch.float32"] if INTERPRET else map(str, DTYPES))),
     ids=lambda dtype: str(dtype)[6:],
 )
 in_the_interpreter = pytest.mark.skipif(not INTERPRET, reason="the addresses do not depend on the device")
