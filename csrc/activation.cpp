@@ -251,10 +251,17 @@ struct ActivationOps<Definition, Act (*)(Params...)> {
         const variable_list& grads, const variable_list& saved, Needs, const Settings& settings) {
       return {with_settings<Backward>(settings, backward_op, grads[0], saved[0])};
     }
+    static Tensor again(const variable_list& saved, const Settings& settings)
+      requires(!saves_output)
+    {
+      return with_settings<Forward>(settings, &call<Forward>, saved[0]);
+    }
   };
 
-  struct OfInPlace : OfForward<&Backward::by_switched> {
+  struct OfInPlace {
+    using Settings = ActivationOps::Settings;
     static constexpr bool is_in_place = true;
+    static constexpr auto backward = &OfForward<&Backward::by_switched>::backward;
   };
 
   template <Tensor (*backward_op)(const Backward&)>
@@ -274,6 +281,9 @@ struct ActivationOps<Definition, Act (*)(Params...)> {
       return {
           needs[0] ? with_settings<Backward>(settings, backward_op, grads[0], input) : Tensor(),
           needs[1] && is_zero_asked_for(1) ? at::zeros_like(input) : Tensor()};
+    }
+    static Tensor again(const variable_list& saved, const Settings& settings) {
+      return with_settings<Backward>(settings, &call<Backward>, saved[0], saved[1]);
     }
   };
 

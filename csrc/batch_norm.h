@@ -186,9 +186,4 @@ inline Normalized normalized(const Tensor& like, const Tensor& x, const BatchSta
   return result;
 }
 
-// The derivatives of evaluation mode are of the statistics that it read.
-inline constexpr auto kIfChanged =
-    "If that is the mean or variance of a BatchNorm: a forward in train mode changed it before the "
-    "backward of one in eval mode. Call backward first, or use a copy of the model in eval mode.";
-
 }  // namespace gradnorm_kernels::batch_norm

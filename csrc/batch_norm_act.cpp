@@ -203,7 +203,7 @@ struct Settings {
 };
 
 struct OfBackward {
-  static constexpr auto if_changed = batch_norm::kIfChanged;
+  static constexpr auto if_changed = kIfChanged;
   using Settings = batch_norm_act::Settings::Tuple;
 
   static variable_list backward(
@@ -215,6 +215,7 @@ struct OfBackward {
     }
     return to_list(call(DoubleBackward{grads[0], saved[0], arguments}));
   }
+  static Tensor again(const variable_list& saved, const Settings& settings);
 };
 
 struct Backward {
@@ -291,8 +292,13 @@ struct Backward {
   }
 };
 
+Tensor OfBackward::again(const variable_list& saved, const Settings& settings) {
+  const auto arguments = batch_norm_act::Settings::arguments(&saved[1], settings);
+  return std::get<0>(call(Backward{saved[0], arguments, {true, false, false}}));
+}
+
 struct OfForward {
-  static constexpr auto if_changed = batch_norm::kIfChanged;
+  static constexpr auto if_changed = kIfChanged;
   using Settings = batch_norm_act::Settings::Tuple;
 
   static variable_list backward(
@@ -301,6 +307,7 @@ struct OfForward {
     return to_list(
         call(Backward{grads[0], batch_norm_act::Settings::arguments(saved.data(), settings), mask}), mask);
   }
+  static Tensor again(const variable_list& saved, const Settings& settings);
 };
 
 struct Forward {
@@ -370,6 +377,16 @@ struct Forward {
         })[0];
   }
 };
+
+// Of the statistics that the backward takes, not from the input anew.
+Tensor OfForward::again(const variable_list& saved, const Settings& settings) {
+  const auto [input, weight, bias, s, activation, params] =
+      batch_norm_act::Settings::arguments(saved.data(), settings);
+  const Tensor var = s.training ? s.save_invstd.square().reciprocal_().sub_(s.eps) : Tensor(s.running_var);
+  const BatchNormArguments norm{input,          weight, bias, s.mean(), var, /*training=*/false,
+                                /*momentum=*/0, s.eps};
+  return Forward{norm, activation, params}.cpu();
+}
 
 const Registration<Forward, Backward, DoubleBackward> registration;
 

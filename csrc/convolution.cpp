@@ -4,7 +4,7 @@
 
 #include <ATen/autocast_mode.h>
 
-#include "op.h"
+#include "bilinear.h"
 
 namespace gradnorm_kernels::convolution {
 namespace {
@@ -141,9 +141,8 @@ struct Backward {
     }
     return grads;
   }
-  TensorTriple autograd() const {
-    return needs_composite(grad_output, input, weight) ? composite() : recorded(&Backward::any_device);
-  }
+  TensorTriple autograd() const;
+  template <class Derivative>
   TensorTriple recorded(TensorTriple (Backward::*value)() const) const;
 
   // Whether oneDNN's gradient of a depthwise convolution's weight is slow: where the kernel has more than 9
@@ -202,25 +201,17 @@ struct Forward {
   }
   Tensor autograd() const;
   Tensor autocast_cpu() const {
-    return autocast(at::kCPU);
+    return in_lower_precision(at::kCPU, [&](const auto& cast) {
+      return call(Forward{cast(input), cast(weight), cast(bias), geometry});
+    });
   }
   Tensor autocast_cuda() const {
-    return autocast(at::kCUDA);
-  }
-  // The dtypes that ATen's convolution has in an autocast region.
-  Tensor autocast(c10::DeviceType device) const {
-    using namespace at::autocast;
-    const c10::impl::ExcludeDispatchKeyGuard no_autocast(get_autocast_dispatch_key_from_device_type(device));
-    const auto dtype = get_lower_precision_fp_from_device_type(device);
-    const auto cast = [&](const Tensor& tensor) { return cached_cast(dtype, tensor, device); };
-    return call(Forward{cast(input), cast(weight), cast(bias), geometry});
+    return in_lower_precision(at::kCUDA, [&](const auto& cast) {
+      return call(Forward{cast(input), cast(weight), cast(bias), geometry});
+    });
   }
 };
 
-// With O = conv(X, W) + b, the backward of a gradient G of O is X' = conv^T(G, W), W' = corr(X, G) and
-// b' = sum G: bilinear in G and (X, W). So the gradients V of X', U of W' and u of b' give
-//     G: conv(V, W) + conv(X, U) + u,    X: conv^T(G, U),    W: corr(V, G),
-// where the last two are one backward, of a convolution of V by U.
 struct DoubleBackward {
   static std::string schema() {
     return Geometry::schema(
@@ -229,7 +220,6 @@ struct DoubleBackward {
         ", bool[3] output_mask) -> (Tensor grad_grad_output, Tensor grad_input, Tensor grad_weight)");
   }
   OptionalTensor grad_grad_input, grad_grad_weight, grad_grad_bias;
-  // An operand that no defined gradient meets may be undefined.
   const Tensor &grad_output, &input, &weight;
   Geometry geometry;
   Mask<3> output_mask;
@@ -240,34 +230,14 @@ struct DoubleBackward {
   }
 
   TensorTriple implicit() const {
-    TensorTriple grads;
-    auto& [grad_grad_output, grad_input, grad_weight] = grads;
-    if (output_mask[0]) {
-      // The first convolution adds the bias's term as its own bias.
-      OptionalTensor bias = grad_grad_bias;
-      if (grad_grad_input.defined()) {
-        grad_grad_output = call(Forward{grad_grad_input, weight, bias, geometry});
-        bias.reset();
-      }
-      if (grad_grad_weight.defined()) {
-        const Tensor term = call(Forward{input, grad_grad_weight, bias, geometry});
-        grad_grad_output = grad_grad_output.defined() ? grad_grad_output + term : term;
-        bias.reset();
-      }
-      if (bias.defined()) {
-        grad_grad_output = at::zeros_like(grad_output) + bias.view(channels_first(grad_output));
-      }
-    }
-    const bool has_grad_input = output_mask[1] && grad_grad_weight.defined();
-    const bool has_grad_weight = output_mask[2] && grad_grad_input.defined();
-    if (has_grad_input || has_grad_weight) {
-      // Where a gradient is undefined, the operand it belongs to stands in for its shape.
-      const Tensor& v = grad_grad_input.defined() ? grad_grad_input : input;
-      const Tensor& u = grad_grad_weight.defined() ? grad_grad_weight : weight;
-      std::tie(grad_input, grad_weight, std::ignore) =
-          call(Backward{grad_output, v, u, std::nullopt, geometry, {has_grad_input, has_grad_weight, false}});
-    }
-    return grads;
+    return bilinear_double_backward(
+        *this, [](const Tensor& bias, const Tensor& output) { return bias.view(channels_first(output)); });
+  }
+  Tensor forward(const Tensor& x, const Tensor& w, const Tensor& b) const {
+    return call(Forward{x, w, b, geometry});
+  }
+  TensorTriple backward(const Tensor& x, const Tensor& w, Mask<2> mask) const {
+    return call(Backward{grad_output, x, w, std::nullopt, geometry, {mask[0], mask[1], false}});
   }
 };
 
@@ -282,17 +252,24 @@ struct OfBackward {
   }
 };
 
+struct OfOurBackward : OfBackward, BilinearBackwardReads {};
+
 // value: our own, or PyTorch's where only its double backward is replaced.
+template <class Derivative>
 TensorTriple Backward::recorded(TensorTriple (Backward::*value)() const) const {
   return to_tuple<3>(
-      record<OfBackward>({grad_output, input, weight}, geometry.kept(), [&](variable_list& saved) {
+      record<Derivative>({grad_output, input, weight}, geometry.kept(), [&](variable_list& saved) {
         // An operand that only meets the gradient of a result not asked for is not read again.
         saved = {grad_output, output_mask[1] ? input : Tensor(), output_mask[0] ? weight : Tensor()};
         return to_list((this->*value)(), output_mask);
       }));
 }
+TensorTriple Backward::autograd() const {
+  return needs_composite(grad_output, input, weight) ? composite()
+                                                     : recorded<OfOurBackward>(&Backward::any_device);
+}
 
-struct OfForward {
+struct OfForward : BilinearReads {
   using Settings = Geometry::Kept;
 
   static variable_list backward(
@@ -339,7 +316,7 @@ struct AtenBackward : Override<AtenBackward> {
           groups, output_mask);
     }
     const Geometry geometry{stride, padding, dilation, transposed, output_padding, groups};
-    return Backward{grad_output, input, weight, bias_sizes, geometry, output_mask}.recorded(
+    return Backward{grad_output, input, weight, bias_sizes, geometry, output_mask}.recorded<OfBackward>(
         &Backward::by_aten);
   }
 };

@@ -472,7 +472,7 @@ struct RmsNormBackward {
 
 // Of (output, mean, rstd).
 struct OfLayerNorm {
-  using Settings = std::tuple<Ndim>;
+  using Settings = std::tuple<Ndim, double>;  // and eps
   static constexpr size_t differentiable_results = 1;
 
   static variable_list backward(
@@ -491,11 +491,12 @@ struct OfLayerNorm {
                                  optional(weight), optional(bias), pass.output_mask);
     }));
   }
+  static Tensor again(const variable_list& saved, const Settings& settings);
 };
 
 // Of (output, rstd); the derivative of rstd is -rstd^2 x̂ / M, M the elements of a row.
 struct OfRmsNorm {
-  using Settings = std::tuple<>;
+  using Settings = std::tuple<Ndim, std::optional<double>>;  // and eps
 
   static variable_list backward(
       const variable_list& grads, const variable_list& saved, Needs needs, const Settings&) {
@@ -512,6 +513,7 @@ struct OfRmsNorm {
     }
     return gradients;
   }
+  static Tensor again(const variable_list& saved, const Settings& settings);
 };
 
 struct LayerNorm2d {
@@ -548,7 +550,7 @@ struct LayerNorm2d {
       return composite();
     }
     const Tensor x = pass().input.contiguous();
-    return to_tuple<3>(record<OfLayerNorm>({x, weight, bias}, {kNchw}, [&](variable_list& saved) {
+    return to_tuple<3>(record<OfLayerNorm>({x, weight, bias}, {kNchw, eps}, [&](variable_list& saved) {
       const auto outputs = call(LayerNorm2d{x, weight, bias, eps});
       saved = {x, std::get<1>(outputs), std::get<2>(outputs), weight, bias};
       return to_list(outputs);
@@ -598,7 +600,7 @@ struct LayerNorm {
     }
     const Tensor x = pass().input.contiguous();
     const auto ndim = static_cast<Ndim>(normalized_shape.size());
-    return record<OfLayerNorm>({x, weight, bias}, {ndim}, [&](variable_list& saved) {
+    return record<OfLayerNorm>({x, weight, bias}, {ndim, eps}, [&](variable_list& saved) {
       const auto outputs = native(x);
       saved = {x, std::get<1>(outputs), std::get<2>(outputs), weight, bias};
       return to_list(outputs);
@@ -652,7 +654,8 @@ struct RmsNorm {
       return composite();
     }
     const Tensor x = pass().input.contiguous();
-    return to_tuple<2>(record<OfRmsNorm>({x, weight}, {}, [&](variable_list& saved) {
+    const auto ndim = static_cast<Ndim>(normalized_shape.size());
+    return to_tuple<2>(record<OfRmsNorm>({x, weight}, {ndim, eps}, [&](variable_list& saved) {
       const auto outputs = call(RmsNorm{x, normalized_shape, weight, eps});
       saved = {x, std::get<1>(outputs), weight};
       return to_list(outputs);
@@ -663,6 +666,19 @@ struct RmsNorm {
     return call(RmsNorm{autocast_to_float(input), normalized_shape, autocast_to_float(weight), eps});
   }
 };
+
+Tensor OfLayerNorm::again(const variable_list& saved, const Settings& settings) {
+  const auto [ndim, eps] = settings;
+  const Tensor &input = saved[0], &weight = saved[3], &bias = saved[4];
+  return ndim == kNchw
+             ? std::get<0>(call(LayerNorm2d{input, weight, bias, eps}))
+             : call(LayerNorm{input, input.sym_sizes().slice(input.dim() - ndim), weight, bias, eps});
+}
+Tensor OfRmsNorm::again(const variable_list& saved, const Settings& settings) {
+  const auto [ndim, eps] = settings;
+  const Tensor &input = saved[0], &weight = saved[2];
+  return std::get<0>(call(RmsNorm{input, input.sym_sizes().slice(input.dim() - ndim), weight, eps}));
+}
 
 const Registration<
     LayerNorm, LayerNorm2d, LayerNorm2dBackward, LayerNormDoubleBackward, RmsNorm, RmsNormBackward,

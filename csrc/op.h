@@ -21,6 +21,7 @@
 // An op that only calls others has implicit() alone: it is differentiated and traced through them.
 #pragma once
 
+#include <ATen/SavedTensorHooks.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
@@ -32,6 +33,8 @@
 #include <string_view>
 #include <tuple>
 #include <type_traits>
+#include <typeindex>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -215,6 +218,11 @@ class Registration {
   std::vector<torch::Library> libraries_;
 };
 
+// The derivatives of evaluation mode are of the statistics that it read.
+inline constexpr auto kIfChanged =
+    "If that is the mean or variance of a BatchNorm: a forward in train mode changed it before the "
+    "backward of one in eval mode. Call backward first, or use a copy of the model in eval mode.";
+
 // Which of the tensors that were differentiated need a gradient.
 struct Needs : std::bitset<8> {
   template <size_t N>
@@ -287,10 +295,112 @@ struct Places {
   }
 };
 
+// How the first result of a node of ours is made again from what the node saved, for a node after it that
+// would save that result.
+struct Recipe {
+  using Make = Tensor (*)(const variable_list& saved, const c10::IValue& state);
+  variable_list saved;
+  // The first makes its result of the saved tensors, each other one of that and of its own.
+  struct Step {
+    Make make;
+    c10::IValue state;
+    size_t count;  // of its saved tensors
+  };
+  std::vector<Step> steps;
+
+  Tensor make() const {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+    Tensor result;
+    auto next = saved.begin();
+    for (const auto& [make, state, count] : steps) {
+      variable_list operands;
+      if (result.defined()) {
+        operands.push_back(std::move(result));
+      }
+      operands.insert(operands.end(), next, next + count);
+      next += count;
+      result = make(operands, state);
+    }
+    return result;
+  }
+
+  // By the type of the node.
+  using Of = std::optional<Recipe> (*)(torch::autograd::Node& node);
+  static std::unordered_map<std::type_index, Of>& of_nodes() {
+    static auto* const by_type = new std::unordered_map<std::type_index, Of>();
+    return *by_type;
+  }
+  // Whether it is what a node computed, and nobody changed it since.
+  static bool is_result(const Tensor& tensor) {
+    return tensor.requires_grad() && !tensor.is_leaf() && !tensor.is_view() && tensor._version() == 0 &&
+           tensor.output_nr() == 0;
+  }
+  static std::optional<Recipe> of(torch::autograd::Node& node) {
+    const auto found = of_nodes().find(typeid(node));
+    return found == of_nodes().end() ? std::nullopt : found->second(node);
+  }
+};
+
+// Recipes in the place of saved tensors.
+struct Recipes : torch::CustomClassHolder {
+  struct Entry {
+    size_t place;      // among the saved tensors
+    uint32_t operand;  // which it was, as the node knows its operands
+    std::vector<Recipe::Step> steps;
+    size_t count;  // of the recipe's tensors, which the node saves after its own
+    std::vector<c10::SymInt> sizes, strides;
+    at::TensorOptions options;
+  };
+  std::vector<Entry> entries;
+
+  // Takes those of saved out that can be made again; what that takes is saved at the end.
+  void take(variable_list& saved, at::TensorList operands) {
+    for (size_t place = 0, own = saved.size(); place < own; ++place) {
+      const auto* const operand = std::find_if(operands.begin(), operands.end(), [&](const Tensor& tensor) {
+        return saved[place].defined() && tensor.is_same(saved[place]);
+      });
+      if (operand == operands.end() || !Recipe::is_result(*operand)) {
+        continue;
+      }
+      if (const auto recipe = Recipe::of(*operand->grad_fn())) {
+        saved.insert(saved.end(), recipe->saved.begin(), recipe->saved.end());
+        entries.push_back(
+            {place, static_cast<uint32_t>(operand - operands.begin()), recipe->steps, recipe->saved.size(),
+             operand->sym_sizes().vec(), operand->sym_strides().vec(), operand->options()});
+        saved[place].reset();
+      }
+    }
+  }
+  // Puts them back, with their places in the graph. Of one that is not read, an empty tensor says the shape.
+  void put_back(variable_list& saved, c10::function_ref<bool(size_t place)> is_read) const {
+    auto end = saved.end();
+    for (auto entry = entries.rbegin(); entry != entries.rend(); ++entry) {
+      const auto begin = end - static_cast<int64_t>(entry->count);
+      Tensor& tensor = saved[entry->place];
+      if (is_read(entry->place)) {
+        tensor = Recipe{variable_list(begin, end), entry->steps}.make();
+      } else {
+        at::AutoDispatchBelowADInplaceOrView guard;
+        tensor = at::empty_strided_symint(entry->sizes, entry->strides, entry->options);
+      }
+      if (c10::GradMode::is_enabled()) {
+        torch::autograd::impl::set_gradient_edge(
+            tensor, torch::autograd::get_current_node()->next_edge(entry->operand));
+      }
+      end = begin;
+    }
+    saved.erase(end, saved.end());
+  }
+};
+
 template <class Derivative>
 struct Recorded : torch::autograd::Function<Recorded<Derivative>> {
   using Settings = typename Derivative::Settings;
   using Compute = c10::function_ref<variable_list(variable_list& saved)>;
+  static constexpr bool has_recipe =
+      requires(const variable_list& saved, const Settings& settings) { Derivative::again(saved, settings); };
+  static constexpr bool is_again_from_operand = requires { Derivative::is_again_from_operand; };
 
   static variable_list forward(
       torch::autograd::AutogradContext* ctx, at::TensorList differentiated, const Places& operands,
@@ -299,9 +409,24 @@ struct Recorded : torch::autograd::Function<Recorded<Derivative>> {
     at::AutoDispatchBelowADInplaceOrView guard;
     variable_list saved;
     const auto outputs = results->gather(compute(saved));
+    if constexpr (requires { &Derivative::is_read; }) {
+      auto recipes = c10::make_intrusive<Recipes>();
+      if (!has_hooks()) {
+        recipes->take(saved, differentiated);
+      }
+      if (!recipes->entries.empty()) {
+        ctx->saved_data["recipes"] = c10::IValue::make_capsule(std::move(recipes));
+      }
+    }
     ctx->save_for_backward(std::move(saved));
     ctx->saved_data["state"] =
         std::make_tuple(settings, operands.defined, operands.count, results->defined, results->count);
+    if constexpr (has_recipe) {
+      if (is_recipe_known && !has_hooks() &&
+          (!is_again_from_operand || Recipe::is_result(differentiated[0]))) {
+        ctx->saved_data["has_recipe"] = true;
+      }
+    }
     if constexpr (requires { Derivative::is_in_place; }) {
       ctx->mark_dirty(outputs);
     }
@@ -322,7 +447,14 @@ struct Recorded : torch::autograd::Function<Recorded<Derivative>> {
       for (int64_t i = 0, next = 0; i < count; ++i) {
         needs[i] = operands.has(i) && ctx->needs_input_grad(next++);
       }
-      gradients = Derivative::backward(results.scatter(outputs), saved_by(*ctx), needs, settings);
+      variable_list saved = saved_by(*ctx);
+      if constexpr (requires { &Derivative::is_read; }) {
+        if (const auto found = ctx->saved_data.find("recipes"); found != ctx->saved_data.end()) {
+          const auto recipes = c10::static_intrusive_pointer_cast<Recipes>(found->second.toCapsule());
+          recipes->put_back(saved, [&](size_t place) { return Derivative::is_read(place, needs); });
+        }
+      }
+      gradients = Derivative::backward(results.scatter(outputs), std::move(saved), needs, settings);
     }
     gradients.resize(count);
     variable_list of_inputs;
@@ -349,6 +481,41 @@ struct Recorded : torch::autograd::Function<Recorded<Derivative>> {
       return ctx.get_saved_variables();
     }
   }
+
+  // What such hooks pack, they may not be asked to unpack before the backward.
+  static bool has_hooks() {
+    return at::SavedTensorDefaultHooks::get_hooks().has_value();
+  }
+
+  static std::optional<Recipe> recipe_of(torch::autograd::Node& node) {
+    const auto& ctx = static_cast<torch::autograd::CppNode<Recorded>&>(node).ctx_;
+    if (ctx.saved_data.find("has_recipe") == ctx.saved_data.end()) {
+      return std::nullopt;
+    }
+    std::optional<Recipe> recipe = Recipe();
+    if constexpr (is_again_from_operand) {
+      recipe = Recipe::of(*node.next_edge(0).function);
+    }
+    if (recipe) {
+      try {
+        const auto saved = ctx.get_saved_variables();
+        recipe->saved.insert(recipe->saved.end(), saved.begin(), saved.end());
+        recipe->steps.push_back({&make, ctx.saved_data.at("state"), saved.size()});
+      } catch (const c10::Error&) {  // where they were freed, or changed in place
+        return std::nullopt;
+      }
+    }
+    return recipe;
+  }
+  static Tensor make(const variable_list& saved, const c10::IValue& state) {
+    return Derivative::again(saved, state.toTupleRef().elements()[0].to<Settings>());
+  }
+  static inline const bool is_recipe_known = [] {
+    if constexpr (has_recipe) {
+      Recipe::of_nodes().emplace(typeid(torch::autograd::CppNode<Recorded>), &recipe_of);
+    }
+    return true;
+  }();
 };
 
 }  // namespace detail
@@ -362,6 +529,13 @@ struct Recorded : torch::autograd::Function<Recorded<Derivative>> {
 //     // grads: of the results, at least one defined. Returns the gradients of differentiated.
 //     static variable_list backward(
 //         const variable_list& grads, const variable_list& saved, Needs needs, const Settings& settings);
+//
+//     // Where the first result is cheap to make again from what is saved (and, with a member
+//     // is_again_from_operand, from the first operand before that): what does it.
+//     static Tensor again(const variable_list& saved, const Settings& settings);
+//     // Where an operand that is such a result of another node is not to be saved, but made again: whether
+//     // backward reads the values of the saved tensor at this place. Matrix products and convolutions do so.
+//     static bool is_read(size_t place, Needs needs);
 //   };
 template <class Derivative>
 variable_list record(

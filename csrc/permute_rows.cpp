@@ -50,6 +50,10 @@ struct Derivative {
       const variable_list& grads, const variable_list& saved, Needs, const Settings&) {
     return {call(PermuteRows{grads[0], /*index=*/saved[1], /*inverse=*/saved[0]})};
   }
+  static constexpr bool is_again_from_operand = true;
+  static Tensor again(const variable_list& saved, const Settings&) {
+    return call(PermuteRows{/*input=*/saved[0], /*index=*/saved[1], /*inverse=*/saved[2]});
+  }
 };
 
 Tensor PermuteRows::autograd() const {

@@ -45,6 +45,7 @@ __all__ = [
     "layer_norm",
     "layer_norm_2d",
     "leaky_relu",
+    "linear",
     "log_softmax",
     "logsigmoid",
     "mish",
@@ -688,6 +689,34 @@ def _plain_attention(
         nothing = (scores == -torch.inf).all(-1, keepdim=True)
         weights = scores.masked_fill(nothing, 0).softmax(-1).masked_fill(nothing, 0)
     return torch.nn.functional.dropout(weights.to(value.dtype), dropout_p) @ value
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``input @ weight.T + bias``, as :func:`torch.nn.functional.linear`.
+
+    The products are ATen's. What differs is the memory between the passes: an operand that a normalisation,
+    an activation or the backward of an activation of this package computed is not kept, but computed again from
+    what these keep, unless it was changed in place or hooks on saved tensors are set. :func:`conv1d` and its kin
+    do the same. The third order and ``torch.func`` transforms are exact; in a region compiled by
+    ``torch.compile``, and for other dtypes and layouts than those below, this is PyTorch's function.
+
+    Args:
+        input: ``(..., in_features)``, strided; float16, bfloat16, float32 or float64.
+        weight: ``(out_features, in_features)``, of ``input``'s dtype.
+        bias: ``(out_features,)``, of ``input``'s dtype.
+
+    Returns:
+        ``(..., out_features)``, of ``input``'s dtype.
+
+    Raises:
+        TypeError: if ``weight`` or ``bias`` has another dtype than ``input``.
+        ValueError: if shapes do not match.
+    """
+    ours = input.is_floating_point() and input.layout == torch.strided and weight.layout == torch.strided
+    if not ours or torch.compiler.is_compiling():
+        return torch.nn.functional.linear(input, weight, bias)
+    output: Tensor = torch.ops.gradnorm_kernels.linear(input, weight, bias)
+    return output
 
 
 def conv1d(

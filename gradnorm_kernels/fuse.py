@@ -17,7 +17,6 @@ Replacement = tuple[type[nn.Module], dict[str, Any]]
 
 # Why a class without a fused counterpart needs none, for the report of a dry run.
 _NOTHING_TO_GAIN: dict[type[nn.Module], str] = {
-    nn.Linear: "its double backward is matrix products already",
     nn.modules.linear.NonDynamicallyQuantizableLinear: "its double backward is matrix products already",
 }
 # What the layers of torch.nn.Transformer call as their activation.

@@ -36,6 +36,7 @@ __all__ = [
     "FusedInstanceNorm3d",
     "FusedLayerNorm",
     "FusedLeakyReLU",
+    "FusedLinear",
     "FusedLogSigmoid",
     "FusedLogSoftmax",
     "FusedMish",
@@ -381,6 +382,13 @@ class FusedConv3d(_FusedConv, nn.Conv3d):
         return functional.conv3d(input, weight, bias, self.stride, padding, self.dilation, self.groups)
 
 
+class FusedLinear(nn.Linear):
+    """:class:`torch.nn.Linear` that computes operands again which normalisations and activations computed."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.linear(input, self.weight, self.bias)
+
+
 class FusedMultiheadAttention(nn.MultiheadAttention):
     """:class:`torch.nn.MultiheadAttention` that can be differentiated twice, with a fused double backward.
 
@@ -520,6 +528,7 @@ REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
         FusedInstanceNorm3d,
         FusedLayerNorm,
         FusedLeakyReLU,
+        FusedLinear,
         FusedLogSigmoid,
         FusedLogSoftmax,
         FusedMish,

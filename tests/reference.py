@@ -238,6 +238,11 @@ def qkv_attention(qkv: Tensor, attn_mask: Tensor | None = None, scale: float | N
     return scaled_dot_product_attention(query, key, value, attn_mask, scale).transpose(-3, -2)
 
 
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    output = (input.unsqueeze(-2) * weight).sum(-1)
+    return output if bias is None else output + bias
+
+
 def convolution(
     input: Tensor,
     weight: Tensor,
