@@ -98,6 +98,11 @@ class Permuted(nn.Module):
         return torch.ops.gradnorm_kernels.permute_rows(self.norm(x), index, index.argsort())
 
 
+class ChannelsNorm(nn.LayerNorm):
+    def forward(self, x):
+        return gk.functional.layer_norm_2d(x, self.weight, self.bias, self.eps)
+
+
 def batch_norm(activation, training=True):
     return gk.fuse(nn.Sequential(nn.BatchNorm2d(6), activation)).train(training)
 
@@ -110,7 +115,7 @@ BEFORE = {
     "layer_norm": (lambda: gk.FusedLayerNorm(6), False),
     "rms_norm": (lambda: gk.FusedRMSNorm(6), False),
     "permuted": (Permuted, False),
-    "layer_norm_2d": (lambda: gk.FusedLayerNorm2d(6), False),
+    "layer_norm_2d": (lambda: ChannelsNorm(6), False),
     "batch_norm_relu": (lambda: batch_norm(nn.ReLU()), True),
     "batch_norm_silu": (lambda: batch_norm(nn.SiLU()), True),
     "batch_norm_silu, eval": (lambda: batch_norm(nn.SiLU(), training=False), True),
@@ -137,6 +142,12 @@ def orders(model, x):
         loss = sum(g.square().sum() for g in gradients)
 
 
+def assert_same_orders(fused, plain, x):
+    results, expected = list(orders(fused, x)), list(orders(plain, x))
+    # The gradient of a bias before a batch normalisation is zero but for what others leave when they cancel.
+    assert_close(results, expected, atol=1e-12 * max(t.abs().max().item() for t in expected))
+
+
 def is_freed(tensor):
     return StorageWeakRef(tensor.untyped_storage()).expired
 
@@ -157,7 +168,7 @@ def test_what_is_cheap_to_make_again_is_not_kept(name):
     # Nothing is made again for the input's gradient alone, which no operand's values are needed for.
     forwards = {"gelu", "silu", "hardswish", "native_layer_norm", "layer_norm", "rms_norm", "batch_norm_act"}
     assert not forwards & set(calls.names)
-    assert_close(list(orders(fused, x)), list(orders(plain, x)))
+    assert_same_orders(fused, plain, x)
 
 
 @pytest.mark.parametrize("name", ["gelu", "layer_norm", "permuted", "batch_norm_silu"])
@@ -172,7 +183,7 @@ def test_a_changed_operand_is_saved(name):
     for model in (plain, fused):
         place = model[1].norm if name == "permuted" else model[1]
         place.register_forward_hook(double)
-    assert_close(list(orders(fused, x)), list(orders(plain, x)))
+    assert_same_orders(fused, plain, x)
 
 
 @pytest.mark.parametrize("change", ["input", "norm.weight", "norm.bias"])
