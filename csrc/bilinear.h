@@ -55,18 +55,20 @@ TensorTriple bilinear_double_backward(const DoubleBackward& op, const Broadcast&
   return grads;
 }
 
-// Which saved operands the derivatives read, so that others are not made again (record in op.h). The forward
-// saves (input, weight),
-struct BilinearReads {
+// Which saved operands are made again where they can be (record in op.h), and are read. The forward saves
+// (input, weight),
+struct BilinearForwardOperands {
   static constexpr auto if_changed = kIfChanged;
-  static bool is_read(size_t place, Needs needs) {
-    return needs[1 - place];
+  static constexpr std::array made_again{0};
+  static bool is_read(size_t, Needs needs) {
+    return needs[1];
   }
 };
 // and the backward (grad_output, input, weight), of which the first meets the gradient of either other, and
 // these meet the gradient of grad_output.
-struct BilinearBackwardReads {
+struct BilinearBackwardOperands {
   static constexpr auto if_changed = kIfChanged;
+  static constexpr std::array made_again{0, 1};
   static bool is_read(size_t place, Needs needs) {
     return place == 0 ? needs[1] || needs[2] : needs[0];
   }

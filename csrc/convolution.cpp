@@ -252,7 +252,9 @@ struct OfBackward {
   }
 };
 
-struct OfOurBackward : OfBackward, BilinearBackwardReads {};
+struct OfOurBackward : OfBackward, BilinearBackwardOperands {
+  static constexpr bool reads_shapes = true;
+};
 
 // value: our own, or PyTorch's where only its double backward is replaced.
 template <class Derivative>
@@ -269,7 +271,8 @@ TensorTriple Backward::autograd() const {
                                                      : recorded<OfOurBackward>(&Backward::any_device);
 }
 
-struct OfForward : BilinearReads {
+struct OfForward : BilinearForwardOperands {
+  static constexpr bool reads_shapes = true;
   using Settings = Geometry::Kept;
 
   static variable_list backward(

@@ -138,9 +138,11 @@ Normalized normalized(const Tensor& input, const Tensor& mean, const Tensor& rst
 
 const Tensor kUndefined;
 
-// How many last dimensions are normalised; kNchw for the channels of NCHW.
+// How many last dimensions are normalised; kNchw for the channels of NCHW, and kRowsOfRms where only the
+// statistics say it.
 using Ndim = int64_t;
 constexpr Ndim kNchw = 0;
+constexpr Ndim kRowsOfRms = -1;
 
 // The passes, for whichever normalisation the operands are of; op names it in errors.
 
@@ -225,7 +227,7 @@ struct Backward {
   }
   // What compute returns for it, with the double backward below.
   template <class Compute>
-  TensorTriple recorded(const Compute& compute) const;
+  TensorTriple recorded(int64_t ndim, const Compute& compute) const;
 };
 
 struct DoubleBackward {
@@ -370,7 +372,7 @@ struct RmsNormDoubleBackward {
 };
 
 struct OfBackward {
-  using Settings = std::tuple<>;
+  using Settings = std::tuple<Ndim>;
 
   static variable_list backward(
       variable_list grads, const variable_list& saved, Needs needs, const Settings&) {
@@ -388,11 +390,12 @@ struct OfBackward {
             ? call(LayerNormDoubleBackward{v, u, t, grad_output, input, mean, rstd, weight, wanted})
             : call(RmsNormDoubleBackward{v, u, grad_output, input, rstd, weight, wanted}));
   }
+  static Tensor again(const variable_list& saved, const Settings& settings);
 };
 
 template <class Compute>
-TensorTriple Backward::recorded(const Compute& compute) const {
-  return to_tuple<3>(record<OfBackward>({grad_output, input, weight}, {}, [&](variable_list& saved) {
+TensorTriple Backward::recorded(Ndim ndim, const Compute& compute) const {
+  return to_tuple<3>(record<OfBackward>({grad_output, input, weight}, {ndim}, [&](variable_list& saved) {
     saved = {grad_output, input, mean, rstd, weight};
     return to_list(compute(), output_mask);
   }));
@@ -425,7 +428,7 @@ struct LayerNorm2dBackward {
   }
   TensorTriple autograd() const {
     return needs_composite(grad_output, input, weight) ? composite()
-                                                       : pass().recorded([&] { return call(*this); });
+                                                       : pass().recorded(kNchw, [&] { return call(*this); });
   }
 };
 
@@ -461,9 +464,11 @@ struct RmsNormBackward {
     return first_two(pass().meta());
   }
   TensorPair autograd() const {
-    return needs_composite(grad_output, input, weight) ? composite() : first_two(pass().recorded([&] {
-      return std::tuple_cat(call(*this), std::tuple<Tensor>());
-    }));
+    return needs_composite(grad_output, input, weight)
+               ? composite()
+               : first_two(pass().recorded(kRowsOfRms, [&] {
+                   return std::tuple_cat(call(*this), std::tuple<Tensor>());
+                 }));
   }
   static TensorPair first_two(const TensorTriple& gradients) {
     return {std::get<0>(gradients), std::get<1>(gradients)};
@@ -484,7 +489,7 @@ struct OfLayerNorm {
       return to_list(pass.composite());
     }
     const auto ndim = std::get<Ndim>(settings);
-    return to_list(pass.recorded([&] {
+    return to_list(pass.recorded(ndim, [&] {
       return ndim == kNchw ? call(LayerNorm2dBackward{grads[0], input, mean, rstd, weight, pass.output_mask})
                            : at::native_layer_norm_backward_symint(
                                  grads[0], input, input.sym_sizes().slice(input.dim() - ndim), mean, rstd,
@@ -667,6 +672,23 @@ struct RmsNorm {
   }
 };
 
+// The gradient of the input.
+Tensor OfBackward::again(const variable_list& saved, const Settings& settings) {
+  const auto [ndim] = settings;
+  const Tensor &grad_output = saved[0], &input = saved[1], &mean = saved[2], &rstd = saved[3],
+               &weight = saved[4];
+  switch (ndim) {
+    case kNchw:
+      return std::get<0>(
+          call(LayerNorm2dBackward{grad_output, input, mean, rstd, weight, {true, false, false}}));
+    case kRowsOfRms:
+      return std::get<0>(call(RmsNormBackward{grad_output, input, rstd, weight, {true, false}}));
+    default:
+      return std::get<0>(at::native_layer_norm_backward_symint(
+          grad_output, input, input.sym_sizes().slice(input.dim() - ndim), mean, rstd, optional(weight), {},
+          {true, false, false}));
+  }
+}
 Tensor OfLayerNorm::again(const variable_list& saved, const Settings& settings) {
   const auto [ndim, eps] = settings;
   const Tensor &input = saved[0], &weight = saved[3], &bias = saved[4];
@@ -718,7 +740,7 @@ struct AtenLayerNormBackward : Override<AtenLayerNormBackward> {
     if (!is_covered(pass)) {
       return stock(keys, grad_out, input, normalized_shape, mean, rstd, weight, bias, output_mask);
     }
-    return pass.recorded([&] {
+    return pass.recorded(static_cast<Ndim>(normalized_shape.size()), [&] {
       return at::native_layer_norm_backward_symint(
           grad_out, input, normalized_shape, mean, rstd, weight, bias, output_mask);
     });

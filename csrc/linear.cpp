@@ -124,7 +124,7 @@ struct DoubleBackward {
   }
 };
 
-struct OfBackward : BilinearBackwardReads {
+struct OfBackward : BilinearBackwardOperands {
   using Settings = std::tuple<>;
 
   static variable_list backward(
@@ -146,7 +146,7 @@ TensorTriple Backward::autograd() const {
   }));
 }
 
-struct OfForward : BilinearReads {
+struct OfForward : BilinearForwardOperands {
   using Settings = std::tuple<>;
 
   static variable_list backward(

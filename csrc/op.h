@@ -295,104 +295,102 @@ struct Places {
   }
 };
 
-// How the first result of a node of ours is made again from what the node saved, for a node after it that
-// would save that result.
+// How the first result of a node is made again from what the node saved, for another node that would save
+// that result.
 struct Recipe {
-  using Make = Tensor (*)(const variable_list& saved, const c10::IValue& state);
+  using Make = Tensor (*)(const variable_list& saved, const c10::IValue& settings);
   variable_list saved;
-  // The first makes its result of the saved tensors, each other one of that and of its own.
-  struct Step {
-    Make make;
-    c10::IValue state;
-    size_t count;  // of its saved tensors
-  };
-  std::vector<Step> steps;
+  Make again;
+  c10::IValue settings;
+  c10::IValue recipes;  // of the saved tensors that are themselves made again; see Recipes
 
-  Tensor make() const {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-    Tensor result;
-    auto next = saved.begin();
-    for (const auto& [make, state, count] : steps) {
-      variable_list operands;
-      if (result.defined()) {
-        operands.push_back(std::move(result));
-      }
-      operands.insert(operands.end(), next, next + count);
-      next += count;
-      result = make(operands, state);
-    }
-    return result;
-  }
+  Tensor make() const;
 
-  // By the type of the node.
+  // By the type of the node; filled while the library is loaded.
   using Of = std::optional<Recipe> (*)(torch::autograd::Node& node);
   static std::unordered_map<std::type_index, Of>& of_nodes() {
     static auto* const by_type = new std::unordered_map<std::type_index, Of>();
     return *by_type;
   }
-  // Whether it is what a node computed, and nobody changed it since.
-  static bool is_result(const Tensor& tensor) {
-    return tensor.requires_grad() && !tensor.is_leaf() && !tensor.is_view() && tensor._version() == 0 &&
-           tensor.output_nr() == 0;
-  }
-  static std::optional<Recipe> of(torch::autograd::Node& node) {
+  // Of what a node computed and nobody changed since.
+  static std::optional<Recipe> of(const Tensor& result) {
+    if (!result.requires_grad() || result.is_leaf() || result.is_view() || result._version() != 0 ||
+        result.output_nr() != 0) {
+      return std::nullopt;
+    }
+    auto& node = *result.grad_fn();
     const auto found = of_nodes().find(typeid(node));
     return found == of_nodes().end() ? std::nullopt : found->second(node);
   }
 };
 
-// Recipes in the place of saved tensors.
+// Recipes in the place of some of a node's saved tensors. What they take is saved behind these.
 struct Recipes : torch::CustomClassHolder {
   struct Entry {
     size_t place;      // among the saved tensors
     uint32_t operand;  // which it was, as the node knows its operands
-    std::vector<Recipe::Step> steps;
-    size_t count;  // of the recipe's tensors, which the node saves after its own
+    Recipe recipe;     // without its tensors,
+    size_t count;      // which are so many
+    // Of the tensor, which may be a view of what the recipe makes.
     std::vector<c10::SymInt> sizes, strides;
+    c10::SymInt offset;
     at::TensorOptions options;
   };
   std::vector<Entry> entries;
 
-  // Takes those of saved out that can be made again; what that takes is saved at the end.
-  void take(variable_list& saved, at::TensorList operands) {
-    for (size_t place = 0, own = saved.size(); place < own; ++place) {
-      const auto* const operand = std::find_if(operands.begin(), operands.end(), [&](const Tensor& tensor) {
-        return saved[place].defined() && tensor.is_same(saved[place]);
-      });
-      if (operand == operands.end() || !Recipe::is_result(*operand)) {
-        continue;
-      }
-      if (const auto recipe = Recipe::of(*operand->grad_fn())) {
-        saved.insert(saved.end(), recipe->saved.begin(), recipe->saved.end());
-        entries.push_back(
-            {place, static_cast<uint32_t>(operand - operands.begin()), recipe->steps, recipe->saved.size(),
-             operand->sym_sizes().vec(), operand->sym_strides().vec(), operand->options()});
-        saved[place].reset();
-      }
+  void take(size_t place, variable_list& saved, at::TensorList operands) {
+    const auto* const operand = std::find_if(operands.begin(), operands.end(), [&](const Tensor& tensor) {
+      return saved[place].defined() && tensor.is_same(saved[place]);
+    });
+    if (operand == operands.end()) {
+      return;
+    }
+    if (auto recipe = Recipe::of(operand->is_view() ? Tensor(operand->_base()) : *operand)) {
+      saved.insert(saved.end(), recipe->saved.begin(), recipe->saved.end());
+      const size_t count = recipe->saved.size();
+      recipe->saved.clear();
+      entries.push_back(
+          {place, static_cast<uint32_t>(operand - operands.begin()), std::move(*recipe), count,
+           operand->sym_sizes().vec(), operand->sym_strides().vec(), operand->sym_storage_offset(),
+           operand->options()});
+      saved[place].reset();
     }
   }
-  // Puts them back, with their places in the graph. Of one that is not read, an empty tensor says the shape.
-  void put_back(variable_list& saved, c10::function_ref<bool(size_t place)> is_read) const {
+  // after(entry, tensor) hears of each one that is back, and what is_wanted says of an entry decides whether
+  // it is.
+  template <class IsWanted, class After>
+  void put_back(variable_list& saved, const IsWanted& is_wanted, const After& after) const {
     auto end = saved.end();
     for (auto entry = entries.rbegin(); entry != entries.rend(); ++entry) {
       const auto begin = end - static_cast<int64_t>(entry->count);
-      Tensor& tensor = saved[entry->place];
-      if (is_read(entry->place)) {
-        tensor = Recipe{variable_list(begin, end), entry->steps}.make();
-      } else {
+      if (is_wanted(*entry)) {
+        Recipe recipe = entry->recipe;
+        recipe.saved.assign(begin, end);
         at::AutoDispatchBelowADInplaceOrView guard;
-        tensor = at::empty_strided_symint(entry->sizes, entry->strides, entry->options);
+        const Tensor made = recipe.make();
+        saved[entry->place] = made.sym_sizes() == entry->sizes && made.sym_strides() == entry->strides
+                                  ? made
+                                  : made.as_strided_symint(entry->sizes, entry->strides, entry->offset);
       }
-      if (c10::GradMode::is_enabled()) {
-        torch::autograd::impl::set_gradient_edge(
-            tensor, torch::autograd::get_current_node()->next_edge(entry->operand));
-      }
+      after(*entry, saved[entry->place]);
       end = begin;
     }
     saved.erase(end, saved.end());
   }
+  static const Recipes* of(const c10::IValue& capsule) {
+    return capsule.isNone() ? nullptr : static_cast<const Recipes*>(capsule.toCapsule().get());
+  }
 };
+
+inline Tensor Recipe::make() const {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  variable_list tensors = saved;
+  if (const auto* nested = Recipes::of(recipes)) {
+    nested->put_back(tensors, [](const auto&) { return true; }, [](const auto&, const Tensor&) {});
+  }
+  return again(tensors, settings);
+}
 
 template <class Derivative>
 struct Recorded : torch::autograd::Function<Recorded<Derivative>> {
@@ -400,7 +398,7 @@ struct Recorded : torch::autograd::Function<Recorded<Derivative>> {
   using Compute = c10::function_ref<variable_list(variable_list& saved)>;
   static constexpr bool has_recipe =
       requires(const variable_list& saved, const Settings& settings) { Derivative::again(saved, settings); };
-  static constexpr bool is_again_from_operand = requires { Derivative::is_again_from_operand; };
+  static constexpr bool takes_recipes = requires { Derivative::made_again; };
 
   static variable_list forward(
       torch::autograd::AutogradContext* ctx, at::TensorList differentiated, const Places& operands,
@@ -409,10 +407,18 @@ struct Recorded : torch::autograd::Function<Recorded<Derivative>> {
     at::AutoDispatchBelowADInplaceOrView guard;
     variable_list saved;
     const auto outputs = results->gather(compute(saved));
-    if constexpr (requires { &Derivative::is_read; }) {
+    // What hooks on saved tensors pack, they may not be asked to unpack before the backward.
+    [[maybe_unused]] bool is_known = has_recipe && is_registered && !at::SavedTensorDefaultHooks::get_hooks();
+    if constexpr (takes_recipes) {
       auto recipes = c10::make_intrusive<Recipes>();
-      if (!has_hooks()) {
-        recipes->take(saved, differentiated);
+      for (const size_t place : Derivative::made_again) {
+        if (!at::SavedTensorDefaultHooks::get_hooks()) {
+          recipes->take(place, saved, differentiated);
+        }
+        if constexpr (requires { Derivative::is_saved_for_again; }) {
+          is_known &= !saved[place].defined();
+          saved[place].reset();
+        }
       }
       if (!recipes->entries.empty()) {
         ctx->saved_data["recipes"] = c10::IValue::make_capsule(std::move(recipes));
@@ -421,11 +427,8 @@ struct Recorded : torch::autograd::Function<Recorded<Derivative>> {
     ctx->save_for_backward(std::move(saved));
     ctx->saved_data["state"] =
         std::make_tuple(settings, operands.defined, operands.count, results->defined, results->count);
-    if constexpr (has_recipe) {
-      if (is_recipe_known && !has_hooks() &&
-          (!is_again_from_operand || Recipe::is_result(differentiated[0]))) {
-        ctx->saved_data["has_recipe"] = true;
-      }
+    if (is_known) {
+      ctx->saved_data["has_recipe"] = true;
     }
     if constexpr (requires { Derivative::is_in_place; }) {
       ctx->mark_dirty(outputs);
@@ -448,11 +451,8 @@ struct Recorded : torch::autograd::Function<Recorded<Derivative>> {
         needs[i] = operands.has(i) && ctx->needs_input_grad(next++);
       }
       variable_list saved = saved_by(*ctx);
-      if constexpr (requires { &Derivative::is_read; }) {
-        if (const auto found = ctx->saved_data.find("recipes"); found != ctx->saved_data.end()) {
-          const auto recipes = c10::static_intrusive_pointer_cast<Recipes>(found->second.toCapsule());
-          recipes->put_back(saved, [&](size_t place) { return Derivative::is_read(place, needs); });
-        }
+      if constexpr (takes_recipes) {
+        put_back(*ctx, saved, needs);
       }
       gradients = Derivative::backward(results.scatter(outputs), std::move(saved), needs, settings);
     }
@@ -482,9 +482,34 @@ struct Recorded : torch::autograd::Function<Recorded<Derivative>> {
     }
   }
 
-  // What such hooks pack, they may not be asked to unpack before the backward.
-  static bool has_hooks() {
-    return at::SavedTensorDefaultHooks::get_hooks().has_value();
+  static c10::IValue recipes_of(const torch::autograd::AutogradContext& ctx) {
+    const auto found = ctx.saved_data.find("recipes");
+    return found == ctx.saved_data.end() ? c10::IValue() : found->second;
+  }
+  // What is read, with its place in the graph.
+  static void put_back(
+      const torch::autograd::AutogradContext& ctx, variable_list& saved, const Needs& needs) {
+    const auto capsule = recipes_of(ctx);
+    const auto* recipes = Recipes::of(capsule);
+    if (!recipes) {
+      return;
+    }
+    const auto is_read = [&](const Recipes::Entry& entry) {
+      if constexpr (requires { &Derivative::is_read; }) {
+        return Derivative::is_read(entry.place, needs);
+      }
+      return true;
+    };
+    recipes->put_back(saved, is_read, [&](const Recipes::Entry& entry, Tensor& tensor) {
+      if (!tensor.defined() && requires { Derivative::reads_shapes; }) {
+        at::AutoDispatchBelowADInplaceOrView guard;
+        tensor = at::empty_strided_symint(entry.sizes, entry.strides, entry.options);
+      }
+      if (tensor.defined() && c10::GradMode::is_enabled()) {
+        torch::autograd::impl::set_gradient_edge(
+            tensor, torch::autograd::get_current_node()->next_edge(entry.operand));
+      }
+    });
   }
 
   static std::optional<Recipe> recipe_of(torch::autograd::Node& node) {
@@ -492,25 +517,16 @@ struct Recorded : torch::autograd::Function<Recorded<Derivative>> {
     if (ctx.saved_data.find("has_recipe") == ctx.saved_data.end()) {
       return std::nullopt;
     }
-    std::optional<Recipe> recipe = Recipe();
-    if constexpr (is_again_from_operand) {
-      recipe = Recipe::of(*node.next_edge(0).function);
+    try {
+      return Recipe{ctx.get_saved_variables(), &make, ctx.saved_data.at("state"), recipes_of(ctx)};
+    } catch (const c10::Error&) {  // where they were freed, or changed in place
+      return std::nullopt;
     }
-    if (recipe) {
-      try {
-        const auto saved = ctx.get_saved_variables();
-        recipe->saved.insert(recipe->saved.end(), saved.begin(), saved.end());
-        recipe->steps.push_back({&make, ctx.saved_data.at("state"), saved.size()});
-      } catch (const c10::Error&) {  // where they were freed, or changed in place
-        return std::nullopt;
-      }
-    }
-    return recipe;
   }
   static Tensor make(const variable_list& saved, const c10::IValue& state) {
     return Derivative::again(saved, state.toTupleRef().elements()[0].to<Settings>());
   }
-  static inline const bool is_recipe_known = [] {
+  static inline const bool is_registered = [] {
     if constexpr (has_recipe) {
       Recipe::of_nodes().emplace(typeid(torch::autograd::CppNode<Recorded>), &recipe_of);
     }
@@ -530,12 +546,19 @@ struct Recorded : torch::autograd::Function<Recorded<Derivative>> {
 //     static variable_list backward(
 //         const variable_list& grads, const variable_list& saved, Needs needs, const Settings& settings);
 //
-//     // Where the first result is cheap to make again from what is saved (and, with a member
-//     // is_again_from_operand, from the first operand before that): what does it.
+//     // Where the first result is cheap to make again from what is saved: what does it.
 //     static Tensor again(const variable_list& saved, const Settings& settings);
-//     // Where an operand that is such a result of another node is not to be saved, but made again: whether
-//     // backward reads the values of the saved tensor at this place. Matrix products and convolutions do so.
+//
+//     // Where operands that are such results of other nodes are not to be saved, but made again: their
+//     places
+//     // among the saved tensors,
+//     static constexpr std::array made_again{0};
+//     // which of them backward reads, by default all; others are undefined
 //     static bool is_read(size_t place, Needs needs);
+//     // or, where their shapes are read, empty tensors.
+//     static constexpr bool reads_shapes = true;
+//     // Where only again() reads them: they are not saved if they cannot be made again.
+//     static constexpr bool is_saved_for_again = true;
 //   };
 template <class Derivative>
 variable_list record(

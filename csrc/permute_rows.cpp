@@ -50,9 +50,13 @@ struct Derivative {
       const variable_list& grads, const variable_list& saved, Needs, const Settings&) {
     return {call(PermuteRows{grads[0], /*index=*/saved[1], /*inverse=*/saved[0]})};
   }
-  static constexpr bool is_again_from_operand = true;
+  static constexpr std::array made_again{2};
+  static constexpr bool is_saved_for_again = true;
+  static bool is_read(size_t, Needs) {
+    return false;
+  }
   static Tensor again(const variable_list& saved, const Settings&) {
-    return call(PermuteRows{/*input=*/saved[0], /*index=*/saved[1], /*inverse=*/saved[2]});
+    return call(PermuteRows{/*input=*/saved[2], /*index=*/saved[0], /*inverse=*/saved[1]});
   }
 };
 
@@ -61,7 +65,7 @@ Tensor PermuteRows::autograd() const {
     return composite();
   }
   return record<Derivative>({input}, {}, [&](variable_list& saved) {
-    saved = {index, inverse};
+    saved = {index, inverse, input};
     return variable_list{call(*this)};
   })[0];
 }
