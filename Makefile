@@ -74,7 +74,7 @@ wheel: $(TORCH:%=.venv-wheel-%/bin/.installed)
 	$$bin/wheel pack --dest dist build/wheel/all/*
 
 RESULTS := benchmarks/results
-RIVALS := stock fuse switch compiled compiled_func fuse_compiled \
+RIVALS := stock fuse switch compiled compiled_func fuse_compiled fuse_compiled_regions \
 	forward_over_reverse finite_difference finite_difference_compiled
 LARGE := --batch 64 --model swin_base_patch4_window7_224 resnet50 vit_base_patch16_224 convnext_base
 STEPS := -m benchmarks.steps --device

@@ -61,9 +61,9 @@ def steps(results: Path) -> Iterable[str]:
 def rivals(results: Path) -> Iterable[str]:
     yield (
         "Likewise, of the whole step compiled by `torch.compile`: `compiled` with `.backward()` in the graph,"
-        " `compiled_func` by `torch.func.grad`, `fuse_compiled` the fused model; `forward_over_reverse` and"
-        " `finite_difference`, the latter not exact, are other engines of the objective. A cell that says why"
-        " has no time."
+        " `compiled_func` by `torch.func.grad`, `fuse_compiled` the fused model; of `fuse_compiled_regions`"
+        " the blocks are compiled, by `compile_modules`; `forward_over_reverse` and `finite_difference`, the"
+        " latter not exact, are other engines of the objective. A cell that says why has no time."
     )
     yield from _by_device(results, "rivals", _steps)
 

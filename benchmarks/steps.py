@@ -12,6 +12,7 @@ the time of the first step is reported apart, because compilers work in it, from
     fuse, switch                fuse(model); set_fused_double_backward(True)
     compiled, compiled_func     the whole step compiled: with .backward() inside, and by torch.func.grad
     fuse_compiled               fuse(model), compiled as a whole
+    fuse_compiled_regions       compile_modules(fuse(model)): the repeated blocks compiled
     forward_over_reverse        one backward through the forward-mode derivative of the input gradient
     finite_difference           PyTorch without second derivatives
     finite_difference_compiled  likewise, of the compiled model
@@ -153,6 +154,9 @@ VARIANTS = {
     "compiled": Variant(compiled_step, PENALTY),
     "compiled_func": Variant(functional_step, PENALTY),
     "fuse_compiled": Variant(compiled_step, PENALTY, gk.fuse),
+    "fuse_compiled_regions": Variant(
+        backward_step, PENALTY, lambda model: gk.compile_modules(gk.fuse(model))
+    ),
     "forward_over_reverse": Variant(backward_step, FORWARD),
     "finite_difference": Variant(backward_step, DIFFERENCE),
     # Of first derivatives alone the compiled model is capable.

@@ -198,9 +198,6 @@ struct ActivationOps<Definition, Act (*)(Params...)> {
       return std::apply(
           [&](const auto&... p) { return std::tie(grad_grad_input, grad_output, input, p...); }, params);
     }
-    auto differentiable() const {
-      return std::tie(grad_grad_input, grad_output, input);
-    }
 
     void check() const {
       check_elementwise(
@@ -231,6 +228,111 @@ struct ActivationOps<Definition, Act (*)(Params...)> {
       std::apply(Definition::make, params);
       const Tensor grad_input = at::addcmul(grad_grad_input, grad_output, input);
       return {at::empty_like(grad_input), grad_input};
+    }
+    TensorPair autograd() const {
+      if (needs_composite(grad_grad_input, grad_output, input)) {
+        return composite();
+      }
+      return to_tuple<2>(record<OfDoubleBackward>(
+          {grad_grad_input, grad_output, input}, Settings(params), [&](variable_list& saved) {
+            saved = {grad_grad_input, grad_output, input};
+            return to_list(call(*this));
+          }));
+    }
+  };
+
+  // Of a third derivative. With the gradients a of grad_grad_output = v f'(x) and b of grad_input = v f''(x) g:
+  //     v: a f' + b f'' g,    g: b f'' v,    x: a f'' v + b f''' v g.
+  struct TripleBackward {
+    static std::string schema() {
+      const std::string operand = saved_name;
+      return ActivationOps::schema(
+          "_triple_backward",
+          "Tensor grad_of_grad_grad_output, Tensor grad_of_grad_" + operand +
+              ", Tensor grad_grad_input, Tensor grad_output, Tensor " + operand,
+          "(Tensor grad_of_grad_grad_input, Tensor grad_of_grad_output, Tensor grad_of_operand)");
+    }
+    const Tensor& grad_of_grad_grad_output;
+    const Tensor& grad_of_grad_input;
+    const Tensor& grad_grad_input;
+    const Tensor& grad_output;
+    const Tensor& input;
+    std::tuple<Params...> params;
+    TripleBackward(
+        const Tensor& grad_of_grad_grad_output, const Tensor& grad_of_grad_input,
+        const Tensor& grad_grad_input, const Tensor& grad_output, const Tensor& input,
+        const Params&... params)
+        : grad_of_grad_grad_output(grad_of_grad_grad_output),
+          grad_of_grad_input(grad_of_grad_input),
+          grad_grad_input(grad_grad_input),
+          grad_output(grad_output),
+          input(input),
+          params(params...) {}
+    auto tie() const {
+      return std::apply(
+          [&](const auto&... p) {
+            return std::tie(
+                grad_of_grad_grad_output, grad_of_grad_input, grad_grad_input, grad_output, input, p...);
+          },
+          params);
+    }
+    auto differentiable() const {
+      return std::tie(grad_of_grad_grad_output, grad_of_grad_input, grad_grad_input, grad_output, input);
+    }
+
+    void check() const {
+      check_elementwise(
+          name_of<TripleBackward>(), {{saved_name, input},
+                                      {"grad_output", grad_output},
+                                      {"grad_grad_input", grad_grad_input},
+                                      {"grad_of_grad_input", grad_of_grad_input},
+                                      {"grad_of_grad_grad_output", grad_of_grad_grad_output}});
+    }
+    TensorTriple composite() const {
+      check();
+      const Tensor a = to_opmath(grad_of_grad_grad_output), b = to_opmath(grad_of_grad_input),
+                   v = to_opmath(grad_grad_input), g = to_opmath(grad_output), x = to_opmath(input);
+      const auto narrow = [&](const Tensor& tensor) { return tensor.to(input.scalar_type()); };
+      return visit(
+          [&](const auto& act) -> TensorTriple {
+            return {
+                narrow(act.df(a, x) + act.d2f(b, g, x)), narrow(act.d2f(b, v, x)),
+                narrow(act.d2f(a, v, x) + act.d3f(b, v, g, x))};
+          },
+          std::apply(Definition::make, params));
+    }
+    TensorTriple cpu() const {
+      check();
+      auto iter = at::TensorIteratorConfig()
+                      .add_owned_output(Tensor())
+                      .add_owned_output(Tensor())
+                      .add_owned_output(Tensor())
+                      .add_const_input(grad_of_grad_grad_output)
+                      .add_const_input(grad_of_grad_input)
+                      .add_const_input(grad_grad_input)
+                      .add_const_input(grad_output)
+                      .add_const_input(input)
+                      .build();
+      GRADNORM_KERNELS(activation_kernels).triple_backward(iter, any(params));
+      return {iter.output(0), iter.output(1), iter.output(2)};
+    }
+    TensorTriple meta() const {
+      check();
+      std::apply(Definition::make, params);
+      const Tensor like = at::addcmul(
+          at::addcmul(grad_of_grad_grad_output, grad_of_grad_input, grad_grad_input), grad_output, input);
+      return {like, at::empty_like(like), at::empty_like(like)};
+    }
+  };
+
+  struct OfDoubleBackward {
+    using Settings = ActivationOps::Settings;
+
+    static variable_list backward(
+        const variable_list& grads, const variable_list& saved, Needs, const Settings& settings) {
+      const auto given = [&](const Tensor& grad) { return grad.defined() ? grad : at::zeros_like(saved[2]); };
+      return to_list(with_settings<TripleBackward>(
+          settings, &call<TripleBackward>, given(grads[0]), given(grads[1]), saved[0], saved[1], saved[2]));
     }
   };
 
@@ -293,7 +395,8 @@ struct ActivationOps<Definition, Act (*)(Params...)> {
   }
 
   using Registered = std::conditional_t<
-      is_curved, Registration<Forward, Backward, DoubleBackward>, Registration<Forward, Backward>>;
+      is_curved, Registration<Forward, Backward, DoubleBackward, TripleBackward>,
+      Registration<Forward, Backward>>;
 };
 
 // What ActivationOps needs to know of each activation: f in ATen's ops, where PyTorch differentiates them to

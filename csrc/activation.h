@@ -1,7 +1,7 @@
 // Every activation, defined once against an arithmetic type V:
-//     f(x),    df(g, x) = g f'(x)    and    d2f(v, g, x) = v f''(x) g.
+//     f(x),    df(g, x) = g f'(x),    d2f(v, g, x) = v f''(x) g    and    d3f(b, v, g, x) = b v f'''(x) g.
 // The CPU kernels instantiate them with at::vec::Vectorized<float|double>; the composite path, which
-// autograd and torch.func can differentiate further, instantiates df and d2f with at::Tensor.
+// autograd and torch.func can differentiate further, instantiates all but f with at::Tensor.
 //
 // At a kink, the derivatives are what PyTorch's own are there.
 #pragma once
@@ -33,6 +33,11 @@ struct GeluErf {
     const V density = standard_normal(x).density;
     return v * (density * 2.0_c - x * (x * density)) * g;
   }
+  template <class V>
+  V d3f(const V& b, const V& v, const V& g, const V& x) const {
+    const V moment = x * standard_normal(x).density;
+    return b * (x * (x * moment) - moment * 4.0_c) * v * g;
+  }
 };
 
 // f(x) = x s(v(x)), with s the logistic function and v = 2 sqrt(2 / pi) (x + 0.044715 x^3): the usual
@@ -50,15 +55,21 @@ struct GeluTanh {
   template <class V>
   V d2f(const V& v, const V& g, const V& x) const {
     const auto s = logistic(inner(x));
-    const V slope = times_inner_slope(x, s.slope);                     // s(v)'
-    const V curvature = x * s.slope * Constant{6.0 * kScale * kCubic}  // s(v)'' = s'(v) v''
-                        + s.skew * times_inner_slope(x, slope);        //          + s''(v) v'^2
-    return v * (slope * 2.0_c + x * curvature) * g;
+    return v * (times_inner_slope(x, s.slope) * 2.0_c + x * gate_curvature(x, s)) * g;
+  }
+  template <class V>
+  V d3f(const V& b, const V& v, const V& g, const V& x) const {
+    const auto s = logistic(inner(x));
+    // s(v)''' = s'(v) v''' + 3 s''(v) v'' v' + s'''(v) v'^3
+    const V third = (s.slope + times_inner_slope(x, s.second()) * x * 3.0_c) * Constant{kBend} +
+                    times_inner_slope(x, times_inner_slope(x, times_inner_slope(x, s.third())));
+    return b * (gate_curvature(x, s) * 3.0_c + x * third) * v * g;
   }
 
  private:
   static constexpr double kScale = 1.59576912160573071176;  // 2 sqrt(2 / pi)
   static constexpr double kCubic = 0.044715;
+  static constexpr double kBend = 6.0 * kScale * kCubic;  // v'''
 
   template <class V>
   static V inner(const V& x) {
@@ -68,6 +79,11 @@ struct GeluTanh {
   template <class V>
   static V times_inner_slope(const V& x, const V& t) {
     return (x * (x * t) * Constant{3.0 * kCubic} + t) * Constant{kScale};
+  }
+  // s(v)'' = s'(v) v'' + s''(v) v'^2
+  template <class V>
+  static V gate_curvature(const V& x, const Logistic<V>& s) {
+    return x * s.slope * Constant{kBend} + s.skew * times_inner_slope(x, times_inner_slope(x, s.slope));
   }
 };
 
@@ -89,6 +105,11 @@ struct Silu {
     const auto s = logistic(x);
     return v * (s.slope * 2.0_c + x * s.slope * s.skew) * g;
   }
+  template <class V>
+  V d3f(const V& b, const V& v, const V& g, const V& x) const {
+    const auto s = logistic(x);
+    return b * (s.second() * 3.0_c + x * s.third()) * v * g;
+  }
 };
 
 // f(x) = x tanh(softplus(x))
@@ -106,6 +127,10 @@ struct Mish {
   V d2f(const V& v, const V& g, const V& x) const {
     const auto gate = mish_gate(x);
     return v * (gate.slope * 2.0_c + x * gate.curvature) * g;
+  }
+  template <class V>
+  V d3f(const V& b, const V& v, const V& g, const V& x) const {
+    return b * (mish_gate(x).curvature * 3.0_c + x * mish_gate_third(x)) * v * g;
   }
 };
 
@@ -131,6 +156,12 @@ struct Softplus {
     const V z = x * Constant{beta};
     return v * select(z >= Constant{threshold}, 0.0_c, logistic(z).slope * Constant{beta}) * g;
   }
+  template <class V>
+  V d3f(const V& b, const V& v, const V& g, const V& x) const {
+    const V z = x * Constant{beta};
+    const V third = logistic(z).second() * Constant{beta * beta};
+    return b * select(z >= Constant{threshold}, 0.0_c, third) * v * g;
+  }
 };
 
 // f(x) = scale x for x > 0, else scale alpha (exp(input_scale x) - 1). Not for a negative input_scale.
@@ -153,6 +184,10 @@ struct Elu {
     const V curvature = decay(x) * Constant{alpha * scale * input_scale * input_scale};
     return v * select(x >= 0.0_c, 0.0_c, curvature) * g;
   }
+  template <class V>
+  V d3f(const V& b, const V& v, const V& g, const V& x) const {
+    return b * d2f(v, g, x) * Constant{input_scale};
+  }
 
  private:
   template <class V>
@@ -172,6 +207,10 @@ struct Tanh {
   V d2f(const V& v, const V& g, const V& y) const {
     return v * (y * Constant{-2.0}) * g;
   }
+  template <class V>
+  V d3f(const V& b, const V& v, const V& g, const V&) const {
+    return b * Constant{-2.0} * v * g;
+  }
 };
 
 struct Sigmoid {
@@ -182,6 +221,10 @@ struct Sigmoid {
   template <class V>
   V d2f(const V& v, const V& g, const V& y) const {
     return v * (y * Constant{-2.0} + 1.0_c) * g;
+  }
+  template <class V>
+  V d3f(const V& b, const V& v, const V& g, const V&) const {
+    return b * Constant{-2.0} * v * g;
   }
 };
 
@@ -248,6 +291,10 @@ struct Hardswish {
   V d2f(const V& v, const V& g, const V& x) const {
     return select(x > Constant{-3.0}, select(x < 3.0_c, v / 3.0_c * g, 0.0_c), 0.0_c);
   }
+  template <class V>
+  V d3f(const V&, const V&, const V&, const V& x) const {
+    return zero_like(x);
+  }
 };
 
 // f(x) = x / (1 + |x|)
@@ -266,11 +313,20 @@ struct Softsign {
   template <class V>
   V d2f(const V& v, const V& g, const V& x) const {
     const V gate = reciprocal(x);
-    const V side = select(x > 0.0_c, Constant{-2.0}, select(x < 0.0_c, 2.0_c, 0.0_c));
-    return v * gate * gate * side * (g * gate);
+    return v * gate * gate * side(x) * (g * gate);
+  }
+  template <class V>
+  V d3f(const V& b, const V& v, const V& g, const V& x) const {
+    const V gate = reciprocal(x), sides = side(x) * side(x);
+    return b * gate * (v * gate) * (g * gate) * gate * sides * 1.5_c;
   }
 
  private:
+  // f'' and f''' are 0 where f'' jumps.
+  template <class V>
+  static V side(const V& x) {
+    return select(x > 0.0_c, Constant{-2.0}, select(x < 0.0_c, 2.0_c, 0.0_c));
+  }
   // 1 / (1 + |x|)
   template <class V>
   static V reciprocal(const V& x) {
@@ -291,6 +347,10 @@ struct Logsigmoid {
   template <class V>
   V d2f(const V& v, const V& g, const V& x) const {
     return v * logistic(x.neg()).slope.neg() * g;
+  }
+  template <class V>
+  V d3f(const V& b, const V& v, const V& g, const V& x) const {
+    return b * logistic(x.neg()).second() * v * g;
   }
 };
 

@@ -68,6 +68,16 @@ V select(const V& condition, const A& a, const B& b) {
   }
 }
 
+// 0 of x's shape
+template <class V>
+V zero_like(const V& x) {
+  if constexpr (std::is_same_v<V, at::Tensor>) {
+    return at::zeros_like(x);
+  } else {
+    return operand<V>(0.0_c);
+  }
+}
+
 // |x|
 template <class T>
 at::vec::Vectorized<T> magnitude(const at::vec::Vectorized<T>& x) {
@@ -131,6 +141,13 @@ struct Logistic {
   V value;  // s
   V slope;  // s (1 - s)
   V skew;   // 1 - 2 s
+
+  V second() const {
+    return slope * skew;
+  }
+  V third() const {
+    return slope * (skew * skew - slope * 2.0_c);
+  }
 };
 // Through exp(-|x|), so that neither 1 - s nor exp loses the small side. Inlined, or each of the two calls
 // for a vector of half types would spill the registers.
@@ -179,6 +196,29 @@ inline MishGate<at::Tensor> mish_gate(const at::Tensor& x) {
   const at::Tensor value = at::softplus(x).tanh(), sigmoid = x.sigmoid();
   const at::Tensor slope = (value * value * Constant{-1.0} + 1.0_c) * sigmoid;
   return {value, slope, slope * (sigmoid * (value * Constant{-2.0} + Constant{-1.0}) + 1.0_c)};
+}
+
+// The gate's third derivative. With t the gate, s the logistic function and u = 1 - t^2, t' = u s and
+// u' = -2 t u s, so that t''' = u (s'' - 6 t s s' + s^3 (4 t^2 - 2 u)).
+template <class V>
+C10_ALWAYS_INLINE V mish_gate_third(const V& t, const V& u, const Logistic<V>& s) {
+  const V bend = s.slope * (s.skew - t * s.value * 6.0_c);
+  return u * (bend + s.value * s.value * s.value * (t * t * 4.0_c - u * 2.0_c));
+}
+// With D as above u is 4 (1 + e)^2 / D^2, which loses nothing where t is near 1.
+template <class T>
+C10_ALWAYS_INLINE at::vec::Vectorized<T> mish_gate_third(const at::vec::Vectorized<T>& x) {
+  using V = at::vec::Vectorized<T>;
+  const V positive = x > 0.0_c;
+  const V d = exp_nonpositive(x.abs().neg());
+  const V scale =
+      operand<V>(1.0_c) / select(positive, polynomial(d, 1.0, 2.0, 2.0), polynomial(d, 2.0, 2.0, 1.0));
+  const V root = select(positive, d, operand<V>(1.0_c)) * (d + 1.0_c) * scale * 2.0_c;
+  return mish_gate_third(mish_gate(x).value, root * root, logistic(x));
+}
+inline at::Tensor mish_gate_third(const at::Tensor& x) {
+  const at::Tensor value = mish_gate(x).value;
+  return mish_gate_third(value, value * value * Constant{-1.0} + 1.0_c, logistic(x));
 }
 
 // The standard normal's distribution Phi and density phi.

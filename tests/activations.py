@@ -23,6 +23,7 @@ __all__ = [
     "Activation",
     "all_orders_by_autograd",
     "assert_no_worse_than_stock",
+    "third_order",
 ]
 NAMES = ("output", "grad_input", "grad_grad_output", "second grad_input")
 
@@ -97,11 +98,13 @@ class Activation(Case):
 
     def ops(self) -> dict[str, int]:
         """The suffixes of its ops, with the number of tensors that each takes."""
-        return {"": 1, "_backward": 2} | ({"_double_backward": 3} if self.curved else {})
+        of_curved = {"_double_backward": 3, "_triple_backward": 5} if self.curved else {}
+        return {"": 1, "_backward": 2} | of_curved
 
     def calls(self, operands: Operands) -> Any:
         """A backward of the output is of any output, not of this activation's only."""
-        tensors = (operands.grad_grads[0], operands.grad_output, operands.inputs[0])
+        v, g, x = operands.grad_grads[0], operands.grad_output, operands.inputs[0]
+        tensors = (g, v, v, g, x)
         for suffix, count in self.ops().items():
             yield Call(self.name + suffix, (*tensors[-count:], *self.params.values()))
 
@@ -161,6 +164,16 @@ class Activation(Case):
 def _hardsigmoid(x: Tensor) -> Tensor:
     """PyTorch's own has no second derivative."""
     return (F.hardtanh(x, -3.0, 3.0) + 3) / 6
+
+
+def third_order(
+    function: Callable[[Tensor], Tensor], a: Tensor, b: Tensor, v: Tensor, g: Tensor, x: Tensor
+) -> list[Tensor]:
+    """The gradients of v, g and x, of the double backward's results, whose gradients are a and b."""
+    v, g, x = (t.detach().requires_grad_() for t in (v, g, x))
+    (first,) = torch.autograd.grad(function(x), x, g, create_graph=True)
+    second = torch.autograd.grad(first, (g, x), v, create_graph=True)
+    return list(torch.autograd.grad(second, (v, g, x), (a, b)))
 
 
 ACTIVATIONS = [

@@ -13,6 +13,7 @@ from activations import (
     all_orders_by_autograd,
     assert_no_worse_than_stock,
     each_activation,
+    third_order,
 )
 from contract import OPS, OpContract, assert_close, by_function, each_dtype, nth_gradients, strides
 from hypothesis import strategies as st
@@ -47,6 +48,11 @@ def schemas():
             yield (
                 f"{act.name}_double_backward(Tensor grad_grad_input, Tensor grad_output, Tensor {saved}"
                 f"{parameters}) -> (Tensor grad_grad_output, Tensor {grad})"
+            )
+            yield (
+                f"{act.name}_triple_backward(Tensor grad_of_grad_grad_output, Tensor grad_of_grad_{saved},"
+                f" Tensor grad_grad_input, Tensor grad_output, Tensor {saved}{parameters}) ->"
+                " (Tensor grad_of_grad_grad_input, Tensor grad_of_grad_output, Tensor grad_of_operand)"
             )
 
 
@@ -128,6 +134,48 @@ def test_error_is_at_most_twice_stocks(act, dtype, values):
     v, g = torch.randn(2, x.numel(), dtype=torch.float64).to(dtype)
     assert_no_worse_than_stock(act, act.all_orders(v, g, x), v, g, x)
     assert_no_worse_than_stock(act, all_orders_by_autograd(act.fused, v, g, x), v, g, x)
+
+
+@pytest.mark.parametrize("act", [act for act in ACTIVATIONS if act.curved], ids=str)
+@each_dtype
+@pytest.mark.parametrize("values", RANGES)
+def test_error_of_third_order_is_at_most_twice_stocks(act, dtype, values):
+    x = RANGES[values]().to(dtype)
+    grads = [torch.randn(x.numel(), dtype=torch.float64).to(dtype) for _ in range(4)]
+    exact = third_order(act.reference, *(t.double() for t in (*grads, x)))
+    ours, stock = (third_order(function, *grads, x) for function in (act.fused, act.stock))
+    for a, s, e in zip(ours, stock, exact, strict=True):
+        largest = e.abs().max() * torch.finfo(dtype).eps
+        assert (a - e).abs().max() <= 2 * (s - e).abs().max() + largest
+
+
+@pytest.mark.parametrize("act", [act for act in ACTIVATIONS if act.curved and not act.gradual], ids=str)
+@each_dtype
+def test_third_order_is_finite_where_second_derivatives_vanish(act, dtype):
+    largest = torch.finfo(dtype).max
+    # Of the output there is no larger value than 1.
+    x = torch.tensor([-1.0, 1.0] if act.saves_output else [-largest, -1e4, 1e4, largest], dtype=dtype)
+    huge = torch.full_like(x, math.sqrt(largest) if act.saves_output else largest)
+    zero = torch.zeros_like(x)
+    op = act.op("_triple_backward")
+    assert all(t.isfinite().all() for t in op(zero, zero + 1, huge, huge / 4, x, **act.params))
+
+
+def test_third_order_is_one_kernel_a_pass():
+    """Also where one of the double backward's results leads nowhere."""
+    x = torch.linspace(-2, 2, 101, dtype=torch.float64, requires_grad=True)
+    g, v = (torch.ones_like(x).requires_grad_() for _ in range(2))
+    (first,) = torch.autograd.grad(gk.functional.silu(x), x, g, create_graph=True)
+    second = torch.autograd.grad(first, (g, x), v, create_graph=True)
+    for one, name in zip(second, ("first", "second"), strict=True):
+        assert one.grad_fn is second[0].grad_fn, name
+        with torch.profiler.profile() as profiler:
+            ours = torch.autograd.grad(one.sum(), (v, g, x), retain_graph=True)
+        assert [e.key for e in profiler.key_averages() if "silu" in e.key and "::" in e.key] == [
+            "gradnorm_kernels::silu_triple_backward"
+        ]
+        stock = third_order(F.silu, *((1.0 * (one is s)) * torch.ones_like(x) for s in second), v, g, x)
+        assert_close(ours, stock)
 
 
 @each_activation

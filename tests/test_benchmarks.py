@@ -418,12 +418,13 @@ def test_unknown_model():
 
 @pytest.mark.slow
 def test_rivals(run, monkeypatch, capsys):
-    """Compiled steps have stock's gradients; run by ATen, because generating code takes minutes."""
+    """Compiled steps have stock's gradients; whole ones run by ATen, as generating code takes minutes."""
     compile = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **options: compile(f, backend="aot_eager", **options))
-    exact = ["compiled", "compiled_func", "fuse_compiled"]
+    by_aten = {"backend": "aot_eager"}
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compile(f, **by_aten | options))
+    exact = ["compiled", "compiled_func", "fuse_compiled", "fuse_compiled_regions"]
     if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
-        exact = ["compiled_func"]
+        exact = ["compiled_func", "fuse_compiled_regions"]
     others = ["forward_over_reverse", "finite_difference", "finite_difference_compiled", "natural", "pgd3"]
     rows = by_variant(run(steps, *SMALL_STEP, "--model", TRANSFORMER, "--variants", *exact, *others))
     assert list(rows) == ["stock", *exact, *others]

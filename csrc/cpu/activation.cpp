@@ -42,10 +42,25 @@ void double_backward(at::TensorIteratorBase& iter, const Activation& any) {
       any);
 }
 
+void triple_backward(at::TensorIteratorBase& iter, const Activation& any) {
+  std::visit(
+      [&](const auto& act) {
+        if constexpr (has_d2f<decltype(act)>) {
+          elementwise<3, 5>(iter, [act](const auto& in) {
+            const auto& [a, b, v, g, operand] = in;
+            return std::array{
+                act.df(a, operand) + act.d2f(b, g, operand), act.d2f(b, v, operand),
+                act.d2f(a, v, operand) + act.d3f(b, v, g, operand)};
+          });
+        }
+      },
+      any);
+}
+
 }  // namespace
 }  // namespace activation
 
 const ActivationKernels activation_kernels{
-    activation::forward, activation::backward, activation::double_backward};
+    activation::forward, activation::backward, activation::double_backward, activation::triple_backward};
 
 }  // namespace gradnorm_kernels::CPU_CAPABILITY

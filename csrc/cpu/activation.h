@@ -16,6 +16,9 @@ struct ActivationKernels {
   void (*backward)(at::TensorIteratorBase&, const Activation&);
   // (grad_grad_output, grad_input; grad_grad_input, grad_output, input)
   void (*double_backward)(at::TensorIteratorBase&, const Activation&);
+  // (grad_of_grad_grad_input, grad_of_grad_output, grad_of_input; grad_of_grad_grad_output,
+  // grad_of_grad_input, grad_grad_input, grad_output, input)
+  void (*triple_backward)(at::TensorIteratorBase&, const Activation&);
 };
 
 GRADNORM_DECLARE_KERNELS(ActivationKernels, activation_kernels)

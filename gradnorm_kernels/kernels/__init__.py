@@ -40,12 +40,12 @@ _OPS = {
         for names, suffixes in (
             (
                 ("elu", "gelu", "hardswish", "logsigmoid", "mish", "silu", "softplus", "softsign"),
-                ("", "_backward", "_double_backward"),
+                ("", "_backward", "_double_backward", "_triple_backward"),
             ),
             # Of linear pieces, with no second derivative.
             (("hardsigmoid", "leaky_relu", "relu", "relu6"), ("", "_backward")),
             # Made of their output. The forward is ATen's.
-            (("sigmoid", "tanh"), ("_backward", "_double_backward")),
+            (("sigmoid", "tanh"), ("_backward", "_double_backward", "_triple_backward")),
         )
         for name in names
         for suffix in suffixes

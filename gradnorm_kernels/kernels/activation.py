@@ -1,7 +1,7 @@
 """Triton kernels of the elementwise activations.
 
-One kernel per pass serves every activation: an activation is its f, f' and f'', three small
-functions that the kernel receives as compile-time constants. To add one, write the three
+One kernel per pass serves every activation: an activation is its f, f', f'' and f''', four small
+functions that the kernel receives as compile-time constants. To add one, write the four
 functions and give them a row in `ACTIVATIONS`.
 """
 
@@ -92,8 +92,43 @@ def activation_bwd_bwd_kernel(
     tl.store(grad_input_ptr + offsets, grad_input, mask=mask)
 
 
-# The activations: f(x), df(g, x) = g f'(x) and ddf(v, g, x) = v f''(x) g, with the parameters last.
-# v and g are not multiplied with each other: both may be large where f'' is 0.
+@triton.jit
+def activation_bwd_bwd_bwd_kernel(
+    grad_of_grad_grad_output_ptr,
+    grad_of_grad_input_ptr,
+    grad_grad_input_ptr,
+    grad_output_ptr,
+    input_ptr,
+    grad_of_grad_grad_input_ptr,
+    grad_of_grad_output_ptr,
+    grad_of_input_ptr,
+    n,
+    parameters: tl.constexpr,
+    df: tl.constexpr,
+    ddf: tl.constexpr,
+    dddf: tl.constexpr,
+    block_size: tl.constexpr,
+):
+    """What the double backward's gradients a and b give: a f' + b f'' g, b f'' v and a f'' v + b f''' v g.
+
+    Moves 8n elements: reads 5, writes 3.
+    """
+    offsets, mask = tile(n, block_size)
+    x = widen(tl.load(input_ptr + offsets, mask=mask))
+    a = widen(tl.load(grad_of_grad_grad_output_ptr + offsets, mask=mask))
+    b = widen(tl.load(grad_of_grad_input_ptr + offsets, mask=mask))
+    v = widen(tl.load(grad_grad_input_ptr + offsets, mask=mask))
+    g = widen(tl.load(grad_output_ptr + offsets, mask=mask))
+    of_v = df(a, x, parameters) + ddf(b, g, x, parameters)
+    of_g = ddf(b, v, x, parameters)
+    of_x = ddf(a, v, x, parameters) + dddf(b, v, g, x, parameters)
+    tl.store(grad_of_grad_grad_input_ptr + offsets, of_v, mask=mask)
+    tl.store(grad_of_grad_output_ptr + offsets, of_g, mask=mask)
+    tl.store(grad_of_input_ptr + offsets, of_x, mask=mask)
+
+
+# The activations: f(x), df(g, x) = g f'(x), ddf(v, g, x) = v f''(x) g and dddf(b, v, g, x) = b f'''(x) v g,
+# with the parameters last. v and g are not multiplied with each other: both may be large where f'' is 0.
 
 
 @triton.jit
@@ -125,7 +160,15 @@ def logistic(x):
     return tl.where(x >= 0, larger, smaller), smaller * larger
 
 
-# GELU, erf: f = x Phi(x), f' = Phi + x phi, f'' = 2 phi - x (x phi).
+@triton.jit
+def _logistic_bends(x):
+    """s'' = s' (1 - 2 s) and its derivative."""
+    s, q = logistic(x)
+    skew = 1.0 - 2.0 * s
+    return q * skew, q * (skew * skew - 2.0 * q)
+
+
+# GELU, erf: f = x Phi(x), f' = Phi + x phi, f'' = 2 phi - x (x phi), f''' = x^2 (x phi) - 4 x phi.
 
 _SQRT_1_2 = tl.constexpr(math.sqrt(0.5))
 _INV_SQRT_2PI = tl.constexpr(1 / math.sqrt(2 * math.pi))
@@ -158,9 +201,16 @@ def gelu_erf_ddf(v, g, x, parameters: tl.constexpr):
     return v * (2.0 * phi - x * (x * phi)) * g
 
 
+@triton.jit
+def gelu_erf_dddf(b, v, g, x, parameters: tl.constexpr):
+    moment = x * _normal_pdf(x)
+    return b * (x * (x * moment) - 4.0 * moment) * v * g
+
+
 # GELU, tanh: f = x s with s = sigmoid(z), z = 2 sqrt(2/pi) (x + 0.044715 x^3) = A x + B x^3.
 # With q = s (1 - s) = ds/dz, z' = A + 3 B x^2 and z'' = 6 B x,
-#     f' = s + x q z',   f'' = 2 q z' + x (q z'' + z' (q z') (1 - 2 s)).
+#     f' = s + x q z',   f'' = 2 q z' + x S'',   S'' = q z'' + z' (q z') (1 - 2 s),   f''' = 3 S'' + x S''',
+#     S''' = q z''' + 3 s''(z) z' z'' + s'''(z) z'^3.
 # q is the first factor of every product below: it is 0 long before a power of x overflows.
 
 _A = tl.constexpr(2 * math.sqrt(2 / math.pi))
@@ -195,7 +245,24 @@ def gelu_tanh_ddf(v, g, x, parameters: tl.constexpr):
     return v * (2.0 * (qdz + _B3 * qxx) + qdzdz * x * (1.0 - 2.0 * s)) * g
 
 
-# SiLU: f = x s, f' = s + x s', f'' = 2 s' + x s' (1 - 2 s).
+@triton.jit
+def _times_slope(t, x):
+    """t z'"""
+    return _A * t + _B3 * (t * x * x)
+
+
+@triton.jit
+def gelu_tanh_dddf(b, v, g, x, parameters: tl.constexpr):
+    _, q = _gelu_tanh_gate(x)
+    second, third = _logistic_bends(x * (_A + _B * x * x))
+    bend = 2.0 * _B3 * q
+    curvature = bend * x + _times_slope(_times_slope(second, x), x)
+    last = bend + 6.0 * _B3 * (_times_slope(second, x) * x)
+    last += _times_slope(_times_slope(_times_slope(third, x), x), x)
+    return b * (3.0 * curvature + x * last) * v * g
+
+
+# SiLU: f = x s, f' = s + x s', f'' = 2 s' + x s'', f''' = 3 s'' + x s'''.
 
 
 @triton.jit
@@ -216,9 +283,16 @@ def silu_ddf(v, g, x, parameters: tl.constexpr):
     return v * (2.0 * q + x * q * (1.0 - 2.0 * s)) * g
 
 
+@triton.jit
+def silu_dddf(b, v, g, x, parameters: tl.constexpr):
+    second, third = _logistic_bends(x)
+    return b * (3.0 * second + x * third) * v * g
+
+
 # Mish: f = x t with t = tanh(log(1 + e)), e = exp(x). With D = 2 + 2 e + e^2,
 #     t = e (2 + e) / D = 1 - 2 / D,   t' = 4 e (1 + e) / D^2,   t'' = 4 e (2 + 2 e - 3 e^2 - 2 e^3) / D^3.
-# For x > 0 the fractions are reduced by powers of e, to be written in d = exp(-|x|) on either side.
+# For x > 0 the fractions are reduced by powers of e, to be written in d = exp(-|x|) on either side. With s
+# the logistic function and u = 1 - t^2 = 4 (1 + e)^2 / D^2, t''' = u (s'' - 6 t s s' + s^3 (4 t^2 - 2 u)).
 
 
 @triton.jit
@@ -254,8 +328,21 @@ def mish_ddf(v, g, x, parameters: tl.constexpr):
     return v * (2.0 * slope + x * curvature) * g
 
 
+@triton.jit
+def mish_dddf(b, v, g, x, parameters: tl.constexpr):
+    value, _, curvature = _mish_gate(x)
+    positive = x > 0
+    d = tl.exp(-tl.abs(x))
+    root = 2.0 * tl.where(positive, d, 1.0) * (1.0 + d)
+    root /= tl.where(positive, 1.0 + d * (2.0 + 2.0 * d), 2.0 + d * (2.0 + d))
+    u = root * root
+    s, q = logistic(x)
+    third = u * (q * (1.0 - 2.0 * s - 6.0 * value * s) + s * s * s * (4.0 * value * value - 2.0 * u))
+    return b * (3.0 * curvature + x * third) * v * g
+
+
 # Softplus, parameters (beta, threshold): with z = beta x, f = log(1 + exp(z)) / beta, f' = s(z),
-# f'' = beta s'(z); above the threshold f = x.
+# f'' = beta s'(z), f''' = beta^2 s''(z); above the threshold f = x.
 
 
 @triton.jit
@@ -277,6 +364,13 @@ def softplus_ddf(v, g, x, parameters: tl.constexpr):
     z = x * parameters[0]
     _, q = logistic(z)
     return v * tl.where(z >= parameters[1], 0.0, q * parameters[0]) * g
+
+
+@triton.jit
+def softplus_dddf(b, v, g, x, parameters: tl.constexpr):
+    z = x * parameters[0]
+    second, _ = _logistic_bends(z)
+    return b * tl.where(z >= parameters[1], 0.0, second * (parameters[0] * parameters[0])) * v * g
 
 
 # ELU, parameters (alpha, scale, input_scale): f = scale x for x > 0, else
@@ -306,6 +400,11 @@ def elu_ddf(v, g, x, parameters: tl.constexpr):
     return v * tl.where(x >= 0, 0.0, slope * parameters[2]) * g
 
 
+@triton.jit
+def elu_dddf(b, v, g, x, parameters: tl.constexpr):
+    return b * elu_ddf(v, g, x, parameters) * parameters[2]
+
+
 # tanh and the sigmoid: their derivatives are functions of y = f(x), which is what the op saves. f itself
 # is ATen's kernel.
 
@@ -318,6 +417,12 @@ def tanh_df(g, y, parameters: tl.constexpr):
 @triton.jit
 def tanh_ddf(v, g, y, parameters: tl.constexpr):
     return v * (-2.0 * y) * g
+
+
+@triton.jit
+def parabola_dddf(b, v, g, y, parameters: tl.constexpr):
+    """Of both: f' is a parabola in y, with the second derivative -2."""
+    return b * -2.0 * v * g
 
 
 @triton.jit
@@ -391,8 +496,14 @@ def hardswish_ddf(v, g, x, parameters: tl.constexpr):
     return tl.where((x > -3) & (x < 3), v / 3.0 * g, 0.0)
 
 
-# Softsign: f = x / (1 + |x|), f' = r^2, f'' = -2 sgn(x) r^3 with r = 1 / (1 + |x|). r falls as slowly as |x|
-# grows, so that v and g may outweigh its powers: each is multiplied with its share.
+@triton.jit
+def hardswish_dddf(b, v, g, x, parameters: tl.constexpr):
+    return tl.zeros_like(x)
+
+
+# Softsign: f = x / (1 + |x|), f' = r^2, f'' = -2 sgn(x) r^3, f''' = 6 r^4 with r = 1 / (1 + |x|), both 0
+# at 0. r falls as slowly as |x| grows, so that v and g may outweigh its powers: each is multiplied with its
+# share.
 
 
 @triton.jit
@@ -413,7 +524,13 @@ def softsign_ddf(v, g, x, parameters: tl.constexpr):
     return v * r * r * side * (g * r)
 
 
-# Log-sigmoid: f = log s(x), f' = s(-x), f'' = -s'(x).
+@triton.jit
+def softsign_dddf(b, v, g, x, parameters: tl.constexpr):
+    r = 1.0 / (1.0 + tl.abs(x))
+    return b * r * (v * r) * (g * r) * r * tl.where(x == 0, 0.0, 6.0)
+
+
+# Log-sigmoid: f = log s(x), f' = s(-x), f'' = -s'(x), f''' = s''(-x).
 
 
 @triton.jit
@@ -433,14 +550,21 @@ def logsigmoid_ddf(v, g, x, parameters: tl.constexpr):
     return v * -q * g
 
 
+@triton.jit
+def logsigmoid_dddf(b, v, g, x, parameters: tl.constexpr):
+    second, _ = _logistic_bends(-x)
+    return b * second * v * g
+
+
 @dataclass(frozen=True, eq=False)  # eq=False: hashed by identity, in the hot path
 class Activation:
-    """f, f' and f'', and the parameters that follow their tensors: compile-time floats, such as
+    """f, f', f'' and f''', and the parameters that follow their tensors: compile-time floats, such as
     ELU's alpha. There is no op for a pass whose functions are missing."""
 
     f: Any
     df: Any
     ddf: Any = None
+    dddf: Any = None
     parameters: tuple[float, ...] = ()
 
 
@@ -459,29 +583,30 @@ class Pass:
 FORWARD = Pass(activation_fwd_kernel, "", 1, 1, ("f",))
 BACKWARD = Pass(activation_bwd_kernel, "_backward", 2, 1, ("df",))
 DOUBLE_BACKWARD = Pass(activation_bwd_bwd_kernel, "_double_backward", 3, 2, ("df", "ddf"))
+TRIPLE_BACKWARD = Pass(activation_bwd_bwd_bwd_kernel, "_triple_backward", 5, 3, ("df", "ddf", "dddf"))
 
 
 def passes(activation: Activation) -> list[Pass]:
-    every = (FORWARD, BACKWARD, DOUBLE_BACKWARD)
+    every = (FORWARD, BACKWARD, DOUBLE_BACKWARD, TRIPLE_BACKWARD)
     return [p for p in every if None not in (getattr(activation, name) for name in p.functions)]
 
 
 ACTIVATIONS = {
-    "gelu_none": Activation(gelu_erf_f, gelu_erf_df, gelu_erf_ddf),
-    "gelu_tanh": Activation(gelu_tanh_f, gelu_tanh_df, gelu_tanh_ddf),
-    "silu": Activation(silu_f, silu_df, silu_ddf),
-    "mish": Activation(mish_f, mish_df, mish_ddf),
-    "softplus": Activation(softplus_f, softplus_df, softplus_ddf, (1.0, 20.0)),
-    "elu": Activation(elu_f, elu_df, elu_ddf, (1.0, 1.0, 1.0)),
-    "tanh": Activation(None, tanh_df, tanh_ddf),
-    "sigmoid": Activation(None, sigmoid_df, sigmoid_ddf),
+    "gelu_none": Activation(gelu_erf_f, gelu_erf_df, gelu_erf_ddf, gelu_erf_dddf),
+    "gelu_tanh": Activation(gelu_tanh_f, gelu_tanh_df, gelu_tanh_ddf, gelu_tanh_dddf),
+    "silu": Activation(silu_f, silu_df, silu_ddf, silu_dddf),
+    "mish": Activation(mish_f, mish_df, mish_ddf, mish_dddf),
+    "softplus": Activation(softplus_f, softplus_df, softplus_ddf, softplus_dddf, (1.0, 20.0)),
+    "elu": Activation(elu_f, elu_df, elu_ddf, elu_dddf, (1.0, 1.0, 1.0)),
+    "tanh": Activation(None, tanh_df, tanh_ddf, parabola_dddf),
+    "sigmoid": Activation(None, sigmoid_df, sigmoid_ddf, parabola_dddf),
     "relu": Activation(relu_f, relu_df),
     "relu6": Activation(relu6_f, relu6_df),
-    "leaky_relu": Activation(leaky_relu_f, leaky_relu_df, None, (0.01,)),
+    "leaky_relu": Activation(leaky_relu_f, leaky_relu_df, parameters=(0.01,)),
     "hardsigmoid": Activation(hardsigmoid_f, hardsigmoid_df),
-    "hardswish": Activation(hardswish_f, hardswish_df, hardswish_ddf),
-    "softsign": Activation(softsign_f, softsign_df, softsign_ddf),
-    "logsigmoid": Activation(logsigmoid_f, logsigmoid_df, logsigmoid_ddf),
+    "hardswish": Activation(hardswish_f, hardswish_df, hardswish_ddf, hardswish_dddf),
+    "softsign": Activation(softsign_f, softsign_df, softsign_ddf, softsign_dddf),
+    "logsigmoid": Activation(logsigmoid_f, logsigmoid_df, logsigmoid_ddf, logsigmoid_dddf),
 }
 
 # Elements a program owns. With 4 warps a thread owns 8 elements (4 of float64), which is one or two

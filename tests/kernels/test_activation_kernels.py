@@ -27,11 +27,17 @@ tl = triton.language
 GELU = ACTIVATIONS[0]
 
 
+def triple_backward(act: Activation, *tensors: Tensor) -> Any:
+    return getattr(activation, f"{act.name}_triple_backward")(*tensors, **act.params)
+
+
 def calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     """Of aligned tensors of a multiple of 16 elements, whose accesses are all of 128 bits."""
     x = meta(64, 96, dtype=dtype)
     for act in {(act.name, act.params.get("approximate")): act for act in ACTIVATIONS}.values():
         yield str(act), act.all_orders, x, x, x, activation
+        if act.curved:
+            yield f"{act}-triple", triple_backward, act, x, x, x, x, x
 
 
 test_compiles_without_spills = harness.compilation_test(calls, wide=["all"])
@@ -83,6 +89,24 @@ def test_range(act: Activation, dtype: torch.dtype, device: str) -> None:
     x = torch.cat(ranges).to(device, dtype)
     grads = [normal(*x.shape, dtype=dtype, device=device) for _ in range(2)]
     assert_as_accurate_as_stock(act, *grads, x)
+
+
+@on_every_device
+@in_every_dtype
+@pytest.mark.parametrize("act", [act for act in ACTIVATIONS if act.curved], ids=str)
+def test_triple_backward(act: Activation, dtype: torch.dtype, device: str) -> None:
+    """Against the CPU's in float64."""
+    x = torch.linspace(-8, 8, 2001, dtype=torch.float64)
+    operand = act.reference(x) if act.saves_output else x
+    tensors = [
+        t.to(device, dtype)
+        for t in (*(normal(2001, dtype=torch.float64, device="cpu") for _ in range(4)), operand)
+    ]
+    expected = act.op("_triple_backward")(*(t.double().cpu() for t in tensors), **act.params)
+    for a, e in zip(triple_backward(act, *tensors), expected, strict=True):
+        assert a.dtype == dtype
+        error = (a.double().cpu() - e).abs().max()
+        assert error <= 8 * torch.finfo(dtype).eps * e.abs().max()
 
 
 @on_every_device
