@@ -245,11 +245,11 @@ struct ActivationOps<Definition, Act (*)(Params...)> {
   //     v: a f' + b f'' g,    g: b f'' v,    x: a f'' v + b f''' v g.
   struct TripleBackward {
     static std::string schema() {
-      const std::string operand = saved_name;
       return ActivationOps::schema(
           "_triple_backward",
-          "Tensor grad_of_grad_grad_output, Tensor grad_of_grad_" + operand +
-              ", Tensor grad_grad_input, Tensor grad_output, Tensor " + operand,
+          "Tensor grad_of_grad_grad_output, Tensor grad_of_grad_input, Tensor grad_grad_input, "
+          "Tensor grad_output, Tensor " +
+              std::string(saved_name),
           "(Tensor grad_of_grad_grad_input, Tensor grad_of_grad_output, Tensor grad_of_operand)");
     }
     const Tensor& grad_of_grad_grad_output;

@@ -50,7 +50,7 @@ def schemas():
                 f"{parameters}) -> (Tensor grad_grad_output, Tensor {grad})"
             )
             yield (
-                f"{act.name}_triple_backward(Tensor grad_of_grad_grad_output, Tensor grad_of_grad_{saved},"
+                f"{act.name}_triple_backward(Tensor grad_of_grad_grad_output, Tensor grad_of_grad_input,"
                 f" Tensor grad_grad_input, Tensor grad_output, Tensor {saved}{parameters}) ->"
                 " (Tensor grad_of_grad_grad_input, Tensor grad_of_grad_output, Tensor grad_of_operand)"
             )
@@ -145,8 +145,9 @@ def test_error_of_third_order_is_at_most_twice_stocks(act, dtype, values):
     exact = third_order(act.reference, *(t.double() for t in (*grads, x)))
     ours, stock = (third_order(function, *grads, x) for function in (act.fused, act.stock))
     for a, s, e in zip(ours, stock, exact, strict=True):
-        largest = e.abs().max() * torch.finfo(dtype).eps
-        assert (a - e).abs().max() <= 2 * (s - e).abs().max() + largest
+        # In float64 the reference rounds as stock does. Stock's own third derivatives may be NaN in the tails.
+        rounding = e.abs().max() * torch.finfo(dtype).eps * (3 if dtype == torch.float64 else 1)
+        assert (a - e).abs().max() <= 2 * (s - e).abs()[s.isfinite()].max() + rounding
 
 
 @pytest.mark.parametrize("act", [act for act in ACTIVATIONS if act.curved and not act.gradual], ids=str)
