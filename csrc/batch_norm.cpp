@@ -19,8 +19,6 @@ TensorTriple aten_backward(
 
 // Where only the gradient of the input is wanted in evaluation mode, input is not read, and need not be
 // given.
-struct OfOurBackward;
-
 struct Backward {
   static constexpr auto schema =
       "batch_norm_backward(Tensor grad_output, Tensor? input, Tensor? weight, Tensor? running_mean, "
@@ -101,14 +99,14 @@ struct Backward {
         empty_contiguous(like_weight(), output_mask[1]), empty_contiguous(like_weight(), output_mask[2])};
   }
   // compute: the gradients, by a kernel of PyTorch's or ours.
-  template <class Derivative, class Compute>
+  template <class Compute>
   TensorTriple recorded(const Compute& compute) const;
   TensorTriple autograd() const {
     if (needs_composite(grad_output, input, weight)) {
       return composite();
     }
     check();
-    return recorded<OfOurBackward>([&] {
+    return recorded([&] {
       return s.training && grad_output.numel() != 0
                  ? aten_backward(grad_output, input, weight, s, output_mask)
                  : call(*this);
@@ -238,21 +236,10 @@ struct OfBackward {
   }
 };
 
-// Of our own op. PyTorch's under the switch keep what they save.
-struct OfOurBackward : OfBackward {
-  static constexpr std::array made_again{0};
-  static Tensor again(const variable_list& saved, const Settings& settings) {
-    const auto [training, eps] = settings;
-    const auto s = BatchStatistics::of(saved[3], saved[4], training, eps);
-    return std::get<0>(
-        call(Backward{saved[0], training ? saved[1] : Tensor(), saved[2], s, {true, false, false}}));
-  }
-};
-
-template <class Derivative, class Compute>
+template <class Compute>
 TensorTriple Backward::recorded(const Compute& compute) const {
   return to_tuple<3>(
-      record<Derivative>({grad_output, input, weight}, {s.training, s.eps}, [&](variable_list& saved) {
+      record<OfBackward>({grad_output, input, weight}, {s.training, s.eps}, [&](variable_list& saved) {
         saved = {grad_output, input, weight, s.mean(), s.var_or_invstd()};
         return to_list(compute());
       }));
@@ -275,7 +262,7 @@ struct OfForward {
       return to_list(call(op), mask);
     }
     return to_list(
-        op.recorded<OfOurBackward>([&] {
+        op.recorded([&] {
           return at::_batch_norm_impl_index_backward(
               backend, input, op.grad_output.contiguous(input.suggest_memory_format()), optional(weight), {},
               {}, optional(op.s.save_mean), optional(op.s.save_invstd), training, eps, mask,
@@ -391,8 +378,7 @@ struct AtenBatchNormBackward : Override<AtenBatchNormBackward> {
           keys, grad_out, input, weight, running_mean, running_var, save_mean, save_invstd, train, eps,
           output_mask);
     }
-    return op.recorded<OfBackward>(
-        [&] { return aten_backward(grad_out, input, op.weight, op.s, output_mask); });
+    return op.recorded([&] { return aten_backward(grad_out, input, op.weight, op.s, output_mask); });
   }
 };
 
@@ -412,7 +398,7 @@ struct AtenCudnnBatchNormBackward : Override<AtenCudnnBatchNormBackward> {
       return stock(
           keys, input, grad_output, weight, running_mean, running_var, save_mean, save_var, epsilon, reserve);
     }
-    return op.recorded<OfBackward>([&] {
+    return op.recorded([&] {
       return at::cudnn_batch_norm_backward(
           input, grad_output, weight, running_mean, running_var, save_mean, save_var, epsilon, reserve);
     });

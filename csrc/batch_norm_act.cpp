@@ -215,7 +215,6 @@ struct OfBackward {
     }
     return to_list(call(DoubleBackward{grads[0], saved[0], arguments}));
   }
-  static Tensor again(const variable_list& saved, const Settings& settings);
 };
 
 struct Backward {
@@ -291,11 +290,6 @@ struct Backward {
         }));
   }
 };
-
-Tensor OfBackward::again(const variable_list& saved, const Settings& settings) {
-  const auto arguments = batch_norm_act::Settings::arguments(&saved[1], settings);
-  return std::get<0>(call(Backward{saved[0], arguments, {true, false, false}}));
-}
 
 struct OfForward {
   static constexpr auto if_changed = kIfChanged;

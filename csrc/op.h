@@ -550,8 +550,7 @@ struct Recorded : torch::autograd::Function<Recorded<Derivative>> {
 //     static Tensor again(const variable_list& saved, const Settings& settings);
 //
 //     // Where operands that are such results of other nodes are not to be saved, but made again: their
-//     places
-//     // among the saved tensors,
+//     // places among the saved tensors,
 //     static constexpr std::array made_again{0};
 //     // which of them backward reads, by default all; others are undefined
 //     static bool is_read(size_t place, Needs needs);
