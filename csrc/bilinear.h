@@ -23,27 +23,16 @@ Tensor in_lower_precision(c10::DeviceType device, const Compute& compute) {
 // where the last two are one backward, of a product of V and U.
 //
 // op: a double backward. Its forward(x, w, bias) is P, its backward(x, w, mask) that of a product of these.
-// An operand that no defined gradient meets may be undefined. release: called when G is not read any more.
-// broadcast(bias, output): the bias as it meets the output.
-template <class DoubleBackward, class Release, class Broadcast>
-TensorTriple bilinear_double_backward(
-    const DoubleBackward& op, const Release& release, const Broadcast& broadcast) {
+// An operand that no defined gradient meets may be undefined. broadcast(bias, output): the bias as it meets
+// the output.
+template <class DoubleBackward, class Broadcast>
+TensorTriple bilinear_double_backward(const DoubleBackward& op, const Broadcast& broadcast) {
   const Tensor &v = op.grad_grad_input, &u = op.grad_grad_weight;
   TensorTriple grads;
   auto& [grad_grad_output, grad_input, grad_weight] = grads;
-  const Mask<2> mask{op.output_mask[1] && u.defined(), op.output_mask[2] && v.defined()};
-  if (mask[0] || mask[1]) {
-    // Where a gradient is undefined, the operand it belongs to stands in for its shape.
-    std::tie(grad_input, grad_weight, std::ignore) =
-        op.backward(v.defined() ? v : op.input, u.defined() ? u : op.weight, mask);
-  }
   if (op.output_mask[0]) {
     // The first product adds the bias's term as its own bias.
     OptionalTensor bias = op.grad_grad_bias;
-    if (!v.defined() && !u.defined() && bias.defined()) {
-      grad_grad_output = at::zeros_like(op.grad_output) + broadcast(bias, op.grad_output);
-    }
-    release();
     if (v.defined()) {
       grad_grad_output = op.forward(v, op.weight, bias);
       bias.reset();
@@ -51,7 +40,17 @@ TensorTriple bilinear_double_backward(
     if (u.defined()) {
       const Tensor term = op.forward(op.input, u, bias);
       grad_grad_output = grad_grad_output.defined() ? grad_grad_output + term : term;
+      bias.reset();
     }
+    if (bias.defined()) {
+      grad_grad_output = at::zeros_like(op.grad_output) + broadcast(bias, op.grad_output);
+    }
+  }
+  const Mask<2> mask{op.output_mask[1] && u.defined(), op.output_mask[2] && v.defined()};
+  if (mask[0] || mask[1]) {
+    // Where a gradient is undefined, the operand it belongs to stands in for its shape.
+    std::tie(grad_input, grad_weight, std::ignore) =
+        op.backward(v.defined() ? v : op.input, u.defined() ? u : op.weight, mask);
   }
   return grads;
 }

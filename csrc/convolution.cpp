@@ -230,13 +230,8 @@ struct DoubleBackward {
   }
 
   TensorTriple implicit() const {
-    return releasing([] {});
-  }
-  template <class Release>
-  TensorTriple releasing(const Release& release) const {
-    return bilinear_double_backward(*this, release, [](const Tensor& bias, const Tensor& output) {
-      return bias.view(channels_first(output));
-    });
+    return bilinear_double_backward(
+        *this, [](const Tensor& bias, const Tensor& output) { return bias.view(channels_first(output)); });
   }
   Tensor forward(const Tensor& x, const Tensor& w, const Tensor& b) const {
     return call(Forward{x, w, b, geometry});
@@ -250,10 +245,10 @@ struct OfBackward {
   using Settings = Geometry::Kept;
 
   static variable_list backward(
-      const variable_list& grads, variable_list saved, Needs needs, const Settings& settings) {
+      const variable_list& grads, const variable_list& saved, Needs needs, const Settings& settings) {
     const DoubleBackward op{
         grads[0], grads[1], grads[2], saved[0], saved[1], saved[2], Geometry::of(settings), needs};
-    return to_list(op.releasing([&] { saved[0].reset(); }));
+    return to_list(op.implicit());
   }
 };
 

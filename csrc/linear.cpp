@@ -114,11 +114,7 @@ struct DoubleBackward {
   }
 
   TensorTriple implicit() const {
-    return releasing([] {});
-  }
-  template <class Release>
-  TensorTriple releasing(const Release& release) const {
-    return bilinear_double_backward(*this, release, [](const Tensor& bias, const Tensor&) { return bias; });
+    return bilinear_double_backward(*this, [](const Tensor& bias, const Tensor&) { return bias; });
   }
   Tensor forward(const Tensor& x, const Tensor& w, const Tensor& b) const {
     return call(Forward{x, w, b});
@@ -132,9 +128,9 @@ struct OfBackward : BilinearBackwardOperands {
   using Settings = std::tuple<>;
 
   static variable_list backward(
-      const variable_list& grads, variable_list saved, Needs needs, const Settings&) {
-    const DoubleBackward op{grads[0], grads[1], grads[2], saved[0], saved[1], saved[2], needs};
-    return to_list(op.releasing([&] { saved[0].reset(); }));
+      const variable_list& grads, const variable_list& saved, Needs needs, const Settings&) {
+    return to_list(
+        DoubleBackward{grads[0], grads[1], grads[2], saved[0], saved[1], saved[2], needs}.implicit());
   }
 };
 
