@@ -173,7 +173,8 @@ def test_what_is_cheap_to_make_again_is_not_kept(name):
     assert [freed() for freed in outputs] == [True]
     with calls:
         (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
-    assert [freed() for freed in grads] == [True]
+    # The backward of a batch normalisation would read all of its operands twice.
+    assert [freed() for freed in grads] == ["batch_norm" not in name]
     # Nothing is made again for the input's gradient alone, which no operand's values are needed for.
     forwards = {"gelu", "silu", "hardswish", "native_layer_norm", "layer_norm", "rms_norm", "batch_norm_act"}
     assert not forwards & set(calls.names)
