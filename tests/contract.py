@@ -467,6 +467,8 @@ class OpContract:
             "broken": BROKEN,
             "capability": ["default", "avx2", "avx512"],
         }
+        if "layout" in metafunc.fixturenames:
+            choices["case"] = usual(cases, *self.traced)
         marked = {name for mark in metafunc.definition.iter_markers("parametrize") for name in [mark.args[0]]}
         for name, values in choices.items():
             if name in metafunc.fixturenames and name not in marked:

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import usual
 
 import gradnorm_kernels as gk
 from gradnorm_kernels._json import by_line
@@ -272,7 +271,8 @@ def test_resident_peak():
     assert 2**24 < peaks[0] < peaks[1] < held.nbytes / 2
 
 
-@pytest.mark.parametrize("memory", usual([False, True], "True"))
+@pytest.mark.slow
+@pytest.mark.parametrize("memory", [False, True])
 def test_memory_of_a_step(monkeypatch, run, memory):
     """Measured where it is asked for, and not of compilers."""
     monkeypatch.setattr(steps, "in_new_process", lambda function, *arguments: 1234)
@@ -284,6 +284,7 @@ def test_memory_of_a_step(monkeypatch, run, memory):
     assert found == {"stock": measured, "fuse": measured, "compiled": None}
 
 
+@pytest.mark.slow
 def test_profile(run, capsys):
     rows = run(steps, *SMALL_STEP, "--model", "resnet18", "--variants", "fuse", "--profile")["rows"]
     assert " x gradnorm_kernels::" in capsys.readouterr().out
@@ -324,6 +325,7 @@ def test_out_of_memory_is_a_row(monkeypatch, run, capsys, failing):
     assert "out of memory" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_out_of_memory_beside_the_others(monkeypatch, run):
     """The variant that fails in a round of the timing is a row that says so; the others are timed."""
     alternate, rounds = steps.alternate, []

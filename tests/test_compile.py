@@ -50,7 +50,7 @@ def batch():
 @pytest.mark.parametrize(
     ("backend", "fused_by"),
     [
-        ("aot_eager", "module"),
+        pytest.param("aot_eager", "module", marks=pytest.mark.slow),
         ("aot_eager", "switch"),
         ("inductor", "module"),
         pytest.param("inductor", "switch", marks=pytest.mark.slow),

@@ -132,7 +132,7 @@ class TestAgainstAutoAttack:
 
     # Square's 5,000 queries take nearly all of the time.
     @pytest.mark.parametrize(
-        ("count", "queries"), [pytest.param(200, 5000, marks=pytest.mark.slow), (60, 100)]
+        ("count", "queries"), [pytest.param(200, 5000, marks=pytest.mark.slow), (24, 50)]
     )
     def test_standard_mask(self, trained, digits, count, queries, monkeypatch):
         class FewerQueries(AutoAttack):

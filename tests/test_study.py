@@ -4,7 +4,6 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from conftest import usual
 
 pytest.importorskip("timm", reason="training needs: pip install 'gradnorm_kernels[train]'")
 
@@ -15,11 +14,8 @@ from gradnorm_kernels.training.study import STUDIES, study
 QUICK = {"epochs": 2, "batch_size": 359, "ramp_epochs": 0.0}
 
 
-@pytest.mark.parametrize(
-    "name",
-    # Which trains most networks.
-    usual(STUDIES, "objectives"),
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STUDIES)
 def test_study(name, tmp_path):
     """Every row trains, is attacked, and reaches table, JSON and report."""
     outcome = study(name, tmp_path, changes=QUICK, attack="fgsm", n=40, timed_steps=1)

@@ -42,13 +42,10 @@ if INTERPRET:
 
     numpy.matmul = product
 
+# In the interpreter, which takes minutes, all but float32 are left to `make test-all`.
+DTYPES_OF_MAKE_TEST = usual(DTYPES, *(["torch.float32"] if INTERPRET else map(str, DTYPES)))
 on_every_device = pytest.mark.parametrize("device", DEVICES)
-in_every_dtype = pytest.mark.parametrize(
-    "dtype",
-    # In the interpreter, which takes minutes, the others are left to `make test-all`.
-    usual(DTYPES, *(["torch.float32"] if INTERPRET else map(str, DTYPES))),
-    ids=lambda dtype: str(dtype)[6:],
-)
+in_every_dtype = pytest.mark.parametrize("dtype", DTYPES_OF_MAKE_TEST, ids=lambda dtype: str(dtype)[6:])
 in_the_interpreter = pytest.mark.skipif(not INTERPRET, reason="the addresses do not depend on the device")
 
 

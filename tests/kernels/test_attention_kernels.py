@@ -46,7 +46,7 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
 
 
 in_every_narrow_dtype = pytest.mark.parametrize(
-    "dtype", [torch.float16, torch.bfloat16, torch.float32], ids=lambda dtype: str(dtype)[6:]
+    "dtype", harness.DTYPES_OF_MAKE_TEST[:-1], ids=lambda dtype: str(dtype)[6:]
 )
 
 # (batch, queries, keys, columns, value columns, the mask's batch)

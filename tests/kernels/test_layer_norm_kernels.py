@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import harness
@@ -302,7 +303,7 @@ def test_image_beyond_2_31_elements_in_the_interpreter(side: int) -> None:
 
 
 def test_programs_leave_their_sums_small_beside_the_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layer_norm, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(layer_norm, "gpu", lambda device: SimpleNamespace(multiprocessors=132))
     for shape in ((64 * 197, 768), (64 * 56 * 56, 128), (64 * 49, 1024)):
         meta = torch.empty(shape, device="meta")
         rows = layer_norm._rows(meta, meta[:, :1])
