@@ -241,7 +241,8 @@ struct ActivationOps<Definition, Act (*)(Params...)> {
     }
   };
 
-  // Of a third derivative. With the gradients a of grad_grad_output = v f'(x) and b of grad_input = v f''(x) g:
+  // Of a third derivative. With the gradients a of grad_grad_output = v f'(x) and b of grad_input = v f''(x)
+  // g:
   //     v: a f' + b f'' g,    g: b f'' v,    x: a f'' v + b f''' v g.
   struct TripleBackward {
     static std::string schema() {
@@ -331,8 +332,10 @@ struct ActivationOps<Definition, Act (*)(Params...)> {
     static variable_list backward(
         const variable_list& grads, const variable_list& saved, Needs, const Settings& settings) {
       const auto given = [&](const Tensor& grad) { return grad.defined() ? grad : at::zeros_like(saved[2]); };
-      return to_list(with_settings<TripleBackward>(
-          settings, &call<TripleBackward>, given(grads[0]), given(grads[1]), saved[0], saved[1], saved[2]));
+      return to_list(
+          with_settings<TripleBackward>(
+              settings, &call<TripleBackward>, given(grads[0]), given(grads[1]), saved[0], saved[1],
+              saved[2]));
     }
   };
 
