@@ -145,7 +145,7 @@ def test_error_of_third_order_is_at_most_twice_stocks(act, dtype, values):
     exact = third_order(act.reference, *(t.double() for t in (*grads, x)))
     ours, stock = (third_order(function, *grads, x) for function in (act.fused, act.stock))
     for a, s, e in zip(ours, stock, exact, strict=True):
-        # In float64 the reference rounds as stock does. Stock's own third derivatives may be NaN in the tails.
+        # In float64 the reference rounds as stock does. Stock's third derivatives may be NaN in the tails.
         rounding = e.abs().max() * torch.finfo(dtype).eps * (3 if dtype == torch.float64 else 1)
         assert (a - e).abs().max() <= 2 * (s - e).abs()[s.isfinite()].max() + rounding
 
