@@ -172,7 +172,8 @@ def test_what_is_cheap_to_make_again_is_not_kept(name):
     loss = fused(x).pow(3).sum()
     assert [freed() for freed in outputs] == [True]
     with calls:
-        torch.autograd.grad(loss, x, create_graph=True)
+        (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+    assert gradient.requires_grad
     # The backward of a batch normalisation would read all of its operands twice.
     assert [freed() for freed in grads] == ["batch_norm" not in name]
     # Nothing is made again for the input's gradient alone, which no operand's values are needed for.
