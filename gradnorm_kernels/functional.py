@@ -697,8 +697,9 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     The products are ATen's. What differs is the memory between the passes: an operand that an activation, a
     normalisation or the backward of an activation, LayerNorm or RMSNorm of this package computed is not kept,
     but computed again from what these keep, unless it was changed in place or hooks on saved tensors are set.
-    :func:`conv1d` and its kin do the same. The third order and ``torch.func`` transforms are exact; in a region
-    compiled by ``torch.compile``, and for other dtypes and layouts than those below, this is PyTorch's function.
+    :func:`conv1d` and its kin do the same. The third order and ``torch.func`` transforms are exact; in a
+    region compiled by ``torch.compile``, and for other dtypes and layouts than those below, this is PyTorch's
+    function.
 
     Args:
         input: ``(..., in_features)``, strided; float16, bfloat16, float32 or float64.
