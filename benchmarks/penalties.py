@@ -1,4 +1,4 @@
-"""Gradient penalties beyond vision: three codes that know nothing of this library, stock and switched.
+"""Gradient penalties beyond vision: codes that know nothing of this library, stock and switched.
 
     python -m benchmarks.penalties [--json FILE]
 
@@ -6,7 +6,8 @@
   32x32 images, with InstanceNorm and SiLU, whose gradient between real and generated images is to have
   norm 1;
 - the residual of a physics-informed network (Raissi et al., https://arxiv.org/abs/1711.10561): Burgers'
-  equation by a tanh network, whose second derivative is differentiated by the parameters;
+  equation by a tanh network, and Poisson's by a SiLU network, whose second derivatives are differentiated by
+  the parameters;
 - a force field: an energy of distances by a SiLU network, whose negative gradient is fitted to forces.
 
 Each step runs with stock PyTorch and under ``set_fused_double_backward(True)``, alternating in one process,
@@ -30,6 +31,7 @@ from .steps import gradients, relative_difference
 
 TOLERANCE = 1e-3
 Step = Callable[[], None]
+Residual = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def wgan_gp(device: str) -> tuple[nn.Module, Step]:
@@ -52,20 +54,28 @@ def wgan_gp(device: str) -> tuple[nn.Module, Step]:
     return critic, step
 
 
-def pinn(device: str) -> tuple[nn.Module, Step]:
+def burgers(u: Tensor, first: Tensor, at: Tensor) -> Tensor:
+    (second,) = torch.autograd.grad(first[:, 0].sum(), at, create_graph=True)
+    return first[:, 1] + u * first[:, 0] - 0.01 / torch.pi * second[:, 0]
+
+
+def poisson(u: Tensor, first: Tensor, at: Tensor) -> Tensor:
+    second = [torch.autograd.grad(first[:, k].sum(), at, create_graph=True)[0][:, k] for k in range(2)]
+    return torch.stack(second).sum(0) + at.sin().prod(1)
+
+
+def pinn(residual: Residual, activation: type[nn.Module], device: str) -> tuple[nn.Module, Step]:
     width = 256
-    layers = [layer for _ in range(4) for layer in (nn.Linear(width, width), nn.Tanh())]
-    network = nn.Sequential(nn.Linear(2, width), nn.Tanh(), *layers, nn.Linear(width, 1)).to(device)
+    layers = [layer for _ in range(4) for layer in (nn.Linear(width, width), activation())]
+    network = nn.Sequential(nn.Linear(2, width), activation(), *layers, nn.Linear(width, 1)).to(device)
     points = torch.rand(4096, 2, device=device)
 
     def step() -> None:
         network.zero_grad()
         at = points.clone().requires_grad_()
-        u = network(at)
+        u = network(at)[:, 0]
         (first,) = torch.autograd.grad(u.sum(), at, create_graph=True)
-        (second,) = torch.autograd.grad(first[:, 0].sum(), at, create_graph=True)
-        residual = first[:, 1] + u[:, 0] * first[:, 0] - 0.01 / torch.pi * second[:, 0]
-        residual.square().mean().backward()
+        residual(u, first, at).square().mean().backward()
 
     return network, step
 
@@ -90,7 +100,12 @@ def force_field(device: str) -> tuple[nn.Module, Step]:
     return pair, step
 
 
-CODES = {"wgan_gp": wgan_gp, "pinn": pinn, "force_field": force_field}
+CODES: dict[str, Callable[[str], tuple[nn.Module, Step]]] = {
+    "wgan_gp": wgan_gp,
+    "pinn": functools.partial(pinn, burgers, nn.Tanh),
+    "poisson": functools.partial(pinn, poisson, nn.SiLU),
+    "force_field": force_field,
+}
 
 
 def measure(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
