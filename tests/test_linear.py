@@ -243,6 +243,23 @@ def test_operands_from_a_checkpoint(boundary):
     assert_close(torch.autograd.grad(output.pow(3).sum(), x), torch.autograd.grad(plain(x).pow(3).sum(), x))
 
 
+class Quantised(torch.Tensor):
+    """Knows one function by name, as weights of quantisation libraries do."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is F.linear:
+            return F.linear(args[0], 2 * args[1].as_subclass(torch.Tensor), *args[2:])
+        return super().__torch_function__(function, types, args, kwargs)
+
+
+def test_weights_that_know_pytorchs_function_by_name():
+    x, product = torch.randn(3, 4), gk.fuse(nn.Linear(4, 5, bias=False))
+    wanted = 2 * product(x)
+    product.weight = nn.Parameter(product.weight.detach().as_subclass(Quantised))
+    assert_close(product(x), wanted, rtol=1e-5, atol=1e-6)
+
+
 def test_the_source_may_be_freed_first():
     x = torch.randn(3, 6, requires_grad=True)
     activation, products = gk.FusedGeLU(), [gk.fuse(nn.Linear(6, 6)) for _ in range(2)]
