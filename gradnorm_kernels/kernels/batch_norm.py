@@ -528,6 +528,15 @@ def _in_layout(tensor: Tensor, interleaved: bool) -> Tensor:
     return tensor.movedim(1, -1).contiguous().movedim(-1, 1) if interleaved else tensor.contiguous()
 
 
+def _prepared(
+    tensors: tuple[Tensor, ...], parameters: tuple[Tensor | None, ...]
+) -> tuple[tuple[Tensor, ...], _Layout, tuple[Tensor | None, ...]]:
+    """Tensors in the last one's layout, how that is walked, and operands of a value for each channel."""
+    interleaved = _is_interleaved(tensors[-1])
+    tensors = tuple(_in_layout(tensor, interleaved) for tensor in tensors)
+    return tensors, _Layout.of(tensors[-1], interleaved), contiguous(*parameters)
+
+
 def _scale(
     input: Tensor,
     factor: Tensor | None,
@@ -641,10 +650,9 @@ def batch_norm_double_backward(
             grad_grad_output.add_(grad_grad_bias.reshape(shape))
         return grad_grad_output, None, None if grad_grad_input is None else sums[1].sum(0).to(dtype)
 
-    x = _in_layout(input, interleaved)
-    layout = _Layout.of(x, interleaved)
-    mean, spread = (save_mean, save_invstd) if training else (running_mean, running_var)
-    u, t, weight, mean, spread = contiguous(grad_grad_weight, grad_grad_bias, weight, mean, spread)
+    statistics = (save_mean, save_invstd) if training else (running_mean, running_var)
+    parameters = (grad_grad_weight, grad_grad_bias, weight, *statistics)
+    (v, g, x), layout, (u, t, weight, mean, spread) = _prepared((v, g, input), parameters)
     grad_grad_output, grad_input = torch.empty_like(g), torch.empty_like(x)
     dtype_of_sums = opmath(x.dtype)
     with torch.cuda.device_of(x):
@@ -746,11 +754,9 @@ def batch_norm_act_backward(
         grad_input = torch.empty_like(input)
         sums = input.new_zeros(1, 2, input.shape[1])
     else:
-        interleaved = _is_interleaved(input)
-        g, x = _in_layout(grad_output, interleaved), _in_layout(input, interleaved)
-        layout = _Layout.of(x, interleaved)
-        mean, spread = (save_mean, save_invstd) if training else (running_mean, running_var)
-        operands = (g, x, *contiguous(weight, bias, mean, spread))
+        statistics = (save_mean, save_invstd) if training else (running_mean, running_var)
+        (g, x), layout, parameters = _prepared((grad_output, input), (weight, bias, *statistics))
+        operands = (g, x, *parameters)
         grad_input = torch.empty_like(x)
         with torch.cuda.device_of(x):
             if training:
@@ -799,11 +805,10 @@ def batch_norm_act_double_backward(
     if input.numel() == 0:
         grad_weight, grad_bias = (input.new_zeros(channels, dtype=dtype) for _ in range(2))
         return torch.empty_like(grad_output), torch.empty_like(input), grad_weight, grad_bias
-    interleaved = _is_interleaved(input)
-    v, g, x = (_in_layout(t, interleaved) for t in (grad_grad_input, grad_output, input))
-    layout = _Layout.of(x, interleaved)
-    mean, spread = (save_mean, save_invstd) if training else (running_mean, running_var)
-    operands = (g, x, *contiguous(weight, bias, mean, spread))
+    statistics = (save_mean, save_invstd) if training else (running_mean, running_var)
+    tensors = (grad_grad_input, grad_output, input)
+    (v, g, x), layout, parameters = _prepared(tensors, (weight, bias, *statistics))
+    operands = (g, x, *parameters)
     grad_grad_output, grad_input = torch.empty_like(g), torch.empty_like(x)
     with torch.cuda.device_of(x):
         if training:
