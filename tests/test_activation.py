@@ -162,6 +162,16 @@ def test_third_order_is_finite_where_second_derivatives_vanish(act, dtype):
     assert all(t.isfinite().all() for t in op(zero, zero + 1, huge, huge / 4, x, **act.params))
 
 
+@each_dtype
+def test_third_derivative_of_tanh_gelu_in_its_tails(dtype):
+    """PyTorch's own is NaN there."""
+    for at in (6.0, 14.0, 27.0):
+        x = torch.tensor([at, -at], dtype=dtype, requires_grad=True)
+        with gk.set_fused_double_backward(True):
+            *_, third = nth_gradients(lambda x: F.gelu(x, approximate="tanh"), [x], 3)
+        assert all(t.isfinite().all() for t in third)
+
+
 def test_third_order_is_one_kernel_a_pass():
     """Also where one of the double backward's results leads nowhere."""
     x = torch.linspace(-2, 2, 101, dtype=torch.float64, requires_grad=True)
