@@ -241,7 +241,7 @@ def _parser() -> argparse.ArgumentParser:
         "Runs every training run of a study, attacks the models, and writes study.json and report.html. What"
         " is finished in --output is not done again.",
     )
-    add("name", choices=("activations", "objectives", "stability"))
+    add("name", choices=("activations", "objectives", "stability", "speed"))
     add_data(add)
     add("--recipe", metavar="RECIPE", help="what the runs share (default: digits)", **unset)
     add("--seeds", type=_count, metavar="N", help="runs of each row (default: 1)", **unset)

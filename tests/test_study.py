@@ -24,15 +24,15 @@ def test_study(name, tmp_path):
     for row in outcome.rows.values():
         assert len(row.clean) == 1 and 0 <= row.robust[0] <= row.clean[0] <= 1 and row.step_seconds > 0
         watched = "eval_apgd_accuracy" in row.histories[0][-1]
-        assert watched == (name == "stability")
+        assert watched == STUDIES[name].per_epoch
     heading, _, *lines = outcome.table().splitlines()
     assert "fgsm, eps 0.1" in heading and len(lines) == len(rows)
-    assert ("collapsed" in heading) == (name == "stability")
+    assert ("collapsed" in heading) == STUDIES[name].per_epoch
     saved = json.loads((tmp_path / "study.json").read_text())
     assert saved["rows"].keys() == rows.keys() and "torch" in saved["conditions"]
     report = (tmp_path / "report.html").read_text()
     assert all(f"<td>{row}</td>" in report for row in rows) and "http" not in report
-    assert report.count("<svg ") == (4 if name == "stability" else 2)
+    assert report.count("<svg ") == 2 + 2 * STUDIES[name].per_epoch + STUDIES[name].against_clock
     # Six images, their edges, and their gradients by each row's model.
     assert report.count("data:image/png;base64,") == 6 * (2 + len(rows))
 
@@ -55,6 +55,23 @@ def test_seeds_and_what_is_done_already(tmp_path, monkeypatch):
     for name, row in two.rows.items():
         assert len(row.clean) == 2 and row.clean[0] == one.rows[name].clean[0]
     assert "(" in two.table() and "(" not in one.table()
+
+
+def test_trainings_against_the_clock(tmp_path):
+    """Two runs that differ in what computes them alone are two."""
+    rows = ["gradient norm, PyTorch's ops", "gradient norm, fused"]
+    changes = {**QUICK, "epochs": 1}
+    options = {"changes": changes, "attack": "fgsm", "n": 40, "timed_steps": 1, "only": rows}
+    outcome = study("speed", tmp_path, **options)
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+    for row in outcome.rows.values():
+        assert row.training_seconds == [row.histories[0][0]["seconds"]]
+        assert "eval_apgd_accuracy" in row.histories[0][0]
+    first, second = (row.histories[0][0] for row in outcome.rows.values())
+    assert first["loss"] == pytest.approx(second["loss"], rel=1e-4)
+    # Of its reference there is no row.
+    assert "training, s" in outcome.table() and "/ PGD-3" not in outcome.table()
+    assert "Robust accuracy against time" in (tmp_path / "report.html").read_text()
 
 
 def test_other_options_make_other_runs(tmp_path):

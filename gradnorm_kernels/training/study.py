@@ -4,6 +4,7 @@ Each asks a question that Rodríguez-Muñoz et al. (https://arxiv.org/abs/2409.2
 """
 
 import hashlib
+import itertools
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,7 @@ from .files import CHECKPOINT, load_checkpoint, write_text
 from .models import load_model
 from .objectives.edge import edges
 from .options import TrainingError
-from .report import conditions, gradient_grid, history_charts, page, text_table
+from .report import chart, charts, conditions, gradient_grid, history_charts, page, text_table
 from .runs import evaluate_run, step_seconds
 from .trainer import Trainer, train
 
@@ -33,13 +34,18 @@ class Study:
         rows: options of :class:`~.config.TrainConfig` by the row's name.
         reference: the row against which the cost of a step is given.
         per_epoch: attack the model after every epoch, and watch for collapse.
+        against_clock: give the time of the whole training too.
     """
 
     title: str
     rows: Mapping[str, Mapping[str, Any]]
     reference: str
     per_epoch: bool = False
+    against_clock: bool = False
 
+
+# The history's measure of robustness.
+_ATTACKED, _LABEL_ATTACKED = "eval_apgd_accuracy", "accuracy under APGD-CE, %"
 
 # With a gradient norm the mode is the recipe's: eval as published, train where a run begins with random
 # weights.
@@ -82,6 +88,18 @@ STUDIES = {
         reference="gradient norm",
         per_epoch=True,
     ),
+    "speed": Study(
+        "Trainings against the clock",
+        {
+            "natural": {"objective": "natural", "mode": "train", "fused": "off"},
+            "gradient norm, PyTorch's ops": {**_NORM, "fused": "off"},
+            "gradient norm, fused": {**_NORM, "fused": "on"},
+            "PGD-3": {**_ADVERSARIAL, "attack_steps": 3, "fused": "off"},
+        },
+        reference="PGD-3",
+        per_epoch=True,
+        against_clock=True,
+    ),
 }
 
 
@@ -93,6 +111,7 @@ class Row:
         gradient_masking: :attr:`~.evaluation.Robustness.gradient_masking`; where it is not 0, the robust
             accuracies are upper bounds.
         step_seconds: median time of a training step.
+        training_seconds: of the whole training, without evaluation.
         collapsed: by seed, the epoch in which the run collapsed, where it did: from which accuracy under
             APGD-CE stays below half of its best.
     """
@@ -101,6 +120,7 @@ class Row:
     robust: list[float]
     gradient_masking: list[float]
     step_seconds: float
+    training_seconds: list[float]
     histories: list[list[dict[str, Any]]] = field(repr=False)
     collapsed: list[int | None]
 
@@ -126,6 +146,13 @@ class Outcome:
         if reference := self.rows.get(self.study.reference):
             per_step = reference.step_seconds
             columns[f"step / {self.study.reference}"] = lambda row: f"{row.step_seconds / per_step:.2f}"
+        if self.study.against_clock:
+            columns["training, s"] = lambda row: f"{statistics.mean(row.training_seconds):.0f}"
+            if reference:
+                whole = statistics.mean(reference.training_seconds)
+                columns[f"training / {self.study.reference}"] = lambda row: (
+                    f"{statistics.mean(row.training_seconds) / whole:.2f}"
+                )
         if any(map(any, (row.gradient_masking for row in self.rows.values()))):
             columns["zero gradient"] = lambda row: _spread(row.gradient_masking)
         if self.study.per_epoch:
@@ -171,7 +198,8 @@ def study(
     A run that is finished in ``output`` is not done again, an unfinished one goes on.
 
     Args:
-        name: ``activations``, ``objectives`` or ``stability``.
+        name: ``activations``, ``objectives``, ``stability`` or ``speed``, whose times mean something only
+            if nothing else runs and no run was interrupted.
         output: directory for the runs and the report, made if absent.
         data: image folder; without it, the recipe's.
         recipe: what the rows share, as :func:`~.config.load_recipe` takes it.
@@ -211,7 +239,10 @@ def study(
     }
     output.mkdir(parents=True, exist_ok=True)
     runs = {
-        row: [_trained(replace(config, seed=config.seed + i), output / "runs") for i in range(seeds)]
+        row: [
+            _trained(replace(config, seed=config.seed + i), chosen.rows[row], output / "runs")
+            for i in range(seeds)
+        ]
         for row, config in configs.items()
     }
     first = {row: paths[0] for row, paths in runs.items()}
@@ -228,17 +259,18 @@ def study(
         robust = [result.robust_accuracy for result in results]
         masking = [result.gradient_masking for result in results]
         histories = [load_checkpoint(path)["history"] for path in paths]
+        trained = [sum(line["seconds"] for line in history) for history in histories]
         collapsed = [_collapse(history, held_out.num_classes) for history in histories]
-        rows[row] = Row(clean, robust, masking, seconds[row], histories, collapsed)
+        rows[row] = Row(clean, robust, masking, seconds[row], trained, histories, collapsed)
     outcome = Outcome(chosen, shared, attack, min(n, len(held_out.evaluation)), rows)
     write_text(output / "study.json", by_line(outcome.to_dict()))
     write_text(output / "report.html", _report(outcome, held_out, first))
     return outcome
 
 
-def _trained(config: TrainConfig, runs: Path) -> Path:
+def _trained(config: TrainConfig, varied: Mapping[str, Any], runs: Path) -> Path:
     """The directory of the run, which is trained as far as it is not."""
-    facts = {key: value for key, value in asdict(config).items() if key not in MAY_CHANGE}
+    facts = {key: value for key, value in asdict(config).items() if key not in MAY_CHANGE or key in varied}
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]
     named = [config.objective, *([config.act.replace(":", "_")] if config.act else []), f"seed{config.seed}"]
     path = runs / "-".join([*named, digest])
@@ -248,8 +280,7 @@ def _trained(config: TrainConfig, runs: Path) -> Path:
 
 def _collapse(history: list[dict[str, Any]], num_classes: int) -> int | None:
     """The epoch from which accuracy under attack stays below half its best, that having been above chance."""
-    key = "eval_apgd_accuracy"
-    watched = [(line["epoch"], line[key]) for line in history if key in line]
+    watched = [(line["epoch"], line[_ATTACKED]) for line in history if _ATTACKED in line]
     best = max((accuracy for _, accuracy in watched), default=0.0)
     if best <= 2 / num_classes:
         return None
@@ -277,8 +308,8 @@ def _report(outcome: Outcome, data: Data, runs: Mapping[str, Path]) -> str:
     )
     panels = [{"eval_accuracy": "accuracy held out, %", "eval_cross_entropy": "cross-entropy held out, nats"}]
     if outcome.study.per_epoch:
-        attacked = {"eval_apgd_accuracy": "accuracy under APGD-CE, %"}
-        panels.append({**attacked, "eval_gradient_norm": "epsilon x gradient norm held out, nats"})
+        norm = "epsilon x gradient norm held out, nats"
+        panels.append({_ATTACKED: _LABEL_ATTACKED, "eval_gradient_norm": norm})
     histories = {name: row.histories[0] for name, row in outcome.rows.items()}
     sections = [
         (
@@ -288,6 +319,14 @@ def _report(outcome: Outcome, data: Data, runs: Mapping[str, Path]) -> str:
         )
         for keys in panels
     ]
+    if outcome.study.against_clock:
+        sections.append(
+            (
+                "Robust accuracy against time",
+                "First seed. The time is the training's so far, without evaluation.",
+                charts([_against_time(histories)]),
+            )
+        )
     images, labels = data.evaluation_sample(6)
     gradients = {row: input_gradient(load_model(path), images, labels) for row, path in runs.items()}
     sections.append(
@@ -299,3 +338,12 @@ def _report(outcome: Outcome, data: Data, runs: Mapping[str, Path]) -> str:
         )
     )
     return page(outcome.study.title, outcome.cells(), notes, sections)
+
+
+def _against_time(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
+    points = {}
+    for name, history in histories.items():
+        seconds = itertools.accumulate(line["seconds"] for line in history)
+        lines = zip(seconds, history, strict=True)
+        points[name] = [(s, 100 * line[_ATTACKED]) for s, line in lines if _ATTACKED in line]
+    return chart(points, xlabel="training time, s", ylabel=_LABEL_ATTACKED)
