@@ -46,9 +46,9 @@ test-cpp: $(BIN)/.built
 	$(BIN)/ctest --test-dir build/cmake --output-on-failure
 
 # `pytest`, not `python -m pytest`: the latter would import the source tree, built for another torch. Most rows,
-# half types and other instruction sets are left to test-python.
+# half types, strides, traces and other instruction sets are left to test-python.
 test-cpu-only: $(CPU_BIN)/.built
-	$(CPU_BIN)/pytest $(PYTEST_OPTIONS) --few-rows --ignore tests/kernels -k "not inductor and not float16 and not instruction_set"
+	$(CPU_BIN)/pytest $(PYTEST_OPTIONS) --few-rows --ignore tests/kernels -k "not inductor and not float16 and not instruction_set and not any_strides and not trace"
 
 lint: $(BIN)/.built $(BIN)/.lint
 	$(BIN)/ruff check .
