@@ -5,6 +5,7 @@
 #include <ATen/autocast_mode.h>
 
 #include "cpu/activation.h"
+#include "iterator.h"
 #include "op.h"
 
 namespace gradnorm_kernels::activation {
@@ -78,7 +79,7 @@ struct ActivationOps<Definition, Act (*)(Params...)> {
       if (saves_output || !is_covered(input)) {
         return composite();
       }
-      auto iter = at::TensorIteratorConfig().add_owned_output(Tensor()).add_const_input(input).build();
+      auto iter = elementwise_iterator<1>(input);
       GRADNORM_KERNELS(activation_kernels).forward(iter, any(params));
       return iter.output();
     }
@@ -138,11 +139,7 @@ struct ActivationOps<Definition, Act (*)(Params...)> {
     }
     Tensor cpu() const {
       check();
-      auto iter = at::TensorIteratorConfig()
-                      .add_owned_output(Tensor())
-                      .add_const_input(grad_output)
-                      .add_const_input(input)
-                      .build();
+      auto iter = elementwise_iterator<1>(grad_output, input);
       GRADNORM_KERNELS(activation_kernels).backward(iter, any(params));
       return iter.output();
     }
@@ -213,13 +210,7 @@ struct ActivationOps<Definition, Act (*)(Params...)> {
     }
     TensorPair cpu() const {
       check();
-      auto iter = at::TensorIteratorConfig()
-                      .add_owned_output(Tensor())
-                      .add_owned_output(Tensor())
-                      .add_const_input(grad_grad_input)
-                      .add_const_input(grad_output)
-                      .add_const_input(input)
-                      .build();
+      auto iter = elementwise_iterator<2>(grad_grad_input, grad_output, input);
       GRADNORM_KERNELS(activation_kernels).double_backward(iter, any(params));
       return {iter.output(0), iter.output(1)};
     }
@@ -241,8 +232,8 @@ struct ActivationOps<Definition, Act (*)(Params...)> {
     }
   };
 
-  // Of a third derivative. With the gradients a of grad_grad_output = v f'(x) and b of grad_input = v f''(x)
-  // g:
+  // Of a third derivative. With the gradients a of grad_grad_output = v f'(x) and b of
+  // grad_input = v f''(x) g:
   //     v: a f' + b f'' g,    g: b f'' v,    x: a f'' v + b f''' v g.
   struct TripleBackward {
     static std::string schema() {
@@ -304,16 +295,8 @@ struct ActivationOps<Definition, Act (*)(Params...)> {
     }
     TensorTriple cpu() const {
       check();
-      auto iter = at::TensorIteratorConfig()
-                      .add_owned_output(Tensor())
-                      .add_owned_output(Tensor())
-                      .add_owned_output(Tensor())
-                      .add_const_input(grad_of_grad_grad_output)
-                      .add_const_input(grad_of_grad_input)
-                      .add_const_input(grad_grad_input)
-                      .add_const_input(grad_output)
-                      .add_const_input(input)
-                      .build();
+      auto iter = elementwise_iterator<3>(
+          grad_of_grad_grad_output, grad_of_grad_input, grad_grad_input, grad_output, input);
       GRADNORM_KERNELS(activation_kernels).triple_backward(iter, any(params));
       return {iter.output(0), iter.output(1), iter.output(2)};
     }

@@ -5,6 +5,7 @@
 // gradients of X and Z, those of g, x and z are v a'(x) z + u a(x), v a''(x) g z + u g a'(x) and v g a'(x).
 #include "cpu/gated.h"
 
+#include "iterator.h"
 #include "op.h"
 
 namespace gradnorm_kernels::gated {
@@ -64,16 +65,7 @@ struct DoubleBackward {
   }
   TensorTriple cpu() const {
     check();
-    auto iter = at::TensorIteratorConfig()
-                    .add_owned_output(Tensor())
-                    .add_owned_output(Tensor())
-                    .add_owned_output(Tensor())
-                    .add_const_input(grad_grad_gate)
-                    .add_const_input(grad_grad_value)
-                    .add_const_input(grad_output)
-                    .add_const_input(gate)
-                    .add_const_input(value)
-                    .build();
+    auto iter = elementwise_iterator<3>(grad_grad_gate, grad_grad_value, grad_output, gate, value);
     GRADNORM_KERNELS(gated_kernels).double_backward(iter, make(activation));
     return {iter.output(0), iter.output(1), iter.output(2)};
   }
@@ -121,13 +113,7 @@ struct Backward {
   }
   TensorPair cpu() const {
     check();
-    auto iter = at::TensorIteratorConfig()
-                    .add_owned_output(Tensor())
-                    .add_owned_output(Tensor())
-                    .add_const_input(grad_output)
-                    .add_const_input(gate)
-                    .add_const_input(value)
-                    .build();
+    auto iter = elementwise_iterator<2>(grad_output, gate, value);
     GRADNORM_KERNELS(gated_kernels).backward(iter, make(activation));
     return {iter.output(0), iter.output(1)};
   }
@@ -177,11 +163,7 @@ struct Forward {
   }
   Tensor cpu() const {
     check();
-    auto iter = at::TensorIteratorConfig()
-                    .add_owned_output(Tensor())
-                    .add_const_input(gate)
-                    .add_const_input(value)
-                    .build();
+    auto iter = elementwise_iterator<1>(gate, value);
     GRADNORM_KERNELS(gated_kernels).forward(iter, make(activation));
     return iter.output();
   }
