@@ -791,7 +791,7 @@ struct Op : Arguments {
   }
   Result autograd() const {
     const auto tensors = this->tensors();
-    if (is_transforming() || std::any_of(tensors.begin(), tensors.end(), is_foreign)) {
+    if (needs_composite_even_traced(tensors)) {
       return composite();
     }
     if constexpr (!requires { typename Arguments::Derivative; }) {

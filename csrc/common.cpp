@@ -10,19 +10,41 @@
 
 namespace gradnorm_kernels {
 
+namespace {
+
+using c10::impl::TorchDispatchModeKey;
+
+bool has_mode(TorchDispatchModeKey key) {
+  return c10::impl::TorchDispatchModeTLS::get_mode(key).has_value();
+}
+
+// Included in the thread's dispatch keys as long as any torch.func transform is active.
+bool is_in_torch_func() {
+  return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
+}
+
+bool has_no_kernels(const Tensor& tensor) {
+  constexpr uint64_t outermost_level = 0;
+  return tensor.is_nested() || tensor._fw_grad(outermost_level).defined();
+}
+
+}  // namespace
+
 bool is_transforming() {
-  // Included in the thread's dispatch keys as long as any torch.func transform is active.
-  if (c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode)) {
-    return true;
-  }
-  using c10::impl::TorchDispatchModeKey;
-  return c10::impl::TorchDispatchModeTLS::get_mode(TorchDispatchModeKey::PROXY).has_value();
+  return is_in_torch_func() || has_mode(TorchDispatchModeKey::PROXY);
+}
+
+bool is_tracing() {
+  return has_mode(TorchDispatchModeKey::PROXY) || has_mode(TorchDispatchModeKey::FAKE);
 }
 
 bool is_foreign(const Tensor& tensor) {
-  constexpr uint64_t outermost_level = 0;
-  return tensor.is_nested() || tensor.key_set().has(c10::DispatchKey::Python) ||
-         tensor._fw_grad(outermost_level).defined();
+  return tensor.key_set().has(c10::DispatchKey::Python) || has_no_kernels(tensor);
+}
+
+bool needs_composite_even_traced(at::TensorList tensors) {
+  return is_in_torch_func() ||
+         std::any_of(tensors.begin(), tensors.end(), is_tracing() ? &has_no_kernels : &is_foreign);
 }
 
 namespace {

@@ -34,6 +34,11 @@ bool needs_composite(const Tensors&... tensors) {
   return is_transforming() || (is_foreign(tensors) || ...);
 }
 
+// Of ops that no compiler makes faster ones of: they stay as they are in a traced graph.
+bool needs_composite_even_traced(at::TensorList tensors);
+// While a graph is traced, or shapes are computed for one.
+bool is_tracing();
+
 struct NamedTensor {
   const char* name;
   const Tensor& tensor;

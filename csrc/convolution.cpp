@@ -152,7 +152,7 @@ struct Backward {
     const int64_t dims = input.dim() - 2;
     if (!input.is_cpu() || geometry.transposed || (dims != 1 && dims != 2) || weight.dim() != input.dim() ||
         geometry.groups != input.size(1) || weight.size(0) != input.size(1) || weight.size(1) != 1 ||
-        input.numel() == 0) {
+        input.sym_numel() == 0) {
       return false;
     }
     for (const auto& setting : {geometry.stride, geometry.padding, geometry.dilation}) {
@@ -267,8 +267,9 @@ TensorTriple Backward::recorded(TensorTriple (Backward::*value)() const) const {
       }));
 }
 TensorTriple Backward::autograd() const {
-  return needs_composite(grad_output, input, weight) ? composite()
-                                                     : recorded<OfOurBackward>(&Backward::any_device);
+  return needs_composite_even_traced({grad_output, input, weight})
+             ? composite()
+             : recorded<OfOurBackward>(&Backward::any_device);
 }
 
 struct OfForward : BilinearForwardOperands {
@@ -285,7 +286,7 @@ struct OfForward : BilinearForwardOperands {
 };
 
 Tensor Forward::autograd() const {
-  if (needs_composite(input, weight, bias)) {
+  if (needs_composite_even_traced({input, weight, bias})) {
     return by_parts();
   }
   return record<OfForward>({input, weight, bias}, geometry.kept(), [&](variable_list& saved) {

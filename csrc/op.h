@@ -304,7 +304,7 @@ struct Recipe {
   c10::IValue settings;
   c10::IValue recipes;  // of the saved tensors that are themselves made again; see Recipes
 
-  Tensor make() const;
+  Tensor make() const;  // called below autograd
 
   // By the type of the node; filled while the library is loaded.
   using Of = std::optional<Recipe> (*)(torch::autograd::Node& node);
@@ -383,7 +383,6 @@ struct Recipes : torch::CustomClassHolder {
 };
 
 inline Tensor Recipe::make() const {
-  at::AutoDispatchBelowADInplaceOrView guard;
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   variable_list tensors = saved;
   if (const auto* nested = Recipes::of(recipes)) {
@@ -407,21 +406,24 @@ struct Recorded : torch::autograd::Function<Recorded<Derivative>> {
     at::AutoDispatchBelowADInplaceOrView guard;
     variable_list saved;
     const auto outputs = results->gather(compute(saved));
-    // What hooks on saved tensors pack, they may not be asked to unpack before the backward.
-    [[maybe_unused]] bool is_known = has_recipe && is_registered && !at::SavedTensorDefaultHooks::get_hooks();
+    // What hooks on saved tensors pack, they may not be asked to unpack before the backward. A compiler
+    // decides for itself what it computes again.
+    const bool may_make_again = !at::SavedTensorDefaultHooks::get_hooks() && !is_tracing();
+    [[maybe_unused]] bool is_known = has_recipe && is_registered && may_make_again;
     if constexpr (takes_recipes) {
-      auto recipes = c10::make_intrusive<Recipes>();
+      Recipes recipes;
       for (const size_t place : Derivative::made_again) {
-        if (!at::SavedTensorDefaultHooks::get_hooks()) {
-          recipes->take(place, saved, differentiated);
+        if (may_make_again) {
+          recipes.take(place, saved, differentiated);
         }
         if constexpr (requires { Derivative::is_saved_for_again; }) {
           is_known &= !saved[place].defined();
           saved[place].reset();
         }
       }
-      if (!recipes->entries.empty()) {
-        ctx->saved_data["recipes"] = c10::IValue::make_capsule(std::move(recipes));
+      if (!recipes.entries.empty()) {
+        ctx->saved_data["recipes"] =
+            c10::IValue::make_capsule(c10::make_intrusive<Recipes>(std::move(recipes)));
       }
     }
     ctx->save_for_backward(std::move(saved));

@@ -44,9 +44,9 @@ def compile(model: Any = None, **options: Any) -> Any:
     compiled as they are first asked for. Nothing that takes a matrix product or a convolution is computed
     again; AOTAutograd's partitioner says what is kept. Random numbers are drawn and buffers change once.
 
-    Fused modules and functions give way to PyTorch's ops inside, which the compiler fuses.
-    ``scaled_dot_product_attention`` becomes matrix products and a softmax, because PyTorch's fused attention
-    has no second derivative. A third derivative is exact but not compiled. A graph that cannot be traced with
+    Fused modules and functions give way to PyTorch's ops inside, which the compiler fuses. Only those stay
+    that it has nothing faster for: fused attention and the weight gradients of depthwise convolutions.
+    PyTorch's own fused attention, which has no second derivative, becomes matrix products and a softmax. A third derivative is exact but not compiled. A graph that cannot be traced with
     its derivatives runs without compiling, and a warning says why.
 
     Args:

@@ -577,8 +577,9 @@ def scaled_dot_product_attention(
     longer sequence's mask) takes matrix products and one kernel for the rows of scores. On the CPU the scores
     stay in the cache.
 
-    The third order, ``torch.func`` transforms and dropout are exact, through plain ATen ops, as is a region
-    compiled by ``torch.compile``: PyTorch's own fused kernels have no double backward.
+    The third order, ``torch.func`` transforms and dropout are exact, through plain ATen ops, which is also
+    what ``torch.export`` gets: PyTorch's own fused kernels have no double backward. In a region compiled by
+    ``torch.compile`` the ops stay as they are.
 
     Args:
         query: ``(..., L, E)``; float16, bfloat16, float32 or float64. Arithmetic is done in float32 (float64
@@ -618,7 +619,7 @@ def scaled_dot_product_attention(
     if is_causal:
         attn_mask = query.new_full((query.shape[-2], key.shape[-2]), -torch.inf).triu(1)
     attn_mask = _additive(attn_mask, query)
-    if torch.compiler.is_compiling() or dropout_p > 0:
+    if torch.compiler.is_exporting() or dropout_p > 0:
         return _plain_attention(query, key, value, attn_mask, dropout_p, scale)
     batch = query.shape[:-2]
     if key.shape[:-2] != batch or value.shape[:-2] != batch:
@@ -646,7 +647,7 @@ def qkv_attention(qkv: Tensor, attn_mask: Tensor | None = None, scale: float | N
         ValueError: if the shapes do not match.
     """
     attn_mask = _additive(attn_mask, qkv)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_exporting():
         query, key, value = qkv.transpose(-4, -2).unbind(-3)
         return _plain_attention(query, key, value, attn_mask, 0.0, scale).transpose(-3, -2)
     return torch.ops.gradnorm_kernels.qkv_attention(qkv, attn_mask, scale=scale)
@@ -734,9 +735,9 @@ def conv1d(
     """1-dimensional convolution, as :func:`torch.nn.functional.conv1d`.
 
     The double backward is three convolutions at most, and two in gradient-norm training, however many
-    groups there are: PyTorch's own takes one for every group. The convolutions are ATen's. The third order
-    and ``torch.func`` transforms are exact; in a region compiled by ``torch.compile``, and for other dtypes
-    and layouts than those below, this is PyTorch's function.
+    groups there are: PyTorch's own takes one for every group. The convolutions are ATen's, in a region
+    compiled by ``torch.compile`` too. The third order and ``torch.func`` transforms are exact; in
+    ``torch.export``, and for other dtypes and layouts than those below, this is PyTorch's function.
 
     Args:
         input: ``(N, C, L)`` or ``(C, L)``, strided; float16, bfloat16, float32 or float64.
@@ -870,7 +871,7 @@ def _convolution(
     ours = ours and (same or padding == "valid" or not isinstance(padding, str))
     # Traced sizes of the weight are no padding that our op takes.
     ours = ours and not (same and torch.jit.is_tracing())
-    if not ours or torch.compiler.is_compiling():
+    if not ours or torch.compiler.is_exporting():
         extra = {"output_padding": output_padding} if transposed else {}
         return stock(
             input, weight, bias, stride=stride, padding=padding, dilation=dilation, groups=groups, **extra

@@ -15,12 +15,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,7 +39,6 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 HALF = [torch.bfloat16, torch.float16]
 ERRORS = (TypeError, ValueError, RuntimeError)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-each_instruction_set = pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
 
 
 @dataclass
@@ -253,29 +248,6 @@ def assert_close(results: Any, expected: Any, rtol: float = 1e-8, atol: float = 
         torch.testing.assert_close(a, e, rtol=rtol, atol=atol)
 
 
-def run_under(capability: str, module: str, checks: str) -> None:
-    """Runs `checks`, in which `t` is the test module, in a process with that instruction set."""
-    best = torch.backends.cpu.get_cpu_capability().lower()
-    if capability == best:
-        pytest.skip("all other tests run with it")
-    # Which torch would believe, and the processor stop at.
-    if capability == "avx512" and best == "avx2":
-        pytest.skip("this processor has no avx512")
-    poison = "import conftest, torch\nconftest.poison()\nassert torch.empty(9).isnan().all()"
-    code = f"{poison}\nimport {module} as t\n{checks}"
-    run = subprocess.run(
-        [sys.executable, "-c", f"{code}\nprint(torch.backends.cpu.get_cpu_capability())"],
-        cwd=Path(__file__).parent,
-        env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    chosen = run.stdout.strip().lower().replace("no avx", "default")
-    if chosen != capability:
-        pytest.skip(f"this processor has no {capability}: torch chose {chosen}")
-
-
 @contextlib.contextmanager
 def threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
@@ -466,7 +438,6 @@ class OpContract:
             "half": HALF,
             "layout": LAYOUTS,
             "broken": BROKEN,
-            "capability": ["default", "avx2", "avx512"],
         }
         if "layout" in metafunc.fixturenames:
             choices["case"] = usual(cases, *self.traced)
@@ -624,10 +595,8 @@ class OpContract:
             for a, e in zip(tree_leaves(run), tree_leaves(runs[0]), strict=True):
                 assert a is e is None or torch.equal(a, e)
 
-    def test_every_instruction_set(self, capability):
-        run_under(capability, type(self).__module__, f"t.{type(self).__name__}().check_kernels()")
-
     def check_kernels(self):
+        """With each instruction set, by test_instruction_sets.py."""
         for case in self.cases:
             if str(case) in self.kernels or not self.kernels:
                 for dtype in DTYPES[:3]:
@@ -915,10 +884,10 @@ class OpContract:
         torch.library.opcheck(call.op, tuple(args.values()), kwargs, **options)
 
     @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-    def test_compiled_step_has_eagers_gradients(self, traced_case, ours, fresh_dynamo):
-        operands = traced_case.draw(torch.float32)
-        function, inputs = given_inputs(traced_case, ours(traced_case), operands)
-        reference, _ = given_inputs(traced_case, traced_case.reference, operands)
+    def test_compiled_step_has_eagers_gradients(self, compiled_case, ours, fresh_dynamo):
+        operands = compiled_case.draw(torch.float32)
+        function, inputs = given_inputs(compiled_case, ours(compiled_case), operands)
+        reference, _ = given_inputs(compiled_case, compiled_case.reference, operands)
 
         def step(*inputs):
             return penalised_gradients(function, inputs)

@@ -1,6 +1,7 @@
 """torch.compile: ATen's ops inside, and a whole compiled step with the gradients of the eager one."""
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
@@ -159,6 +160,53 @@ def test_compiled_region_holds_atens_gelu():
     assert "gradnorm_kernels" not in str(targets)
     exported = torch.export.export(gk.FusedGeLU(), (torch.randn(3),))
     assert "gradnorm_kernels" not in str(exported.graph)
+
+
+class Mixer(nn.Module):
+    """Channels for heads: two tokens a pixel, then depthwise convolution in 25 taps."""
+
+    def __init__(self):
+        super().__init__()
+        self.depthwise = nn.Conv2d(6, 6, 5, padding=2, groups=6)
+        self.grouped = nn.Conv2d(6, 8, 3, groups=2)
+
+    def forward(self, x):
+        tokens = self.depthwise(x).flatten(2)
+        q, k, v = (tokens * scale for scale in (0.5, 0.75, 1))
+        y = gk.functional.scaled_dot_product_attention(q, k, v)
+        return self.grouped(y.view_as(x))
+
+
+@pytest.mark.parametrize("tracing_mode", ["real", "symbolic"])
+def test_what_a_compiler_has_nothing_faster_for_stays_in_a_captured_step(tracing_mode):
+    torch.manual_seed(0)
+    model = gk.fuse(Mixer().double())
+    x = torch.randn(2, 6, 5, 4, dtype=torch.float64)
+    parameters = dict(model.named_parameters())
+
+    def step(parameters, x):
+        x = x.detach().requires_grad_()
+        loss = torch.func.functional_call(model, parameters, (x,)).square().sum()
+        (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+        return torch.autograd.grad(loss + gradient.square().sum(), list(parameters.values()))
+
+    captured = make_fx(step, tracing_mode=tracing_mode)(parameters, x)
+    names = Counter(getattr(node.target, "_opname", "") for node in captured.graph.nodes)
+    attention = "scaled_dot_product_attention"
+    assert names[attention] == names[f"{attention}_double_backward"] == 1
+    assert names["_softmax"] == 0
+    assert names["_depthwise_grad_weight"] == 2
+    # Both derivatives of both layers, however many groups these have.
+    assert names["convolution"] + names["convolution_backward"] <= 10
+    for other in (x, torch.randn_like(x)):
+        with torch.no_grad():
+            gradients = captured(parameters, other)
+        torch.testing.assert_close(gradients, step(parameters, other))
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    if hasattr(torch._dynamo.config, "trace_autograd_ops"):
+        with torch._dynamo.config.patch(trace_autograd_ops=True):
+            torch.testing.assert_close(compiled(parameters, x), step(parameters, x))
 
 
 def test_compiled_module_differentiates_twice_outside(batch):
