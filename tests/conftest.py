@@ -33,9 +33,9 @@ def pytest_configure(config):
     with contextlib.suppress(ImportError):
         from hypothesis import settings
 
-        settings.register_profile("repeatable", derandomize=True)
-        if not config.getoption("--run-slow"):
-            settings.load_profile("repeatable")
+        settings.register_profile("repeatable", derandomize=True, max_examples=20)
+        settings.register_profile("more", max_examples=60)
+        settings.load_profile("more" if config.getoption("--run-slow") else "repeatable")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -420,6 +420,8 @@ class OpContract:
     # How many times PyTorch's own nodes, recorded under the switch, can be differentiated without it: most
     # of its double backwards have no right derivative.
     outlived = 1
+    # How opcheck differentiates what it traces.
+    traced_by = "test_aot_dispatch_dynamic"
     # Strategy of cases for the fuzzed test.
     random_cases: st.SearchStrategy[Case] | None = None
 
@@ -550,7 +552,7 @@ class OpContract:
         if self.random_cases is None:
             pytest.skip("no strategy")
 
-        @settings(max_examples=60, deadline=None)
+        @settings(deadline=None)
         @given(data=st.data(), case=self.random_cases, dtype=st.sampled_from(DTYPES))
         def check(data, case, dtype):
             operands = case.draw(dtype).map(
@@ -870,18 +872,21 @@ class OpContract:
     def test_opcheck(self, compiled_case):
         plain = compiled_case.draw(torch.float32).map(lambda t: LAYOUTS["transposed"](t).requires_grad_())
         for call in compiled_case.calls(plain):
-            self.opcheck(call)
+            self.opcheck(call, "test_schema", "test_autograd_registration", "test_faketensor")
 
     @pytest.mark.slow
-    def test_opcheck_of_half_types(self, compiled_case):
+    @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+    def test_opcheck_of_traces_and_half_types(self, compiled_case):
+        for call in compiled_case.calls(compiled_case.draw(torch.float32).map(Tensor.requires_grad_)):
+            self.opcheck(call, self.traced_by)
         for call in compiled_case.calls(compiled_case.draw(torch.bfloat16)):
-            self.opcheck(call, test_utils=["test_schema", "test_faketensor"])
+            self.opcheck(call, "test_schema", "test_faketensor")
 
-    def opcheck(self, call, **options):
+    def opcheck(self, call, *checks):
         args = dict(zip(call.arguments, call.args, strict=False))
         only = {a.name for a in call.op._schema.arguments if a.kwarg_only}
         kwargs = {name: args.pop(name) for name in only & args.keys()}
-        torch.library.opcheck(call.op, tuple(args.values()), kwargs, **options)
+        torch.library.opcheck(call.op, tuple(args.values()), kwargs, test_utils=checks)
 
     @pytest.mark.filterwarnings("ignore::DeprecationWarning")
     def test_compiled_step_has_eagers_gradients(self, compiled_case, ours, fresh_dynamo):

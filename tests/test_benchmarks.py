@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import usual
 
 import gradnorm_kernels as gk
 from gradnorm_kernels._json import by_line
@@ -452,11 +453,13 @@ def test_what_does_not_run_is_a_row(monkeypatch, run):
     assert not any("milliseconds" in rows[name] for name in variants)
 
 
-def test_penalties(run, capsys):
-    written = run(penalties, *QUICK)
-    assert [row["code"] for row in written["rows"]] == [code for code in penalties.CODES for _ in range(2)]
-    assert all(row["gradient_difference"] < 1e-3 for row in written["rows"] if row["variant"] == "switch")
-    assert "force_field" in capsys.readouterr().out and not gk.is_fused_double_backward_enabled()
+@pytest.mark.parametrize("code", usual(penalties.CODES, "force_field"))
+def test_penalties(run, code, capsys, monkeypatch):
+    monkeypatch.setattr(penalties, "CODES", {code: penalties.CODES[code]})
+    stock, switched = run(penalties, *QUICK)["rows"]
+    assert [stock["code"], stock["variant"], switched["code"]] == [code, "stock", code]
+    assert switched["variant"] == "switch" and switched["gradient_difference"] < 1e-3
+    assert code in capsys.readouterr().out and not gk.is_fused_double_backward_enabled()
 
 
 def test_a_penalty_that_disagrees_stops_the_run(monkeypatch):
@@ -469,7 +472,7 @@ def test_a_penalty_that_disagrees_stops_the_run(monkeypatch):
 
         return model, step
 
-    monkeypatch.setitem(penalties.CODES, "pinn", wrong_under_the_switch)
+    monkeypatch.setattr(penalties, "CODES", {"pinn": wrong_under_the_switch})
     with pytest.raises(SystemExit, match="pinn: under the switch, gradients are"):
         penalties.main(QUICK)
 

@@ -447,6 +447,7 @@ def fully_sharded(batch, part):
         assert_same([g.full_tensor() for g in gradients(model)], whole_batch_gradients(batch), 1e-10)
 
 
+@pytest.mark.slow
 def test_two_processes():
     in_two_processes(distributed_data_parallel, fully_sharded)
 

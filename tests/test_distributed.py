@@ -124,13 +124,9 @@ def test_evaluation_of_uneven_shares():
 
 
 # BatchNorm's frozen statistics and dropout-free models: what is random within a step differs by process.
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "options",
-    [
-        ["accumulate=2", "clip_norm=0.1"],
-        pytest.param(["epochs=2"], marks=pytest.mark.slow),
-        pytest.param(["model=preact_resnet10"], marks=pytest.mark.slow),
-    ],
+    "options", [["accumulate=2", "clip_norm=0.1"], ["epochs=2"], ["model=preact_resnet10"]]
 )
 def test_a_run_of_two_processes_equals_that_of_one(options, tmp_path):
     """Weights, averaged weights and metrics, after interleaved evaluation too."""

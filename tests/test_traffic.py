@@ -364,14 +364,14 @@ def test_what_cannot_be_compiled():
 
 def test_command_line(tmp_path):
     out, memory = tmp_path / "traffic.json", tmp_path / "memory.json"
-    options = "--model resnet18 --act gelu --batch 2 --bn eval --variants natural stock fuse switch"
+    options = "--model resnet18 --act gelu --batch 2 --bn eval --variants natural stock fuse"
     files = ["--json", out, "--memory-json", memory]
     command = [sys.executable, "-m", "benchmarks.traffic", *options.split(), *files]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    for variant in ("natural", "fuse", "switch"):
+    for variant in ("natural", "fuse"):
         assert f"{variant} / stock: bytes 0." in run.stdout
-    assert run.stdout.count(", peak memory 0.") == 3
-    variants = {"natural", "stock", "fuse", "switch"}
+    assert run.stdout.count(", peak memory 0.") == 2
+    variants = {"natural", "stock", "fuse"}
     rows = json.loads(out.read_text())["rows"]
     assert {row["variant"] for row in rows} == variants
     assert {row["phase"] for row in rows} == set(traffic.PHASES)

@@ -718,6 +718,7 @@ class TestData:
             load_data(on_folder(image_folder, batch_size=5, **RECIPE))
 
 
+@pytest.mark.slow  # `make demo` is that
 def test_demo(tmp_path):
     pytest.importorskip("pyautoattack", reason="the demo needs: pip install 'gradnorm_kernels[train]'")
     from gradnorm_kernels.training.demo import FUSED, NATURAL, STOCK, demo
