@@ -814,7 +814,7 @@ struct Op : Arguments {
     }
   }
   // All operands in one dtype, as for PyTorch's own op. The mask may stay as it is.
-  Result autocast_cpu() const
+  Result autocast() const
     requires is_forward
   {
     const auto device = std::get<0>(this->tie()).device().type();
@@ -825,11 +825,6 @@ struct Op : Arguments {
       tensor = at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), tensor, device);
     }
     return call(Op{{Arguments::Operands::from(cast.data()), this->attn_mask, this->scale}});
-  }
-  Result autocast_cuda() const
-    requires is_forward
-  {
-    return autocast_cpu();
   }
 
  private:

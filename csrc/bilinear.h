@@ -8,10 +8,11 @@
 
 namespace gradnorm_kernels {
 
-// compute(cast) in the dtypes that ATen's products have in an autocast region.
+// compute(cast) in the dtype that ATen's products on the input's device have in an autocast region.
 template <class Compute>
-Tensor in_lower_precision(c10::DeviceType device, const Compute& compute) {
+Tensor in_lower_precision(const Tensor& input, const Compute& compute) {
   using namespace at::autocast;
+  const auto device = input.device().type();
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(get_autocast_dispatch_key_from_device_type(device));
   const auto dtype = get_lower_precision_fp_from_device_type(device);
   return compute([&](const Tensor& tensor) { return cached_cast(dtype, tensor, device); });

@@ -200,13 +200,8 @@ struct Forward {
     return bias.defined() ? output + bias.view(channels_first(output)) : output;
   }
   Tensor autograd() const;
-  Tensor autocast_cpu() const {
-    return in_lower_precision(at::kCPU, [&](const auto& cast) {
-      return call(Forward{cast(input), cast(weight), cast(bias), geometry});
-    });
-  }
-  Tensor autocast_cuda() const {
-    return in_lower_precision(at::kCUDA, [&](const auto& cast) {
+  Tensor autocast() const {
+    return in_lower_precision(input, [&](const auto& cast) {
       return call(Forward{cast(input), cast(weight), cast(bias), geometry});
     });
   }

@@ -37,13 +37,9 @@ struct Forward {
     return at::linear(input, weight, optional(bias));
   }
   Tensor autograd() const;
-  Tensor autocast_cpu() const {
+  Tensor autocast() const {
     return in_lower_precision(
-        at::kCPU, [&](const auto& cast) { return call(Forward{cast(input), cast(weight), cast(bias)}); });
-  }
-  Tensor autocast_cuda() const {
-    return in_lower_precision(
-        at::kCUDA, [&](const auto& cast) { return call(Forward{cast(input), cast(weight), cast(bias)}); });
+        input, [&](const auto& cast) { return call(Forward{cast(input), cast(weight), cast(bias)}); });
   }
 };
 

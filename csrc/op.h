@@ -13,8 +13,7 @@
 //
 //     Tensor composite() const;  // plain ATen ops; the op's result is its result
 //     Tensor autograd() const;   // or differentiable(), see below
-//     Tensor cpu() const;        // and meta, cuda, any_device, autocast_cpu, autocast_cuda, where there is
-//     one
+//     Tensor cpu() const;        // and meta, cuda, any_device, autocast, autocast_cuda, where there is one
 //   };
 //   const Registration<Op> registration;
 //
@@ -184,7 +183,8 @@ class Registration {
     GRADNORM_IMPLEMENT(CPU, cpu);
     GRADNORM_IMPLEMENT(CUDA, cuda);
     GRADNORM_IMPLEMENT(Meta, meta);
-    GRADNORM_IMPLEMENT(AutocastCPU, autocast_cpu);
+    GRADNORM_IMPLEMENT(AutocastCPU, autocast);
+    GRADNORM_IMPLEMENT(AutocastCUDA, autocast);
     GRADNORM_IMPLEMENT(AutocastCUDA, autocast_cuda);
     GRADNORM_IMPLEMENT(FuncTorchBatched, composite);
     GRADNORM_IMPLEMENT(Autograd, autograd);

@@ -19,7 +19,13 @@ if TYPE_CHECKING:
 __all__ = ["compile", "compile_modules"]
 
 Model = TypeVar("Model", bound=nn.Module)
-Options = tuple[tuple[str, Any], ...]  # of torch.compile, so that they can be a key
+
+
+class Options(tuple[tuple[str, Any], ...]):
+    """Of :func:`torch.compile`, so that they can be a key."""
+
+    __slots__ = ()
+
 
 
 @functools.cache
@@ -122,8 +128,8 @@ def _structure(module: nn.Module) -> tuple[Any, ...]:
 
 
 def _freeze(options: dict[str, Any]) -> Options:
-    return tuple((k, _freeze(v) if isinstance(v, dict) else v) for k, v in sorted(options.items()))
+    return Options((k, _freeze(v) if isinstance(v, dict) else v) for k, v in sorted(options.items()))
 
 
 def _thaw(options: Options) -> dict[str, Any]:
-    return {k: _thaw(v) if isinstance(v, tuple) else v for k, v in options}
+    return {k: _thaw(v) if isinstance(v, Options) else v for k, v in options}
