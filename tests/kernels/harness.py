@@ -42,8 +42,14 @@ if INTERPRET:
 
     numpy.matmul = product
 
-# In the interpreter, which takes minutes, all but float32 are left to `make test-all`.
-DTYPES_OF_MAKE_TEST = usual(DTYPES, *(["torch.float32"] if INTERPRET else map(str, DTYPES)))
+
+def usual_interpreted(values: Sequence[Any], *usual_values: Any) -> list[Any]:
+    """For `parametrize`. In the interpreter, which takes minutes, the others are left to `make test-all`."""
+    return usual(values, *map(str, usual_values if INTERPRET else values))
+
+
+slow_when_interpreted = pytest.mark.slow if INTERPRET else lambda test: test
+DTYPES_OF_MAKE_TEST = usual_interpreted(DTYPES, torch.float32)
 on_every_device = pytest.mark.parametrize("device", DEVICES)
 in_every_dtype = pytest.mark.parametrize("dtype", DTYPES_OF_MAKE_TEST, ids=lambda dtype: str(dtype)[6:])
 in_the_interpreter = pytest.mark.skipif(not INTERPRET, reason="the addresses do not depend on the device")

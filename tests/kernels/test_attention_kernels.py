@@ -155,7 +155,7 @@ def assert_as_accurate_as_stock(o: Operands, actual: list, *args: Any) -> None:
 
 @on_every_device
 @in_every_narrow_dtype
-@pytest.mark.parametrize("case", WINDOWS + TILED, ids=str)
+@pytest.mark.parametrize("case", harness.usual_interpreted(WINDOWS + TILED, *WINDOWS[1:], TILED[1]), ids=str)
 def test_windows_and_tiles(case: Any, dtype: torch.dtype, device: str) -> None:
     if dtype == torch.bfloat16 and device == "cpu":
         pytest.skip("the interpreter multiplies matrices of bfloat16 as if their bits were integers")
@@ -164,6 +164,7 @@ def test_windows_and_tiles(case: Any, dtype: torch.dtype, device: str) -> None:
 
 
 @on_every_device
+@harness.slow_when_interpreted
 def test_vit(device: str) -> None:
     """Of its shape, and in the interpreter, which multiplies in float32 all the same, in tf32's tiles."""
     o = Operands(((1, 1, 1), 197, 197, 64, 64, None), torch.float32, device)
@@ -204,7 +205,7 @@ def test_queries_without_keys_get_zeros(case: Any, device: str) -> None:
 
 
 @on_every_device
-@in_windows_and_tiles
+@pytest.mark.parametrize("case", harness.usual_interpreted(SMALLEST, SMALLEST[0]), ids=["window", "tiles"])
 def test_unwanted_gradients_are_not_written(case: Any, device: str) -> None:
     o = Operands(case, torch.float32, device)
     expected = run_kernels(o)
@@ -222,7 +223,7 @@ def test_unwanted_gradients_are_not_written(case: Any, device: str) -> None:
 
 @on_every_device
 @in_windows_and_tiles
-@pytest.mark.parametrize("given", range(3))
+@pytest.mark.parametrize("given", harness.usual_interpreted(range(3), 2))
 def test_absent_gradients_are_zeros(given: int, case: Any, device: str) -> None:
     o = Operands(case, torch.float32, device)
     incoming = [
