@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -49,9 +50,8 @@ def run(tmp_path):
         file = tmp_path / "new" / "out.json"
         try:
             program.main([*arguments, "--json", str(file)])
-        except SystemExit:
-            assert not file.exists()
-            raise
+        finally:
+            run.rows = json.loads(file.read_text())["rows"] if file.exists() else None
         return json.loads(file.read_text()) if file.exists() else None
 
     return run
@@ -157,6 +157,7 @@ def test_copies_of_one_size_that_differ_are_refused(monkeypatch, run, capsys, sl
         return
     with pytest.raises(SystemExit):
         run(kernels, *arguments)
+    assert run.rows and not any(row["setting"] == "tanh" and row["dtype"] == "float32" for row in run.rows)
     wrong = "float32 ran at 19.6 GB/s beside gelu tanh forward [1024, 1024], at 29.8 GB/s beside most"
     assert capsys.readouterr().out.count(wrong) == 3
     assert calls["tanh", "float32"] == 3 and calls["none", "float32"] == 1
@@ -186,10 +187,12 @@ def test_kernels_json(run, capsys):
         (forgetful_gelu, "double_backward"),
     ],
 )
-def test_wrong_fused_op_stops_the_run(monkeypatch, run, wrong, where):
+def test_wrong_fused_op_fails_the_run(monkeypatch, run, wrong, where):
+    """After the others were measured."""
     monkeypatch.setattr(gk.functional, "gelu", wrong)
-    with pytest.raises(SystemExit, match=f"^gelu none float32 {where}: fused is off by "):
-        run(kernels, *SMALL_KERNEL, "--op", "gelu")
+    with pytest.raises(SystemExit, match=rf"^gelu none float32 \(4, 9, 32\): {where}: fused is off by "):
+        run(kernels, *SMALL_KERNEL, "--op", "gelu", "relu", "--dtype", "float32")
+    assert {row["op"] for row in run.rows} == {"relu"}
 
 
 @pytest.mark.slow
@@ -304,10 +307,12 @@ def test_batch_norm_mode(mode):
         assert not isinstance(module, torch.nn.ReLU)
 
 
-def test_disagreeing_variant_stops_the_run(monkeypatch):
+def test_disagreeing_variant_fails_the_run(monkeypatch, run):
     monkeypatch.setattr(gk.functional, "gelu", forgetful_gelu)
-    with pytest.raises(SystemExit, match=rf"{TRANSFORMER} fuse: gradients are .* off stock's"):
-        steps.main([*SMALL_STEP, "--model", TRANSFORMER, "--variants", "fuse"])
+    with pytest.raises(SystemExit, match=rf"{TRANSFORMER} fuse float32: gradients are .* off stock's"):
+        run(steps, *SMALL_STEP, "--model", TRANSFORMER, "--variants", "fuse")
+    stock, fuse = run.rows
+    assert stock["milliseconds"] > 0 and "milliseconds" not in fuse
 
 
 @pytest.mark.parametrize("failing", ["stock", "fuse"])
@@ -343,13 +348,17 @@ def test_out_of_memory_beside_the_others(monkeypatch, run):
     assert rows["fuse"]["error"] == "out of memory" and rows["switch"]["time_over_stock"] > 0
 
 
-def test_what_of_ours_does_not_run_stops_the_run(monkeypatch):
+def test_what_of_ours_does_not_run_fails_the_run(monkeypatch, run):
+    """After the others were measured."""
+
     def fail(model):
         raise RuntimeError("a defect")
 
     monkeypatch.setitem(steps.VARIANTS, "fuse", steps.Variant(steps.backward_step, steps.PENALTY, fail))
-    with pytest.raises(RuntimeError, match="a defect"):
-        steps.main([*SMALL_STEP, "--model", "resnet18", "--variants", "fuse"])
+    with pytest.raises(SystemExit, match="resnet18 fuse float32: a defect"):
+        run(steps, *SMALL_STEP, "--model", "resnet18", "--variants", "fuse")
+    stock, fuse = run.rows
+    assert fuse["error"] == "refused: a defect" and stock["milliseconds"] > 0
 
 
 def test_functional_step_of_batch_norm(monkeypatch):
@@ -381,9 +390,44 @@ def test_limits(run, capsys):
 
 
 def test_time_limit(run, capsys):
+    """What does not fit is not begun; the ceilings are in the file all the same."""
     options = ["--model", TRANSFORMER, "--variants", "stock", "--time-limit", "0"]
-    assert run(steps, *SMALL_STEP, *options) is None
+    written = run(steps, *SMALL_STEP, *options)
+    assert written["rows"] == [] and written["limits"]["copy_bytes_per_second"] > 0
     assert f"{TRANSFORMER} float32: not measured within 0 s" in capsys.readouterr().out
+    run(kernels, *SMALL_KERNEL, "--op", "gelu", "--time-limit", "0")
+    assert capsys.readouterr().out.count("not measured within 0 s") == 4
+
+
+def test_budget(monkeypatch):
+    """What comes next is expected to take as long as the last."""
+    now = 10.0
+    monkeypatch.setattr(measure, "time", SimpleNamespace(monotonic=lambda: now))
+    budget = measure.Budget(10)
+    allowed = []
+    for now in (10.0, 13.0, 16.5, 17.0):  # noqa: B007 (monotonic reads it)
+        allowed.append((budget.allows_another(), budget.left()))
+    assert allowed == [(True, 10), (True, 7), (True, 3.5), (True, 3)]
+    now = 19.0
+    assert not budget.allows_another()
+
+
+def test_every_row_is_written_when_it_is_measured(monkeypatch, tmp_path):
+    """A run that is cut off keeps what it has, and no file in pieces."""
+    file = tmp_path / "out.json"
+    measured = kernels.measure
+
+    def cut_off(case, *arguments):
+        if case.op == "relu":
+            raise KeyboardInterrupt
+        return measured(case, *arguments)
+
+    monkeypatch.setattr(kernels, "measure", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        options = ["--op", "relu", "silu", "--dtype", "float32"]
+        kernels.main([*SMALL_KERNEL, *options, "--json", str(file)])
+    assert {row["op"] for row in json.loads(file.read_text())["rows"]} == {"silu"}
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_first_step_limit(monkeypatch, run):

@@ -110,6 +110,11 @@ class TestModels:
             ("opt", {"opt": "no_such_optimizer"}),
             ("compile", {"compile": True, "engine": "finite_difference"}),
             ("engine", {"precision": "bfloat16", "engine": "finite_difference"}),
+            ("cuda_graph", {"cuda_graph": True, "device": "cpu"}),
+            ("cuda_graph", {"cuda_graph": True, "compile": True}),
+            ("cuda_graph", {"cuda_graph": True, "checkpoint": True}),
+            ("cuda_graph", {"cuda_graph": True, "objective": "adversarial"}),
+            ("cuda_graph", {"cuda_graph": True, "engine": "forward_over_reverse"}),
         ],
     )
     def test_bad_options_are_named(self, name, change, tmp_path):
