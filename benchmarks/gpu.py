@@ -73,7 +73,8 @@ class Row:
 def check_rows(device: str) -> list[Row]:
     def whole(test: str, *models: str, seconds: float = 60.0) -> list[Row]:
         rows = [(" ".join([test, model]), f"{model}-{device}") for model in models] or [(test, device)]
-        return [Row(name, seconds, (f"tests/test_gpu.py::test_{test}[{which}]",)) for name, which in rows]
+        file = "tests/test_gpu.py"
+        return [Row(name, seconds, (f"{file}::test_{test}[{which}]", "--run-slow")) for name, which in rows]
 
     def kernels(family: str) -> Row:
         one_shape = (f"tests/kernels/test_{family}_kernels.py", "--one-shape", "--run-slow")
@@ -86,7 +87,7 @@ def check_rows(device: str) -> list[Row]:
     sanitized = Row(
         f"{SANITIZER}, {smallest}",
         150.0,
-        (f"tests/test_gpu.py::test_gradients[{smallest}-{device}]",),
+        (f"tests/test_gpu.py::test_gradients[{smallest}-{device}]", "--run-slow"),
         # What PyTorch keeps for later would hide that an access was beyond a tensor's end.
         environment=(("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),),
         tool=(SANITIZER, "--tool", "memcheck", "--error-exitcode", str(SANITIZER_FAILED)),
@@ -94,9 +95,9 @@ def check_rows(device: str) -> list[Row]:
     return [
         *whole("the_package_runs_there"),
         *whole("gradients", *MODELS, seconds=120.0),
-        *whole("captured_steps", MODELS[0], MODELS[2]),
+        *whole("captured_steps", *MODELS[:3]),
         sanitized,
-        *whole("empty_batch", MODELS[1], MODELS[2], MODELS[3]),
+        *whole("empty_batch", *MODELS[1:4]),
         *whole("two_streams"),
         *whole("two_threads"),
         *map(kernels, FAMILIES),

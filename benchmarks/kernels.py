@@ -13,6 +13,7 @@ bytes that the pass must move over the median time, whatever a variant really mo
 plain copy of the input, timed in the same run.
 """
 
+import argparse
 import functools
 import math
 import statistics
@@ -475,7 +476,7 @@ COLUMNS = {
 }
 
 
-def main(arguments: list[str] | None = None) -> None:
+def options() -> argparse.ArgumentParser:
     parser = option_parser(__doc__, rounds=20)
     ops = list(dict.fromkeys(case.op for case in CASES))
     several = functools.partial(parser.add_argument, nargs="+")
@@ -484,6 +485,11 @@ def main(arguments: list[str] | None = None) -> None:
     several("--shape", type=int, help="of the input, or of the query; default: a backbone's")
     several("--variants", choices=VARIANTS, default=["stock", "fused"], help="default: stock fused")
     time_limit_option(parser)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = options()
     args = parse(parser, arguments)
     if "stock" not in args.variants:
         parser.error("--variants: stock is what the others are compared with")

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))
 pytest.importorskip("timm", reason="benchmarks.steps needs: pip install 'gradnorm_kernels[train]'")
 
-from benchmarks import kernels, limits, measure, penalties, report, steps  # noqa: E402
+from benchmarks import gpu, kernels, limits, measure, penalties, report, steps  # noqa: E402
 
 QUICK = ["--device=cpu", "--rounds=2"]
 SMALL_KERNEL = [*QUICK, "--shape", "4", "9", "32"]
@@ -696,3 +696,118 @@ class TestReport:
         alone = [timed("fuse", 0.25, time_over_stock=None), timed("pgd3", 1, time_over_stock=None)]
         line = report.comparison([refused | {"variant": "stock"}, *alone]).splitlines()[-1]
         assert f"| {missing} | 0.25 | {missing} | {missing} |" in line
+
+
+class TestGpu:
+    """`benchmarks.gpu`, on a CPU."""
+
+    @pytest.fixture
+    def a_row(self, tmp_path):
+        """Makes a row of tests, of which the text is given."""
+
+        def a_row(text, name="a row", seconds=60.0, **facts):
+            file = tmp_path / f"test_{len(list(tmp_path.iterdir()))}.py"
+            file.write_text(
+                f"import os, pytest, signal, time\n\n\ndef test_it(record_property):\n    {text}\n"
+            )
+            # Without plugins, to start sooner.
+            alone = (("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1"),)
+            return gpu.Row(name, seconds, (str(file),), environment=alone, **facts)
+
+        return a_row
+
+    @pytest.mark.parametrize(
+        ("text", "outcome", "details"),
+        [
+            ("record_property('float32', 'fused 1e-6')", "passed", "float32: fused 1e-6"),
+            ("pass", "passed", "1 passed"),
+            ("assert 1 == 2", "failed", "test_it: assert 1 == 2"),
+            ("os.kill(os.getpid(), signal.SIGSEGV)", "failed", "no results, signal 11"),
+            ("pytest.skip('needs a GPU')", "not run", "needs a GPU"),
+            ("pass\n\n\ntest_it.__test__ = False", "failed", "there is no such test"),
+        ],
+    )
+    def test_outcomes(self, a_row, text, outcome, details):
+        found = gpu.Runner(60, 1)(a_row(text))
+        assert (found["row"], found["outcome"], found["details"]) == ("a row", outcome, details)
+        assert found["seconds"] > 0 and ("printed" in found) == (outcome == "failed")
+
+    def test_time_limits(self, a_row):
+        """A row that hangs is ended with what it started; one that the time of all cut off has not failed."""
+        child = "import subprocess; subprocess.run(['sleep', '98.765'])"
+        found = gpu.Runner(60, 1)(a_row(child, seconds=4.0))
+        assert (found["outcome"], found["details"]) == ("failed", "not done in 4 s")
+        assert not subprocess.run(["pgrep", "-f", "sleep 98.765"], capture_output=True).stdout
+        runner = gpu.Runner(1.5, 1)
+        found = [runner(a_row("time.sleep(60)")) for _ in range(2)]
+        assert [row["outcome"] for row in found] == ["not run"] * 2
+        assert [row["details"] for row in found] == ["not done within 1.5 s of all", "not begun within 1.5 s"]
+
+    @pytest.mark.parametrize(
+        ("printed", "status", "outcome", "details"),
+        [
+            ("ERROR SUMMARY: 0 errors", None, "passed", "1 passed"),
+            ("ERROR SUMMARY: 3 errors", 86, "failed", "sanitizer: 3 errors, exit status 86"),
+            ("", None, "failed", "sanitizer: no summary of errors, exit status 0"),
+            ("Error: Device not supported.", 1, "not run", "Device not supported."),
+            (None, None, "not run", "there is no sanitizer on PATH"),
+        ],
+    )
+    def test_sanitizer(self, monkeypatch, tmp_path, a_row, printed, status, outcome, details):
+        """What it says of the test that it runs; it is no pass where it is not there."""
+        if printed is not None:
+            tool = tmp_path / "bin" / "sanitizer"
+            tool.parent.mkdir()
+            tool.write_text(
+                f'#!/bin/sh\nshift\n"$@"\nstatus=$?\necho "{printed}"\nexit {status or "$status"}\n'
+            )
+            tool.chmod(0o755)
+            monkeypatch.setenv("PATH", str(tool.parent), prepend=":")
+        found = gpu.Runner(60, 1)(a_row("pass", tool=("sanitizer", "--option")))
+        assert (found["outcome"], found["details"]) == (outcome, details)
+
+    def test_rows_and_their_file(self, monkeypatch, tmp_path, a_row, capsys):
+        """The file holds each row as soon as it is done, in the order of importance."""
+        rows = [
+            a_row("time.sleep(2)", "slow"),
+            a_row("assert False", "broken"),
+            a_row("pytest.skip('no GPU')", "skipped"),
+        ]
+        monkeypatch.setattr(gpu, "check_rows", lambda device: rows)
+        file, written = tmp_path / "out" / "check.json", []
+
+        def write(path, **contents):
+            measure.write_json(path, **contents)
+            written.append([row["row"] for row in json.loads(path.read_text())["rows"]])
+
+        monkeypatch.setattr(gpu, "write_json", write)
+        options = ["check", "--device", "cpu", "--json", str(file), "--jobs", "2"]
+        assert gpu.main(options) == 1
+        assert [len(names) for names in written] == [1, 2, 3] and written[-1] == ["slow", "broken", "skipped"]
+        contents = json.loads(file.read_text())
+        assert contents["machine"].keys() >= COMMITTED["machine"].keys() and contents["seconds"] == 240
+        assert [row["outcome"] for row in contents["rows"]] == ["passed", "failed", "not run"]
+        assert "1 passed, 1 failed, 1 not run" in capsys.readouterr().out
+        assert gpu.main([*options, "--only", "s[lk]"]) == 0
+        with pytest.raises(SystemExit) as exit:
+            gpu.main([*options, "--only", "nothing"])
+        assert exit.value.code == 2
+
+    @pytest.mark.parametrize("device", ["cpu", "cuda"])
+    def test_rows_are_there(self, device):
+        """Every test that a row names, and every option of a benchmark."""
+        rows = gpu.check_rows(device)
+        assert len({row.name for row in rows}) == len(rows)
+        named = {row.arguments[0].removeprefix("tests/") for row in rows if "::" in row.arguments[0]}
+        collected = []
+        plugin = SimpleNamespace(pytest_collection_finish=lambda session: collected.extend(session.items))
+        options = ["--collect-only", "-q", "-p", "no:cacheprovider"]
+        assert pytest.main([*options, str(ROOT / "tests" / "test_gpu.py")], plugins=[plugin]) == 0
+        assert named == {f"test_gpu.py::{item.name}" for item in collected if device in item.name}
+        for row in rows:
+            assert (ROOT / row.arguments[0].partition("::")[0]).exists()
+        programs = {"benchmarks.steps": steps.options, "benchmarks.kernels": kernels.options}
+        for row in gpu.bench_rows(device, 3):
+            program, *options = row.arguments
+            args = programs[program]().parse_args([*options, "--time-limit", "7"])
+            assert args.time_limit == 7 and args.json.parent == report.RESULTS and device in args.json.stem

@@ -42,6 +42,17 @@ PRECISIONS = ("float32", "tf32", "bfloat16")
 on_every_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 
 
+def each_model(*names: str) -> Any:
+    """On every device; a CPU's all but the first are left to `make test-all`."""
+    slow = [pytest.mark.slow]
+    rows = [(name, "cpu", slow if name != names[0] else []) for name in names]
+    rows += [(name, "cuda", [pytest.mark.gpu]) for name in names]
+    return pytest.mark.parametrize(
+        ("name", "device"),
+        [pytest.param(name, device, marks=marks, id=f"{name}-{device}") for name, device, marks in rows],
+    )
+
+
 def operands(name: str, device: str, images: int = 4) -> tuple[nn.Module, Tensor, Tensor]:
     """A model in float32, images in [0, 1] and targets."""
     model, drawn = make_model(name, MODELS[name])
@@ -86,13 +97,9 @@ def test_the_package_runs_there(device: str, record_property: Any) -> None:
     torch.testing.assert_close(ours, second(nn.functional.gelu, x).float(), rtol=1e-4, atol=1e-6)
 
 
-@on_every_device
-@pytest.mark.parametrize("name", MODELS)
-def test_gradients(name: str, device: str, record_property: Any, request: pytest.FixtureRequest) -> None:
+@each_model(*MODELS)
+def test_gradients(name: str, device: str, record_property: Any) -> None:
     """Their error in each precision is at most twice that of stock in it."""
-    # The CPU's are those of test_models.py, but for bfloat16.
-    if device == "cpu" and name != "vit_tiny_patch16_224" and not request.config.getoption("--run-slow"):
-        pytest.skip("slow: pass --run-slow, or run `make test-all`")
     model, images, targets = operands(name, device)
     exact = exact_gradients(model, images, targets)
     size = distance([torch.zeros_like(g) for g in exact], exact)
@@ -114,8 +121,7 @@ def test_gradients(name: str, device: str, record_property: Any, request: pytest
     assert not wrong, wrong
 
 
-@on_every_device
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "convnext_atto", "resnet50"])
+@each_model("vit_tiny_patch16_224", "convnext_atto", "resnet50")
 def test_empty_batch(name: str, device: str) -> None:
     """Its gradients are zeros, as stock's."""
     model, images, targets = operands(name, device, images=0)
@@ -212,8 +218,7 @@ def call_again(run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
     return replay, results
 
 
-@on_every_device
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "resnet50"])
+@each_model("vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "resnet50")
 def test_captured_steps(name: str, device: str) -> None:
     """They have the gradients of steps that are not, of other images each, and add to what is there."""
     captures = []
