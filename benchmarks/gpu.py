@@ -8,10 +8,12 @@ one shape, and the smallest model under NVIDIA's compute-sanitizer. A row that f
 down leaves the others alone, and the process fails in the end. The file is written after every row. A row
 that did not run says why, and is not among those that passed.
 
-``bench`` runs the other benchmarks, one at a time, within one budget of time. Each writes its own file in
+``bench`` runs the other benchmarks, one at a time, within one budget of time: the ceilings of copies and of
+matrix products, steps with their peak memory, kernels, and compiled steps. Each writes its own file in
 benchmarks/results after every case, so that a run that is cut off keeps what it has.
 
-``--device cpu`` runs both on a CPU, the kernels in Triton's interpreter and models too small to time.
+``--device cpu`` runs both on a CPU, the kernels in Triton's interpreter and models too small to time; what they
+write goes to build/stand-in.
 """
 
 import math
@@ -44,6 +46,12 @@ MODELS = (
 )
 FAMILIES = ("attention", "layer_norm", "batch_norm", "activation", "group_norm", "softmax", "gated")
 LARGE = ("swin_base_patch4_window7_224", "resnet50", "vit_base_patch16_224", "convnext_base")
+# The same, the largest graphs last.
+COMPILED = ("resnet50", "vit_base_patch16_224", "swin_base_patch4_window7_224", "convnext_base")
+OPS = (
+    *("scaled_dot_product_attention", "layer_norm", "batch_norm", "gelu", "softmax", "layer_norm_2d"),
+    *("batch_norm_act", "conv2d", "group_norm", "silu", "swiglu", "rms_norm"),
+)
 PASSED, FAILED, NOT_RUN = "passed", "failed", "not run"
 
 
@@ -106,32 +114,34 @@ def check_rows(device: str) -> list[Row]:
 
 def bench_rows(device: str, rounds: int) -> list[Row]:
     def row(name: str, seconds: float, program: str, file: str, *options: str) -> Row:
-        arguments = (f"benchmarks.{program}", "--device", device, "--json", str(RESULTS / file), *options)
+        json = str(folder(device) / file)
+        arguments = (f"benchmarks.{program}", "--device", device, "--json", json, *options)
         return Row(name, seconds, arguments, is_benchmark=True)
 
-    def steps(name: str, seconds: float, file: str, *options: str) -> Row:
-        models = ("--batch", "64", "--model", *LARGE)
+    def steps(name: str, seconds: float, file: str, models: tuple[str, ...], *options: str) -> Row:
+        size = ("--batch", "64", "--model", *models)
         if device == "cpu":
-            models = ("--batch", "2", "--img-size", "32", "--model", "resnet18")
-        return row(name, seconds, "steps", file, *models, "--rounds", str(rounds), *options)
+            size = ("--batch", "2", "--img-size", "32", "--model", "resnet18")
+        return row(name, seconds, "steps", file, *size, "--rounds", str(rounds), *options)
 
     ours = ("--variants", "stock", "fuse", "pgd3", "natural")
-    full = ("float32",) if device == "cpu" else ("float32", "tf32")
-    small = ("--shape", "2", "32", "4", "4") if device == "cpu" else ()
-    most = ("gelu", "layer_norm", "batch_norm", "scaled_dot_product_attention", "softmax", "group_norm")
+    full, shape, ops = ("float32", "tf32"), (), OPS
+    if device == "cpu":
+        full, shape, ops = ("float32",), ("--shape", "2", "32", "4", "4"), ("gelu",)
+    kernels = ("--rounds", str(2 * rounds), "--op", *ops, *shape)
+    # Compilers take minutes a model: what is left of the time is theirs.
+    compiled = ("--dtype", "bfloat16", "--first-step-limit", "100", "--variants", "stock", "fuse", "compiled")
     return [
-        steps("steps, bfloat16", 150.0, f"steps-{device}.json", "--dtype", "bfloat16", *ours),
-        row(
-            "kernels", 75.0, "kernels", f"kernels-{device}.json", "--rounds", str(2 * rounds), "--op",
-            *(("gelu",) if small else most), *small,
-        ),
-        steps("steps, float32", 120.0, f"steps-{device}-float32.json", "--dtype", *full, *ours),
-        # Compilers take minutes a model: what is left of the time is theirs.
-        steps(
-            "compiled steps, bfloat16", math.inf, f"rivals-{device}.json", "--dtype", "bfloat16",
-            "--first-step-limit", "100", "--variants", "stock", "fuse", "compiled",
-        ),
-    ]  # fmt: skip
+        steps("steps, bfloat16", 150.0, f"steps-{device}.json", LARGE, "--dtype", "bfloat16", *ours),
+        row("kernels", 75.0, "kernels", f"kernels-{device}.json", *kernels),
+        steps("steps, float32", 120.0, f"steps-{device}-float32.json", LARGE, "--dtype", *full, *ours),
+        steps("compiled steps, bfloat16", math.inf, f"rivals-{device}.json", COMPILED, *compiled),
+    ]
+
+
+def folder(device: str) -> Path:
+    """Where results go. Those of a CPU are a stand-in's, and say nothing."""
+    return RESULTS if device == "cuda" else ROOT / "build" / "stand-in"
 
 
 class Runner:
@@ -165,7 +175,9 @@ class Runner:
             status = self._wait(row, self._command(row, seconds, results), seconds, printed)
             text = printed.read_text(errors="replace") if printed.exists() else ""
             found = outcome(row, status, results, text)
-            if status is None and seconds < row.seconds:
+            if status is None and row.is_benchmark:
+                found = {"outcome": NOT_RUN, "details": f"cut off after {seconds:.0f} s; what it had is kept"}
+            elif status is None and seconds < row.seconds:
                 found = {"outcome": NOT_RUN, "details": f"not done within {self.budget.seconds:g} s of all"}
         if found["outcome"] == FAILED and text:
             found["printed"] = text.splitlines()[-40:]
@@ -270,7 +282,7 @@ def main(arguments: list[str] | None = None) -> int:
     rows = [row for row in rows if re.search(args.only, row.name)]
     if not rows:
         parser.error(f"--only: no row matches {args.only}")
-    file = args.json or RESULTS / f"check-{args.device}.json"
+    file = args.json or folder(args.device) / f"check-{args.device}.json"
     machine = start(args)
     found: dict[str, dict[str, Any]] = {}
 
