@@ -12,8 +12,8 @@ that did not run says why, and is not among those that passed.
 matrix products, steps with their peak memory, kernels, and compiled steps. Each writes its own file in
 benchmarks/results after every case, so that a run that is cut off keeps what it has.
 
-``--device cpu`` runs both on a CPU, the kernels in Triton's interpreter and models too small to time; what they
-write goes to build/stand-in.
+``--device cpu`` runs both on a CPU, the kernels in Triton's interpreter and models too small to time; what
+they write goes to build/stand-in.
 """
 
 import math

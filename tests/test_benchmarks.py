@@ -810,4 +810,6 @@ class TestGpu:
         for row in gpu.bench_rows(device, 3):
             program, *options = row.arguments
             args = programs[program]().parse_args([*options, "--time-limit", "7"])
-            assert args.time_limit == 7 and args.json.parent == report.RESULTS and device in args.json.stem
+            assert args.time_limit == 7 and device in args.json.stem
+            # Those of a stand-in are no results.
+            assert (args.json.parent == report.RESULTS) == (device == "cuda")
