@@ -487,8 +487,8 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"{name} {dtype}: not measured within {args.time_limit:g} s")
             continue
         try:
-            # Compiled graphs of an earlier run would make a first step of this one look fast. Where no variant
-            # is compiled, kernels that are kept leave more of a time limit to the steps.
+            # Compiled graphs of an earlier run would make a first step of this one look fast. Where no
+            # variant is compiled, kernels that are kept leave more of a time limit to the steps.
             compiles = any("compiled" in variant for variant in args.variants)
             cache = torch._inductor.utils.fresh_cache() if compiles else nullcontext()
             with allow_tf32(dtype == "tf32"), cache:
