@@ -496,7 +496,7 @@ class TestOptions:
         torch.testing.assert_close(*steps, rtol=1e-4, atol=1e-6)
 
     def test_captured_steps_equal_the_others(self, monkeypatch):
-        """While the norm's weight rises and after it, of batches in parts, with a stand-in for CUDA graphs."""
+        """While the norm's weight rises and after, of batches in parts, with a stand-in for CUDA graphs."""
         test_gpu = pytest.importorskip("test_gpu")
         captures = []
 
