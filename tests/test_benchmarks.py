@@ -424,7 +424,7 @@ def test_every_row_is_written_when_it_is_measured(monkeypatch, tmp_path):
 
     monkeypatch.setattr(kernels, "measure", cut_off)
     with pytest.raises(KeyboardInterrupt):
-        options = ["--op", "relu", "silu", "--dtype", "float32"]
+        options = ["--op", "silu", "relu", "--dtype", "float32"]
         kernels.main([*SMALL_KERNEL, *options, "--json", str(file)])
     assert {row["op"] for row in json.loads(file.read_text())["rows"]} == {"silu"}
     assert list(tmp_path.iterdir()) == [file]
