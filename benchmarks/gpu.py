@@ -293,6 +293,8 @@ def main(arguments: list[str] | None = None) -> int:
     def in_order() -> list[dict[str, Any]]:
         return [found[row.name] for row in rows if row.name in found]
 
+    # What the rows started is in sessions of its own, which would run on.
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     with ThreadPoolExecutor(jobs) as pool:
         try:
             for future in as_completed([pool.submit(runner, row) for row in rows]):
@@ -303,6 +305,7 @@ def main(arguments: list[str] | None = None) -> int:
                     write_json(file, quiet=True, machine=machine, seconds=seconds, rows=in_order())
         finally:
             runner.stop()
+            signal.signal(signal.SIGTERM, before)
     print(f"\n{heading(COLUMNS)}")
     for result in in_order():
         print(line(COLUMNS, result))

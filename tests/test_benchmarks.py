@@ -3,10 +3,12 @@
 import contextlib
 import functools
 import json
+import os
 import platform
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -792,6 +794,27 @@ class TestGpu:
         with pytest.raises(SystemExit) as exit:
             gpu.main([*options, "--only", "nothing"])
         assert exit.value.code == 2
+
+    def test_a_run_that_is_ended_ends_its_rows(self, monkeypatch, tmp_path, a_row):
+        """And keeps those that were done."""
+        rows = [
+            a_row("pass", "done"),
+            a_row("import subprocess; subprocess.run(['sleep', '87.654'])", "endless"),
+        ]
+        monkeypatch.setattr(gpu, "check_rows", lambda device: rows)
+        file = tmp_path / "check.json"
+
+        def end_it():
+            while not subprocess.run(["pgrep", "-f", "sleep 87.654"], capture_output=True).stdout:
+                time.sleep(0.1)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        threading.Thread(target=end_it).start()
+        with pytest.raises(SystemExit) as exit:
+            gpu.main(["check", "--device", "cpu", "--json", str(file), "--jobs", "1"])
+        assert exit.value.code == 128 + signal.SIGTERM
+        assert [row["row"] for row in json.loads(file.read_text())["rows"]] == ["done"]
+        assert not subprocess.run(["pgrep", "-f", "sleep 87.654"], capture_output=True).stdout
 
     @pytest.mark.parametrize("device", ["cpu", "cuda"])
     def test_rows_are_there(self, device):
