@@ -718,6 +718,22 @@ class TestGpu:
 
         return a_row
 
+    def with_a_child(self, file):
+        """A test that waits for a process, whose number it writes."""
+        move = f"os.rename('{file}.new', '{file}')"
+        write = f"open('{file}.new', 'w').write(str(child.pid)); {move}"
+        return f"import subprocess; child = subprocess.Popen(['sleep', '60']); {write}; child.wait()"
+
+    def ends(self, file):
+        """Whether that process does, soon."""
+        stat = Path(f"/proc/{file.read_text()}/stat")
+        for _ in range(100):
+            # Z: it ended, and nobody asked how.
+            if not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+            time.sleep(0.1)
+        return False
+
     @pytest.mark.parametrize(
         ("text", "outcome", "details"),
         [
@@ -734,12 +750,12 @@ class TestGpu:
         assert (found["row"], found["outcome"], found["details"]) == ("a row", outcome, details)
         assert found["seconds"] > 0 and ("printed" in found) == (outcome == "failed")
 
-    def test_time_limits(self, a_row):
+    def test_time_limits(self, tmp_path, a_row):
         """A row that hangs is ended with what it started; one that the time of all cut off has not failed."""
-        child = "import subprocess; subprocess.run(['sleep', '98.765'])"
-        found = gpu.Runner(60, 1)(a_row(child, seconds=4.0))
+        child = tmp_path / "child"
+        found = gpu.Runner(60, 1)(a_row(self.with_a_child(child), seconds=4.0))
         assert (found["outcome"], found["details"]) == ("failed", "not done in 4 s")
-        assert not subprocess.run(["pgrep", "-f", "sleep 98.765"], capture_output=True).stdout
+        assert not child.exists() or self.ends(child)
         runner = gpu.Runner(1.5, 1)
         found = [runner(a_row("time.sleep(60)")) for _ in range(2)]
         assert [row["outcome"] for row in found] == ["not run"] * 2
@@ -797,15 +813,13 @@ class TestGpu:
 
     def test_a_run_that_is_ended_ends_its_rows(self, monkeypatch, tmp_path, a_row):
         """And keeps those that were done."""
-        rows = [
-            a_row("pass", "done"),
-            a_row("import subprocess; subprocess.run(['sleep', '87.654'])", "endless"),
-        ]
+        child = tmp_path / "child"
+        rows = [a_row("pass", "done"), a_row(self.with_a_child(child), "endless")]
         monkeypatch.setattr(gpu, "check_rows", lambda device: rows)
         file = tmp_path / "check.json"
 
         def end_it():
-            while not subprocess.run(["pgrep", "-f", "sleep 87.654"], capture_output=True).stdout:
+            while not child.exists():
                 time.sleep(0.1)
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -814,7 +828,7 @@ class TestGpu:
             gpu.main(["check", "--device", "cpu", "--json", str(file), "--jobs", "1"])
         assert exit.value.code == 128 + signal.SIGTERM
         assert [row["row"] for row in json.loads(file.read_text())["rows"]] == ["done"]
-        assert not subprocess.run(["pgrep", "-f", "sleep 87.654"], capture_output=True).stdout
+        assert self.ends(child)
 
     @pytest.mark.parametrize("device", ["cpu", "cuda"])
     def test_rows_are_there(self, device):
