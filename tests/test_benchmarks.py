@@ -823,7 +823,7 @@ class TestGpu:
                 time.sleep(0.1)
             os.kill(os.getpid(), signal.SIGTERM)
 
-        threading.Thread(target=end_it).start()
+        threading.Thread(target=end_it, daemon=True).start()
         with pytest.raises(SystemExit) as exit:
             gpu.main(["check", "--device", "cpu", "--json", str(file), "--jobs", "1"])
         assert exit.value.code == 128 + signal.SIGTERM

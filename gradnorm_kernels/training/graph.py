@@ -15,8 +15,7 @@ from .options import TrainingError
 
 # Adds the gradients of a loss, times a weight, to the parameters' ``grad``.
 Backward = Callable[[Objective, nn.Module, Tensor, Tensor, float, float], Loss]
-
-
+# The loss, and each parameter's gradient.
 Results = tuple[Loss, list[Tensor | None]]
 
 
