@@ -121,7 +121,7 @@ def bench_rows(device: str, rounds: int) -> list[Row]:
     def steps(name: str, seconds: float, file: str, models: tuple[str, ...], *options: str) -> Row:
         size = ("--batch", "64", "--model", *models)
         if device == "cpu":
-            size = ("--batch", "2", "--img-size", "32", "--model", "resnet18")
+            size = ("--batch", "4", "--img-size", "64", "--model", "test_vit")
         return row(name, seconds, "steps", file, *size, "--rounds", str(rounds), *options)
 
     ours = ("--variants", "stock", "fuse", "pgd3", "natural")

@@ -850,3 +850,21 @@ class TestGpu:
             assert args.time_limit == 7 and device in args.json.stem
             # Those of a stand-in are no results.
             assert (args.json.parent == report.RESULTS) == (device == "cuda")
+
+    @pytest.mark.slow
+    def test_what_bench_runs(self, monkeypatch, tmp_path):
+        """Each of its rows measures something; compiled steps run by ATen, as generating code takes minutes."""
+        compile = torch.compile
+        monkeypatch.setattr(torch, "compile", lambda f, **options: compile(f, backend="aot_eager", **options))
+        monkeypatch.setattr(gpu, "folder", lambda device: tmp_path)
+        for row in gpu.bench_rows("cpu", 1):
+            program = {"benchmarks.steps": steps, "benchmarks.kernels": kernels}[row.arguments[0]]
+            program.main([*row.arguments[1:], "--time-limit", "600"])
+        written = {file.stem: json.loads(file.read_text())["rows"] for file in tmp_path.iterdir()}
+        assert written.keys() == {"steps-cpu", "kernels-cpu", "steps-cpu-float32", "rivals-cpu"}
+        variants = {name: {row["variant"] for row in rows} for name, rows in written.items()}
+        assert variants["steps-cpu"] == {"stock", "fuse", "pgd3", "natural"} == variants["steps-cpu-float32"]
+        assert variants["kernels-cpu"] == {"stock", "fused"}
+        assert variants["rivals-cpu"] == {"stock", "fuse", "compiled"}
+        done = [row for rows in written.values() for row in rows if row["variant"] != "compiled"]
+        assert all(row["milliseconds"] > 0 for row in done)
