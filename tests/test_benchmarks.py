@@ -853,7 +853,7 @@ class TestGpu:
 
     @pytest.mark.slow
     def test_what_bench_runs(self, monkeypatch, tmp_path):
-        """Each of its rows measures something; compiled steps run by ATen, as generating code takes minutes."""
+        """Each of its rows measures something; compiled steps run by ATen: to generate code takes minutes."""
         compile = torch.compile
         monkeypatch.setattr(torch, "compile", lambda f, **options: compile(f, backend="aot_eager", **options))
         monkeypatch.setattr(gpu, "folder", lambda device: tmp_path)
