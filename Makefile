@@ -1,4 +1,4 @@
-# make demo | test | test-all | lint | format | wheel | bench | bench-rivals | bench-gpu | clean
+# make demo | test | test-all | lint | format | wheel | bench | bench-rivals | check-gpu | bench-gpu | clean
 # Everything runs in .venv, made on first use. PYTHON picks the interpreter it is made with.
 PYTHON ?= python3
 VENV := .venv
@@ -26,7 +26,7 @@ PYTEST_OPTIONS := --numprocesses auto --timeout 600 --timeout-method thread -o f
 OTHERS := inductor or float16 or instruction_set or any_strides or trace or opcheck or opinfo or fuzzed or step_gives \
 	or step_has
 
-.PHONY: demo test test-all test-python test-cpp test-cpu-only lint format wheel bench bench-traffic bench-rivals bench-gpu clean
+.PHONY: demo test test-all test-python test-cpp test-cpu-only lint format wheel bench bench-traffic bench-rivals check-gpu bench-gpu clean
 
 demo: $(BIN)/.built
 	$(BIN)/gradnorm demo --output demo
@@ -76,6 +76,8 @@ wheel: $(TORCH:%=.venv-wheel-%/bin/.installed)
 	done; \
 	$$bin/wheel pack --dest dist build/wheel/all/*
 
+# What check-gpu and bench-gpu run on; cpu shows that they do, and times nothing.
+GPU ?= cuda
 RESULTS := benchmarks/results
 RIVALS := stock fuse switch compiled compiled_func fuse_compiled fuse_compiled_regions \
 	forward_over_reverse finite_difference finite_difference_compiled
@@ -110,13 +112,27 @@ bench-rivals: $(BIN)/.built
 		--json $(RESULTS)/rivals-$(DEVICE).json
 	$(BIN)/python -m benchmarks.report
 
-# Within nine minutes on one H100, most important first.
-bench-gpu: $(BIN)/.built
-	$(BIN)/python $(STEPS) cuda $(LARGE) --dtype bfloat16 tf32 float32 --variants stock fuse switch natural pgd3 \
-		--rounds 5 --time-limit 210 --json $(RESULTS)/steps-cuda.json
-	$(BIN)/python $(STEPS) cuda $(LARGE) --dtype bfloat16 --variants stock fuse compiled \
-		--rounds 5 --time-limit 150 --json $(RESULTS)/rivals-cuda.json
-	$(BIN)/python -m benchmarks.report --summary
+# On a GPU: at most four minutes, and at most eight. WHEEL=FILE takes the library out of a wheel and PYTHON's own torch
+# and timm, and neither builds nor installs anything.
+ifdef WHEEL
+GPU_PYTHON := $(PYTHON)
+GPU_READY := build/.carried
+else
+GPU_PYTHON := $(BIN)/python
+GPU_READY := $(BIN)/.built
+endif
+
+check-gpu: $(GPU_READY)
+	$(GPU_PYTHON) -m benchmarks.gpu check --device $(GPU)
+
+bench-gpu: $(GPU_READY)
+	$(GPU_PYTHON) -m benchmarks.gpu bench --device $(GPU)
+	$(GPU_PYTHON) -m benchmarks.report --summary
+
+build/.carried: $(WHEEL)
+	$(PYTHON) -m zipfile -e $(WHEEL) build/carried
+	cp build/carried/gradnorm_kernels/_C_torch* gradnorm_kernels/
+	touch $@
 
 clean:
 	rm -rf build demo dist *.egg-info gradnorm_kernels/*.so $(VENV) $(CPU_VENV) .venv-wheel-*

@@ -8,15 +8,17 @@ trains. Graphs are recorded once and not timed, except that *compiled* computes 
 compiled function of the leaves and the incoming gradients, which recomputes what it needs of the forward.
 
 Before anything is timed, every variant is compared with stock in float64; a fused result whose error exceeds
-twice stock's stops the run. GB/s is the bytes that the pass must move over the median time, whatever a
-variant really moves; "of copy" relates it to a plain copy of the input, timed in the same run.
+twice stock's, or an op that raises, is not timed, and the run fails once all else is measured. GB/s is the
+bytes that the pass must move over the median time, whatever a variant really moves; "of copy" relates it to a
+plain copy of the input, timed in the same run.
 """
 
+import argparse
 import functools
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +30,7 @@ from torch import Tensor
 import gradnorm_kernels as gk
 
 from .measure import (
+    Budget,
     alternate,
     gpu_time,
     heading,
@@ -36,6 +39,7 @@ from .measure import (
     parse,
     start,
     summary,
+    time_limit_option,
     wall_time,
     write_json,
 )
@@ -407,7 +411,7 @@ def measure(
         ours_and_stocks = zip(found.get("fused", found["stock"]), found["stock"], exact[which], strict=True)
         for ours, stocks, wanted in ours_and_stocks:
             if ours > allowed(stocks, wanted, kind):
-                raise SystemExit(f"{label} {which}: fused is off by {ours}, stock by {stocks}")
+                raise ArithmeticError(f"{which}: fused is off by {ours}, stock by {stocks}")
 
     del exact
     rows = []
@@ -437,22 +441,23 @@ def measure(
     return rows
 
 
-def disturbed(rows: Sequence[dict[str, Any]]) -> dict[int, str]:
+def disturbed(measured: Mapping[int, Sequence[dict[str, Any]]]) -> dict[int, str]:
     """Where the slowest of some copies of the same bytes took more than twice as long as the fastest: the
-    rows of those far from most, and what to say of each."""
-    by_size: dict[tuple[str, int], dict[int, float]] = defaultdict(dict)
-    for k, row in enumerate(rows):
-        copied = math.prod(row["shape"]) * getattr(torch, row["dtype"]).itemsize
-        if copied >= LEAST_COPIED:
-            by_size[row["dtype"], copied][k] = row["gigabytes_per_second"] / row["fraction_of_copy"]
+    cases whose rows have one far from most, and what to say of each."""
+    by_size: dict[tuple[str, int], list[tuple[int, dict[str, Any]]]] = defaultdict(list)
+    for k, rows in measured.items():
+        for row in rows:
+            copied = math.prod(row["shape"]) * getattr(torch, row["dtype"]).itemsize
+            if copied >= LEAST_COPIED:
+                by_size[row["dtype"], copied].append((k, row))
     found = {}
-    for (dtype, copied), rates in by_size.items():
-        usual = statistics.median(rates.values())
-        if max(rates.values()) <= 2 * min(rates.values()):
+    for (dtype, copied), some in by_size.items():
+        rates = [row["gigabytes_per_second"] / row["fraction_of_copy"] for _, row in some]
+        usual = statistics.median(rates)
+        if max(rates) <= 2 * min(rates):
             continue
-        for k, rate in rates.items():
+        for rate, (k, row) in zip(rates, some, strict=True):
             if max(rate, usual) > math.sqrt(2) * min(rate, usual):
-                row = rows[k]
                 name = " ".join(filter(None, (row["op"], row["setting"], row["pass"], str(row["shape"]))))
                 copy = f"a copy of {copied:,} bytes of {dtype}"
                 found[k] = f"{copy} ran at {rate:.1f} GB/s beside {name}, at {usual:.1f} GB/s beside most"
@@ -471,7 +476,7 @@ COLUMNS = {
 }
 
 
-def main(arguments: list[str] | None = None) -> None:
+def options() -> argparse.ArgumentParser:
     parser = option_parser(__doc__, rounds=20)
     ops = list(dict.fromkeys(case.op for case in CASES))
     several = functools.partial(parser.add_argument, nargs="+")
@@ -479,16 +484,25 @@ def main(arguments: list[str] | None = None) -> None:
     several("--dtype", choices=DTYPES, default=["float32", "bfloat16"], help="default: float32 bfloat16")
     several("--shape", type=int, help="of the input, or of the query; default: a backbone's")
     several("--variants", choices=VARIANTS, default=["stock", "fused"], help="default: stock fused")
+    time_limit_option(parser)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = options()
     args = parse(parser, arguments)
     if "stock" not in args.variants:
         parser.error("--variants: stock is what the others are compared with")
-    cases = [case for case in CASES if case.op in args.op or "all" in args.op]
+    wanted = [case.op for case in CASES] if "all" in args.op else args.op
+    # In the order of the options, of which a time limit leaves out the last.
+    cases = [case for op in dict.fromkeys(wanted) for case in CASES if case.op == op]
     if "fused" in args.variants:
         missing = sorted({case.op for case in cases if not hasattr(gk.functional, case.op)})
         if missing and "all" not in args.op:
             parser.error(f"--op: gradnorm_kernels.functional has no {', '.join(missing)}")
         cases = [case for case in cases if case.op not in missing]
 
+    budget = Budget(args.time_limit)
     machine = start(args)
     print(f"{args.rounds} rounds\n\n{heading(COLUMNS)}")
     todo = [
@@ -497,23 +511,33 @@ def main(arguments: list[str] | None = None) -> None:
         for shape in ([tuple(args.shape)] if args.shape else getattr(case, args.device))
         for dtype in args.dtype
     ]
-    measured: dict[int, list[dict[str, Any]]] = {k: [] for k in range(len(todo))}
-    again = list(measured)
+    measured: dict[int, list[dict[str, Any]]] = {}
+    defects: list[str] = []
+    again = list(range(len(todo)))
     for attempt in range(3):
         for k in again:
             case, shape, dtype = todo[k]
             print(f"\n{case.op} {case.setting} {shape}")
-            measured[k] = measure(case, shape, dtype, args.device, args.variants, args.rounds)
+            if not budget.allows_another():
+                print(f"{dtype}: not measured within {args.time_limit:g} s", flush=True)
+                continue
+            try:
+                measured[k] = measure(case, shape, dtype, args.device, args.variants, args.rounds)
+            except Exception as error:  # whatever it is, the others are measured
+                defects.append(f"{case.op} {case.setting} {dtype} {shape}: {error or type(error).__name__}")
+                print(defects[-1], flush=True)
+                continue
             print("\n".join(line(COLUMNS, row) for row in measured[k]), flush=True)
-        owners, rows = zip(*((k, row) for k, found in measured.items() for row in found), strict=True)
-        disturbances = disturbed(rows) if args.json else {}
+            if args.json:
+                left_out = disturbed(measured)
+                kept = [row for j, rows in measured.items() if j not in left_out for row in rows]
+                write_json(args.json, machine=machine, rounds=args.rounds, rows=kept)
+        disturbances = disturbed(measured) if args.json else {}
         for text in disturbances.values():
             print("not written:" if attempt == 2 else "measured again:", text)
-        again = sorted({owners[j] for j in disturbances})
-    if again:
-        raise SystemExit(1)
-    if args.json:
-        write_json(args.json, machine=machine, rounds=args.rounds, rows=rows)
+        again = sorted(disturbances)
+    if again or defects:
+        raise SystemExit("\n".join(defects) or 1)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import argparse
 import ctypes
+import math
 import os
 import platform
 import resource
@@ -28,6 +29,31 @@ def option_parser(doc: str | None, rounds: int) -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows and the machine there")
     return parser
+
+
+def time_limit_option(parser: argparse.ArgumentParser) -> None:
+    help = "begin nothing that would not end by then, if it took as long as the last; default: none"
+    parser.add_argument("--time-limit", type=float, default=math.inf, metavar="SECONDS", help=help)
+
+
+class Budget:
+    """How long a run may take, and whether what comes next still fits."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.begun = seconds, time.monotonic()
+        self.latest: float | None = None
+
+    def left(self) -> float:
+        return self.seconds - (time.monotonic() - self.begun)
+
+    def allows_another(self) -> bool:
+        """Whether it would end in time if it took as long as what has run since this was last asked."""
+        now = time.monotonic()
+        expected = 0.0 if self.latest is None else now - self.latest
+        if expected > self.left():
+            return False
+        self.latest = now
+        return True
 
 
 def parse(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
@@ -100,10 +126,14 @@ def _width(form: str) -> str:
     return form.partition(".")[0].rstrip(",")
 
 
-def write_json(path: Path, **contents: Any) -> None:
+def write_json(path: Path, *, quiet: bool = False, **contents: Any) -> None:
+    """Writes the file whole or not at all, so that a run that is cut off leaves what it wrote last."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(by_line(contents))
-    print(f"\nwrote {path}")
+    written = path.with_name(f".{path.name}")
+    written.write_text(by_line(contents))
+    written.replace(path)
+    if not quiet:
+        print(f"\nwrote {path}", flush=True)
 
 
 def alternate(

@@ -5,8 +5,9 @@
 The objective is 0.8 CE + 1.2 * epsilon * ||dCE/dx||_1: forward, gradient with respect to the pixels, and the
 backward into every parameter's ``.grad``. The variants are copies of one timm model and alternate in one
 process. Before they are timed, their gradients are compared with stock's, or where stock has no memory with
-the first variant's that has: one that disagrees stops the run. Time on a GPU is wall time, launches included;
-the time of the first step is reported apart, because compilers work in it, from empty caches.
+the first variant's that has: one that disagrees, or raises though no compiler is in it, is not timed, and the
+run fails once all else is measured. Time on a GPU is wall time, launches included; the time of the first step
+is reported apart, because compilers work in it, from empty caches where a variant is compiled.
 
     stock                       PyTorch
     fuse, switch                fuse(model); set_fused_double_backward(True)
@@ -20,8 +21,9 @@ the time of the first step is reported apart, because compilers work in it, from
 ``natural`` (cross-entropy) and ``pgd3`` (adversarial training by PGD-3) are steps of stock PyTorch.
 
 The floor is what `benchmarks.limits` makes of the ops of the fused step, counted as `benchmarks.traffic`
-does, all in the step's dtype, though autocast keeps some of them in float32: "of floor" is its share of the
-time. TFLOP/s are of the matrix products and convolutions of stock's step, of the same objective.
+does once all steps are timed, all in the step's dtype, though autocast keeps some of them in float32: "of
+floor" is its share of the time. TFLOP/s are of the matrix products and convolutions of stock's step, of the
+same objective.
 
 GiB are the most that a step needs beyond what is there before: on a GPU as its allocator has it; on a CPU,
 with ``--memory``, the resident memory of a process that runs one step of that variant and nothing else. Of
@@ -41,10 +43,9 @@ import multiprocessing
 import re
 import signal
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,19 @@ from gradnorm_kernels.training.objectives.gradient_norm import NORMS
 
 from .limits import DTYPES, Limits
 from .limits import measure as measure_limits
-from .measure import alternate, heading, line, option_parser, parse, start, summary, wall_time, write_json
+from .measure import (
+    Budget,
+    alternate,
+    heading,
+    line,
+    option_parser,
+    parse,
+    start,
+    summary,
+    time_limit_option,
+    wall_time,
+    write_json,
+)
 from .report import comparison
 from .traffic import PENALTY, Traffic, prepare
 
@@ -305,7 +318,8 @@ def work(model: nn.Module, objective: Objective, shape: list[int], dtype: torch.
     return traffic
 
 
-def measure(name: str, dtype: str, limits: Limits, args: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(name: str, dtype: str, args: argparse.Namespace, defects: list[str]) -> list[dict[str, Any]]:
+    """The rows of a model; what disagrees is added to ``defects``."""
     # What one model taught a compiler must not bear on the next.
     torch._dynamo.reset()
     model, images, targets, facts = draw(name, args)
@@ -337,37 +351,45 @@ def measure(name: str, dtype: str, limits: Limits, args: argparse.Namespace) -> 
             row["error"] = f"first step not done in {args.first_step_limit:g} s"
             # What a compiler did not finish is of no use to the next one.
             torch._dynamo.reset()
-        except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:
+        except Exception as error:  # whatever it is, the others are measured
             # A compiler that gives up, or an engine that refuses the precision, is a result too.
-            if name_of_variant in OURS:
-                raise
             row["error"] = f"refused: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+            if name_of_variant in OURS:
+                defects.append(f"{name} {name_of_variant} {dtype}: {error or type(error).__name__}")
         if "error" not in row and row.get("gradient_difference", 0.0) > TOLERANCE[dtype]:
             row["error"] = f"gradients are {row['gradient_difference']:.1e} off stock's"
-            # The one variant that is not exact is reported; another would be a defect.
+            # The one variant that is not exact is reported; another is a defect.
             if variant.objective is not DIFFERENCE:
-                raise SystemExit(f"{name} {name_of_variant}: {row['error']}")
+                defects.append(f"{name} {name_of_variant} {dtype}: {row['error']}")
         if "error" not in row:
             runs[name_of_variant] = run
     seconds = _timed(runs, rows, args.rounds)
-    bounds: dict[Objective, tuple[int, float]] = {}
     for variant, taken in seconds.items():
-        objective = VARIANTS[variant].objective
-        if objective not in bounds:
-            stock = work(model, objective, facts["shape"], DTYPES[dtype])
-            fused = work(gk.fuse(copy.deepcopy(model)), objective, facts["shape"], DTYPES[dtype])
-            bounds[objective] = sum(flops for _, flops in stock.ops), limits.floor(fused.ops, dtype)
-        median = statistics.median(taken)
-        flops, floor = bounds[objective]
-        rows[variant] |= summary(taken, seconds.get("stock")) | {
-            "images_per_second": args.batch / median,
-            "teraflops_per_second": flops / median / 1e12,
-            "floor_milliseconds": floor * 1e3,
-            "fraction_of_floor": floor / median,
-        }
+        rows[variant] |= summary(taken, seconds.get("stock"))
+        rows[variant]["images_per_second"] = args.batch / statistics.median(taken)
         if args.profile:
             rows[variant]["profile"] = profile(runs[variant], args.device)
     return list(rows.values())
+
+
+def add_floors(rows: list[dict[str, Any]], limits: Limits, args: argparse.Namespace) -> None:
+    """Adds to the rows of one model and dtype what their ops could take: seconds of work, without a GPU."""
+    name, dtype = rows[0]["model"], rows[0]["dtype"]
+    model, *_ = draw(name, argparse.Namespace(**vars(args) | {"device": "meta"}))
+    bounds: dict[Objective, tuple[int, float]] = {}
+    for row in rows:
+        if "milliseconds" not in row:
+            continue
+        objective = VARIANTS[row["variant"]].objective
+        if objective not in bounds:
+            stock = work(model, objective, row["shape"], DTYPES[dtype])
+            fused = work(gk.fuse(copy.deepcopy(model)), objective, row["shape"], DTYPES[dtype])
+            bounds[objective] = sum(flops for _, flops in stock.ops), limits.floor(fused.ops, dtype)
+        flops, floor = bounds[objective]
+        seconds = row["milliseconds"] / 1e3
+        row["teraflops_per_second"] = flops / seconds / 1e12
+        row["floor_milliseconds"] = floor * 1e3
+        row["fraction_of_floor"] = floor / seconds
 
 
 def _timed(
@@ -403,9 +425,12 @@ COLUMNS = {
     "max": ("milliseconds_max", "9.1f"),
     "/ stock": ("time_over_stock", "8.3f"),
     "difference": ("gradient_difference", "10.1e"),
+    "GiB": ("peak_memory_bytes", "6.2f", 2**-30),
+}
+FLOORS = {
+    **{name: COLUMNS[name] for name in ("model", "dtype", "variant", "ms")},
     "of floor": ("fraction_of_floor", "8.2f"),
     "TFLOP/s": ("teraflops_per_second", "8.3f"),
-    "GiB": ("peak_memory_bytes", "6.2f", 2**-30),
 }
 
 
@@ -418,9 +443,9 @@ def options() -> argparse.ArgumentParser:
     option("--act", default="gelu", help="timm's name of what replaces ReLU; default: gelu")
     option("--bn", choices=["train", "eval"], default="train", help="default: train")
     option("--dtype", choices=TOLERANCE, nargs="+", default=["float32"], help="default: float32")
-    seconds = functools.partial(option, type=float, default=math.inf, metavar="SECONDS")
-    seconds("--time-limit", help="begin no other model or dtype afterwards; default: none")
-    seconds("--first-step-limit", help="leave a variant whose first step, of compilers, takes longer")
+    time_limit_option(parser)
+    limit = "leave a variant whose first step, of compilers, takes longer"
+    option("--first-step-limit", type=float, default=math.inf, metavar="SECONDS", help=limit)
     option("--memory", action="store_true", help="on a CPU, also measure the peak of each variant's memory")
     option("--profile", action="store_true", help="also list the ops that take most of a step's time")
     default = " ".join(DEFAULT_VARIANTS)
@@ -444,28 +469,48 @@ def main(arguments: list[str] | None = None) -> None:
     # First, because the others are compared with it.
     args.variants = list(dict.fromkeys(["stock", *args.variants]))
 
+    budget = Budget(args.time_limit)
     machine = start(args)
-    started = time.monotonic()
     limits = measure_limits(args.device, args.dtype)
-    print(f"batch {args.batch}, {args.rounds} rounds, {limits}\n\n{heading(COLUMNS)}")
-    rows: list[dict[str, Any]] = []
+    print(f"batch {args.batch}, {args.rounds} rounds, {limits}\n\n{heading(COLUMNS)}", flush=True)
+    by_model: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    defects: list[str] = []
+
+    def write() -> None:
+        if args.json:
+            rows = [row for measured in by_model.values() for row in measured]
+            write_json(args.json, machine=machine, rounds=args.rounds, limits=asdict(limits), rows=rows)
+
+    write()
     for dtype, name in itertools.product(args.dtype, args.model):
-        if time.monotonic() - started > args.time_limit:
+        if not budget.allows_another():
             print(f"{name} {dtype}: not measured within {args.time_limit:g} s")
             continue
         try:
-            # Compiled graphs of an earlier run would make a first step of this one look fast.
-            with allow_tf32(dtype == "tf32"), torch._inductor.utils.fresh_cache():
-                rows += (measured := measure(name, dtype, limits, args))
+            # Compiled graphs of an earlier run would make a first step of this one look fast. Where no
+            # variant is compiled, kernels that are kept leave more of a time limit to the steps.
+            compiles = any("compiled" in variant for variant in args.variants)
+            cache = torch._inductor.utils.fresh_cache() if compiles else nullcontext()
+            with allow_tf32(dtype == "tf32"), cache:
+                measured = by_model[name, dtype] = measure(name, dtype, args, defects)
         except TrainingError as error:
             raise SystemExit(str(error)) from None
         print("\n".join(line(COLUMNS, row) for row in measured), flush=True)
         for row in measured:
             for op in row.get("profile", ()):
                 print(f"    {row['variant']:26} {op['milliseconds']:9.1f} ms {op['calls']:6,} x {op['op']}")
-        if args.json:
-            write_json(args.json, machine=machine, rounds=args.rounds, limits=asdict(limits), rows=rows)
+        write()
+    print(f"\n{heading(FLOORS)}")
+    budget = Budget(budget.left())
+    for measured in by_model.values():
+        if budget.allows_another():
+            add_floors(measured, limits, args)
+            print("\n".join(line(FLOORS, row) for row in measured), flush=True)
+            write()
+    rows = [row for measured in by_model.values() for row in measured]
     print("\n" + comparison(rows))
+    if defects:
+        raise SystemExit("\n".join(defects))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 import contextlib
+import math
 import os
 
 # Before torch reads it. The tensors here are small, and threads waiting for one another would take most of
@@ -26,6 +27,11 @@ def pytest_addoption(parser):
     parser.addoption(
         "--few-rows", action="store_true", help="of each family's table only the rows that are traced"
     )
+    parser.addoption(
+        "--one-shape",
+        action="store_true",
+        help="of each test one shape, in float32 and bfloat16; none that needs most of a GPU's memory",
+    )
 
 
 def pytest_configure(config):
@@ -38,7 +44,30 @@ def pytest_configure(config):
         settings.load_profile("more" if config.getoption("--run-slow") else "repeatable")
 
 
+# Parameters of tests that are shapes, layouts or parts.
+SHAPES = {"shape", "dim", "case", "bias_shape", "layout", "layouts", "mask", "n", "given", "parts", "dtype"}
+
+
+def one_shape(items):
+    """The row of the largest shape of those that differ in nothing else."""
+    chosen = {}
+    for item in items:
+        values = item.callspec.params if hasattr(item, "callspec") else {}
+        dtype, size = values.get("dtype", torch.float32), math.prod(values.get("shape") or ())
+        if dtype not in (torch.float32, torch.bfloat16) or "2_31" in item.name:
+            continue
+        rest = (f"{name}={value}" for name, value in values.items() if name not in SHAPES)
+        key = (item.path, item.originalname, dtype, *rest)
+        if key not in chosen or size >= chosen[key][0]:
+            chosen[key] = size, item
+    return [item for _, item in chosen.values()]
+
+
 def pytest_collection_modifyitems(config, items):
+    if config.getoption("--one-shape"):
+        kept = one_shape(items)
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = kept
     needs_gpu = pytest.mark.skip(reason="needs a CUDA GPU: torch.cuda.is_available() is False")
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():

@@ -3,13 +3,16 @@
 import contextlib
 import functools
 import json
+import os
 import platform
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))
 pytest.importorskip("timm", reason="benchmarks.steps needs: pip install 'gradnorm_kernels[train]'")
 
-from benchmarks import kernels, limits, measure, penalties, report, steps  # noqa: E402
+from benchmarks import gpu, kernels, limits, measure, penalties, report, steps  # noqa: E402
 
 QUICK = ["--device=cpu", "--rounds=2"]
 SMALL_KERNEL = [*QUICK, "--shape", "4", "9", "32"]
@@ -50,9 +53,8 @@ def run(tmp_path):
         file = tmp_path / "new" / "out.json"
         try:
             program.main([*arguments, "--json", str(file)])
-        except SystemExit:
-            assert not file.exists()
-            raise
+        finally:
+            run.rows = json.loads(file.read_text())["rows"] if file.exists() else None
         return json.loads(file.read_text()) if file.exists() else None
 
     return run
@@ -158,6 +160,7 @@ def test_copies_of_one_size_that_differ_are_refused(monkeypatch, run, capsys, sl
         return
     with pytest.raises(SystemExit):
         run(kernels, *arguments)
+    assert run.rows and not any(row["setting"] == "tanh" and row["dtype"] == "float32" for row in run.rows)
     wrong = "float32 ran at 19.6 GB/s beside gelu tanh forward [1024, 1024], at 29.8 GB/s beside most"
     assert capsys.readouterr().out.count(wrong) == 3
     assert calls["tanh", "float32"] == 3 and calls["none", "float32"] == 1
@@ -187,10 +190,12 @@ def test_kernels_json(run, capsys):
         (forgetful_gelu, "double_backward"),
     ],
 )
-def test_wrong_fused_op_stops_the_run(monkeypatch, run, wrong, where):
+def test_wrong_fused_op_fails_the_run(monkeypatch, run, wrong, where):
+    """After the others were measured."""
     monkeypatch.setattr(gk.functional, "gelu", wrong)
-    with pytest.raises(SystemExit, match=f"^gelu none float32 {where}: fused is off by "):
-        run(kernels, *SMALL_KERNEL, "--op", "gelu")
+    with pytest.raises(SystemExit, match=rf"^gelu none float32 \(4, 9, 32\): {where}: fused is off by "):
+        run(kernels, *SMALL_KERNEL, "--op", "gelu", "relu", "--dtype", "float32")
+    assert {row["op"] for row in run.rows} == {"relu"}
 
 
 @pytest.mark.slow
@@ -305,10 +310,12 @@ def test_batch_norm_mode(mode):
         assert not isinstance(module, torch.nn.ReLU)
 
 
-def test_disagreeing_variant_stops_the_run(monkeypatch):
+def test_disagreeing_variant_fails_the_run(monkeypatch, run):
     monkeypatch.setattr(gk.functional, "gelu", forgetful_gelu)
-    with pytest.raises(SystemExit, match=rf"{TRANSFORMER} fuse: gradients are .* off stock's"):
-        steps.main([*SMALL_STEP, "--model", TRANSFORMER, "--variants", "fuse"])
+    with pytest.raises(SystemExit, match=rf"{TRANSFORMER} fuse float32: gradients are .* off stock's"):
+        run(steps, *SMALL_STEP, "--model", TRANSFORMER, "--variants", "fuse")
+    stock, fuse = run.rows
+    assert stock["milliseconds"] > 0 and "milliseconds" not in fuse
 
 
 @pytest.mark.parametrize("failing", ["stock", "fuse"])
@@ -344,13 +351,17 @@ def test_out_of_memory_beside_the_others(monkeypatch, run):
     assert rows["fuse"]["error"] == "out of memory" and rows["switch"]["time_over_stock"] > 0
 
 
-def test_what_of_ours_does_not_run_stops_the_run(monkeypatch):
+def test_what_of_ours_does_not_run_fails_the_run(monkeypatch, run):
+    """After the others were measured."""
+
     def fail(model):
         raise RuntimeError("a defect")
 
     monkeypatch.setitem(steps.VARIANTS, "fuse", steps.Variant(steps.backward_step, steps.PENALTY, fail))
-    with pytest.raises(RuntimeError, match="a defect"):
-        steps.main([*SMALL_STEP, "--model", "resnet18", "--variants", "fuse"])
+    with pytest.raises(SystemExit, match="resnet18 fuse float32: a defect"):
+        run(steps, *SMALL_STEP, "--model", "resnet18", "--variants", "fuse")
+    stock, fuse = run.rows
+    assert fuse["error"] == "refused: a defect" and stock["milliseconds"] > 0
 
 
 def test_functional_step_of_batch_norm(monkeypatch):
@@ -382,9 +393,44 @@ def test_limits(run, capsys):
 
 
 def test_time_limit(run, capsys):
+    """What does not fit is not begun; the ceilings are in the file all the same."""
     options = ["--model", TRANSFORMER, "--variants", "stock", "--time-limit", "0"]
-    assert run(steps, *SMALL_STEP, *options) is None
+    written = run(steps, *SMALL_STEP, *options)
+    assert written["rows"] == [] and written["limits"]["copy_bytes_per_second"] > 0
     assert f"{TRANSFORMER} float32: not measured within 0 s" in capsys.readouterr().out
+    run(kernels, *SMALL_KERNEL, "--op", "gelu", "--time-limit", "0")
+    assert capsys.readouterr().out.count("not measured within 0 s") == 4
+
+
+def test_budget(monkeypatch):
+    """What comes next is expected to take as long as the last."""
+    now = 10.0
+    monkeypatch.setattr(measure, "time", SimpleNamespace(monotonic=lambda: now))
+    budget = measure.Budget(10)
+    allowed = []
+    for now in (10.0, 13.0, 16.5, 17.0):  # noqa: B007 (monotonic reads it)
+        allowed.append((budget.allows_another(), budget.left()))
+    assert allowed == [(True, 10), (True, 7), (True, 3.5), (True, 3)]
+    now = 19.0
+    assert not budget.allows_another()
+
+
+def test_every_row_is_written_when_it_is_measured(monkeypatch, tmp_path):
+    """A run that is cut off keeps what it has, and no file in pieces."""
+    file = tmp_path / "out.json"
+    measured = kernels.measure
+
+    def cut_off(case, *arguments):
+        if case.op == "relu":
+            raise KeyboardInterrupt
+        return measured(case, *arguments)
+
+    monkeypatch.setattr(kernels, "measure", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        options = ["--op", "silu", "relu", "--dtype", "float32"]
+        kernels.main([*SMALL_KERNEL, *options, "--json", str(file)])
+    assert {row["op"] for row in json.loads(file.read_text())["rows"]} == {"silu"}
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_first_step_limit(monkeypatch, run):
@@ -655,3 +701,173 @@ class TestReport:
         alone = [timed("fuse", 0.25, time_over_stock=None), timed("pgd3", 1, time_over_stock=None)]
         line = report.comparison([refused | {"variant": "stock"}, *alone]).splitlines()[-1]
         assert f"| {missing} | 0.25 | {missing} | {missing} |" in line
+
+
+class TestGpu:
+    """`benchmarks.gpu`, on a CPU."""
+
+    @pytest.fixture
+    def a_row(self, tmp_path):
+        """Makes a row of tests, of which the text is given."""
+
+        def a_row(text, name="a row", seconds=60.0, **facts):
+            file = tmp_path / f"test_{len(list(tmp_path.iterdir()))}.py"
+            file.write_text(
+                f"import os, pytest, signal, time\n\n\ndef test_it(record_property):\n    {text}\n"
+            )
+            # Without plugins, to start sooner.
+            alone = (("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1"),)
+            return gpu.Row(name, seconds, (str(file),), environment=alone, **facts)
+
+        return a_row
+
+    def with_a_child(self, file):
+        """A test that waits for a process, whose number it writes."""
+        move = f"os.rename('{file}.new', '{file}')"
+        write = f"open('{file}.new', 'w').write(str(child.pid)); {move}"
+        return f"import subprocess; child = subprocess.Popen(['sleep', '60']); {write}; child.wait()"
+
+    def ends(self, file):
+        """Whether that process does, soon."""
+        stat = Path(f"/proc/{file.read_text()}/stat")
+        for _ in range(100):
+            # Z: it ended, and nobody asked how.
+            if not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+            time.sleep(0.1)
+        return False
+
+    @pytest.mark.parametrize(
+        ("text", "outcome", "details"),
+        [
+            ("record_property('float32', 'fused 1e-6')", "passed", "float32: fused 1e-6"),
+            ("pass", "passed", "1 passed"),
+            ("assert 1 == 2", "failed", "test_it: assert 1 == 2"),
+            ("os.kill(os.getpid(), signal.SIGSEGV)", "failed", "no results, signal 11"),
+            ("pytest.skip('needs a GPU')", "not run", "needs a GPU"),
+            ("pass\n\n\ntest_it.__test__ = False", "failed", "there is no such test"),
+        ],
+    )
+    def test_outcomes(self, a_row, text, outcome, details):
+        found = gpu.Runner(60, 1)(a_row(text))
+        assert (found["row"], found["outcome"], found["details"]) == ("a row", outcome, details)
+        assert found["seconds"] > 0 and ("printed" in found) == (outcome == "failed")
+
+    def test_time_limits(self, tmp_path, a_row):
+        """A row that hangs is ended with what it started; one that the time of all cut off has not failed."""
+        child = tmp_path / "child"
+        found = gpu.Runner(60, 1)(a_row(self.with_a_child(child), seconds=4.0))
+        assert (found["outcome"], found["details"]) == ("failed", "not done in 4 s")
+        assert not child.exists() or self.ends(child)
+        runner = gpu.Runner(1.5, 1)
+        found = [runner(a_row("time.sleep(60)")) for _ in range(2)]
+        assert [row["outcome"] for row in found] == ["not run"] * 2
+        assert [row["details"] for row in found] == ["not done within 1.5 s of all", "not begun within 1.5 s"]
+
+    @pytest.mark.parametrize(
+        ("printed", "status", "outcome", "details"),
+        [
+            ("ERROR SUMMARY: 0 errors", None, "passed", "1 passed"),
+            ("ERROR SUMMARY: 3 errors", 86, "failed", "sanitizer: 3 errors, exit status 86"),
+            ("", None, "failed", "sanitizer: no summary of errors, exit status 0"),
+            ("Error: Device not supported.", 1, "not run", "Device not supported."),
+            (None, None, "not run", "there is no sanitizer on PATH"),
+        ],
+    )
+    def test_sanitizer(self, monkeypatch, tmp_path, a_row, printed, status, outcome, details):
+        """What it says of the test that it runs; it is no pass where it is not there."""
+        if printed is not None:
+            tool = tmp_path / "bin" / "sanitizer"
+            tool.parent.mkdir()
+            tool.write_text(
+                f'#!/bin/sh\nshift\n"$@"\nstatus=$?\necho "{printed}"\nexit {status or "$status"}\n'
+            )
+            tool.chmod(0o755)
+            monkeypatch.setenv("PATH", str(tool.parent), prepend=":")
+        found = gpu.Runner(60, 1)(a_row("pass", tool=("sanitizer", "--option")))
+        assert (found["outcome"], found["details"]) == (outcome, details)
+
+    def test_rows_and_their_file(self, monkeypatch, tmp_path, a_row, capsys):
+        """The file holds each row as soon as it is done, in the order of importance."""
+        rows = [
+            a_row("time.sleep(2)", "slow"),
+            a_row("assert False", "broken"),
+            a_row("pytest.skip('no GPU')", "skipped"),
+        ]
+        monkeypatch.setattr(gpu, "check_rows", lambda device: rows)
+        file, written = tmp_path / "out" / "check.json", []
+
+        def write(path, **contents):
+            measure.write_json(path, **contents)
+            written.append([row["row"] for row in json.loads(path.read_text())["rows"]])
+
+        monkeypatch.setattr(gpu, "write_json", write)
+        options = ["check", "--device", "cpu", "--json", str(file), "--jobs", "2"]
+        assert gpu.main(options) == 1
+        assert [len(names) for names in written] == [1, 2, 3] and written[-1] == ["slow", "broken", "skipped"]
+        contents = json.loads(file.read_text())
+        assert contents["machine"].keys() >= COMMITTED["machine"].keys() and contents["seconds"] == 240
+        assert [row["outcome"] for row in contents["rows"]] == ["passed", "failed", "not run"]
+        assert "1 passed, 1 failed, 1 not run" in capsys.readouterr().out
+        assert gpu.main([*options, "--only", "s[lk]"]) == 0
+        with pytest.raises(SystemExit) as exit:
+            gpu.main([*options, "--only", "nothing"])
+        assert exit.value.code == 2
+
+    def test_a_run_that_is_ended_ends_its_rows(self, monkeypatch, tmp_path, a_row):
+        """And keeps those that were done."""
+        child = tmp_path / "child"
+        rows = [a_row("pass", "done"), a_row(self.with_a_child(child), "endless")]
+        monkeypatch.setattr(gpu, "check_rows", lambda device: rows)
+        file = tmp_path / "check.json"
+
+        def end_it():
+            while not child.exists():
+                time.sleep(0.1)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        threading.Thread(target=end_it, daemon=True).start()
+        with pytest.raises(SystemExit) as exit:
+            gpu.main(["check", "--device", "cpu", "--json", str(file), "--jobs", "1"])
+        assert exit.value.code == 128 + signal.SIGTERM
+        assert [row["row"] for row in json.loads(file.read_text())["rows"]] == ["done"]
+        assert self.ends(child)
+
+    @pytest.mark.parametrize("device", ["cpu", "cuda"])
+    def test_rows_are_there(self, device):
+        """Every test that a row names, and every option of a benchmark."""
+        rows = gpu.check_rows(device)
+        assert len({row.name for row in rows}) == len(rows)
+        named = {row.arguments[0].removeprefix("tests/") for row in rows if "::" in row.arguments[0]}
+        collected = []
+        plugin = SimpleNamespace(pytest_collection_finish=lambda session: collected.extend(session.items))
+        options = ["--collect-only", "-q", "-p", "no:cacheprovider"]
+        assert pytest.main([*options, str(ROOT / "tests" / "test_gpu.py")], plugins=[plugin]) == 0
+        assert named == {f"test_gpu.py::{item.name}" for item in collected if device in item.name}
+        for row in rows:
+            assert (ROOT / row.arguments[0].partition("::")[0]).exists()
+        programs = {"benchmarks.steps": steps.options, "benchmarks.kernels": kernels.options}
+        for row in gpu.bench_rows(device, 3):
+            program, *options = row.arguments
+            args = programs[program]().parse_args([*options, "--time-limit", "7"])
+            assert args.time_limit == 7 and device in args.json.stem
+            # Those of a stand-in are no results.
+            assert (args.json.parent == report.RESULTS) == (device == "cuda")
+
+    @pytest.mark.slow
+    def test_what_bench_runs(self, monkeypatch, tmp_path):
+        """Each of its rows measures something; compiled steps run by ATen: to generate code takes minutes."""
+        compile = torch.compile
+        monkeypatch.setattr(torch, "compile", lambda f, **options: compile(f, backend="aot_eager", **options))
+        monkeypatch.setattr(gpu, "folder", lambda device: tmp_path)
+        for row in gpu.bench_rows("cpu", 1):
+            program = {"benchmarks.steps": steps, "benchmarks.kernels": kernels}[row.arguments[0]]
+            program.main([*row.arguments[1:], "--time-limit", "600"])
+        written = {file.stem: json.loads(file.read_text())["rows"] for file in tmp_path.iterdir()}
+        assert written.keys() == {"steps-cpu", "kernels-cpu", "steps-cpu-float32", "rivals-cpu"}
+        variants = {name: {row["variant"] for row in rows} for name, rows in written.items()}
+        assert variants["steps-cpu"] == {"stock", "fuse", "pgd3", "natural"} == variants["steps-cpu-float32"]
+        assert variants["kernels-cpu"] == {"stock", "fused"}
+        assert variants["rivals-cpu"] == {"stock", "fuse", "compiled"}
+        done = [row for rows in written.values() for row in rows if row["variant"] != "compiled"]
+        assert all(row["milliseconds"] > 0 for row in done)

@@ -21,9 +21,11 @@ from PIL import Image
 
 from gradnorm_kernels import FusedGeLU
 from gradnorm_kernels.training import models
+from gradnorm_kernels.training import trainer as trainer_module
 from gradnorm_kernels.training.config import MAY_CHANGE, Interrupted, TrainConfig, load_recipe
 from gradnorm_kernels.training.data import Data, load_data, seed_everything
 from gradnorm_kernels.training.files import CHECKPOINT, load_checkpoint, resumed_config, write_file
+from gradnorm_kernels.training.graph import GraphedBackward
 from gradnorm_kernels.training.models import Normalize, create_model, input_spec, load_model
 from gradnorm_kernels.training.options import TrainingError
 from gradnorm_kernels.training.trainer import Trainer, train
@@ -110,6 +112,11 @@ class TestModels:
             ("opt", {"opt": "no_such_optimizer"}),
             ("compile", {"compile": True, "engine": "finite_difference"}),
             ("engine", {"precision": "bfloat16", "engine": "finite_difference"}),
+            ("cuda_graph", {"cuda_graph": True, "device": "cpu"}),
+            ("cuda_graph", {"cuda_graph": True, "compile": True}),
+            ("cuda_graph", {"cuda_graph": True, "checkpoint": True}),
+            ("cuda_graph", {"cuda_graph": True, "objective": "adversarial"}),
+            ("cuda_graph", {"cuda_graph": True, "engine": "forward_over_reverse"}),
         ],
     )
     def test_bad_options_are_named(self, name, change, tmp_path):
@@ -487,6 +494,38 @@ class TestOptions:
                 loss, _ = trainer.step(*batch)
             steps.append([loss.total, *trainer.model.state_dict().values()])
         torch.testing.assert_close(*steps, rtol=1e-4, atol=1e-6)
+
+    def test_captured_steps_equal_the_others(self, monkeypatch):
+        """While the norm's weight rises and after, of batches in parts, with a stand-in for CUDA graphs."""
+        test_gpu = pytest.importorskip("test_gpu")
+        captures = []
+
+        def capture(run):
+            captures.append(run)
+            return test_gpu.call_again(run)
+
+        monkeypatch.setattr(trainer_module, "graphed", lambda run, _: GraphedBackward(run, capture))
+        ended = []
+        for cuda_graph in (False, True):
+            trainer = quick_trainer(cuda_graph=cuda_graph, batch_size=100, accumulate=2, ramp_epochs=2.0)
+            images, targets = trainer.data.first_batch()
+            for trainer.epoch in range(5):
+                loss, norm = trainer.step(images.roll(trainer.epoch, 0), targets.roll(trainer.epoch, 0))
+            ended.append([loss.total, loss.logits, norm, *trainer.model.state_dict().values()])
+        assert len(captures) == 1
+        torch.testing.assert_close(*ended, rtol=1e-6, atol=1e-7)
+
+    def test_a_step_that_cannot_be_captured_is_reported(self, monkeypatch):
+        def refuse(run):
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+        monkeypatch.setattr(trainer_module, "graphed", lambda run, _: GraphedBackward(run, refuse))
+        trainer = quick_trainer(cuda_graph=True)
+        batch = trainer.data.first_batch()
+        for _ in range(2):
+            trainer.loss(*batch)
+        with pytest.raises(TrainingError, match="cuda_graph: this step cannot be captured: operation not"):
+            trainer.loss(*batch)
 
     def test_a_step_that_does_not_compile_is_reported(self):
         trainer = quick_trainer(compile=True)

@@ -120,6 +120,11 @@ class TrainConfig(_WithObjectives):
         "compute the model's repeated blocks again in each backward pass instead of keeping their results",
     )
     compile: bool = option(False, "compile the step's loss and gradients as a whole with torch.compile")
+    cuda_graph: bool = option(
+        False,
+        "capture the step's loss and gradients in a CUDA graph once the norm's weight stays the same; no GPU"
+        " has run it yet",
+    )
     epochs: int = option(30, "passes over the training images", minimum=1)
     batch_size: int = option(128, "images per step, over all processes", minimum=1)
     accumulate: int = option(1, "parts that each process works a step's images off in", minimum=1)
@@ -153,6 +158,15 @@ class TrainConfig(_WithObjectives):
             raise TrainingError("init: the run starts from timm's pretrained weights already (pretrained)")
         if self.checkpoint and self.compile:
             raise TrainingError("checkpoint: a compiled step decides by itself what it computes again")
+        if self.cuda_graph:
+            # The others draw numbers, or copy the generators' states, where a graph would freeze them.
+            if self.compile or self.checkpoint:
+                name = "compile" if self.compile else "checkpoint"
+                raise TrainingError(f"cuda_graph: cannot go with {name}")
+            if self.objective not in ("natural", "gradient_norm") or self.engine != "double_backprop":
+                raise TrainingError(
+                    "cuda_graph: captures the objectives natural and gradient_norm, by double_backprop"
+                )
         for row in OBJECTIVES.values():
             row.check(self)
         if self.data is None:

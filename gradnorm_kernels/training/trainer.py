@@ -38,6 +38,7 @@ from .data import Data, load_data, seed_everything
 from .distributed import any_process, process_group, rank, summed, world_size
 from .execution import compiled, find_device, for_training, tf32, without_exchange
 from .files import CHECKPOINT, load_checkpoint, write_file, write_lines, write_tensorboard, write_text
+from .graph import graphed
 from .models import build_model
 from .objectives import OBJECTIVES, Loss, Objective, make_objective
 from .objectives.common import evaluated
@@ -164,6 +165,8 @@ class Trainer:
         )
         self.objective = make_objective(config)
         self._backward = compiled(_backward) if config.compile else _backward
+        if config.cuda_graph:
+            self._backward = graphed(_backward, self.device)
         self.epoch, self.step_in_epoch = 0, 0
         self.sums: defaultdict[str, float] = defaultdict(float)
         self.history: list[State] = []
