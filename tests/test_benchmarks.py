@@ -841,7 +841,7 @@ class TestGpu:
         named = {row.arguments[0].removeprefix("tests/") for row in rows if "::" in row.arguments[0]}
         collected = []
         plugin = SimpleNamespace(pytest_collection_finish=lambda session: collected.extend(session.items))
-        options = ["--collect-only", "-q", "-p", "no:cacheprovider"]
+        options = ["--collect-only", "--run-slow", "-q", "-p", "no:cacheprovider"]
         assert pytest.main([*options, str(ROOT / "tests" / "test_gpu.py")], plugins=[plugin]) == 0
         assert named == {f"test_gpu.py::{item.name}" for item in collected if device in item.name}
         for row in rows:
