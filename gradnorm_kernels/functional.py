@@ -598,7 +598,7 @@ def cross_entropy(
     Raises:
         IndexError: if a class is neither ``ignore_index`` nor one of the C. On CUDA its loss and gradient are
             NaN.
-        Exception: what PyTorch raises for any other bad argument.
+        TypeError, ValueError, RuntimeError: for any other bad argument, as PyTorch's own.
     """
     if torch.compiler.is_compiling():
         return torch.nn.functional.cross_entropy(

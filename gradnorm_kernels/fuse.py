@@ -41,7 +41,7 @@ def fuse(model: Model, *, dry_run: bool = False) -> Model:
     kernel, an attention's ``softmax`` and ``attn_drop``, a gated unit's ``act``, stay where they are and are
     no longer called, so that hooks on them do not fire.
 
-    Swapped are ``torch.nn``'s BatchNorm, Conv, ELU, GELU, GLU, GroupNorm, Hardsigmoid, Hardswish,
+    Swapped are ``torch.nn``'s BatchNorm, Conv, CrossEntropyLoss, ELU, GELU, GLU, GroupNorm, Hardsigmoid, Hardswish,
     InstanceNorm, LayerNorm, LeakyReLU, LogSigmoid, LogSoftmax, Mish, MultiheadAttention, RMSNorm, ReLU,
     ReLU6, SiLU, Sigmoid, Softmax, Softplus, Softsign, Tanh and its weight normalisation by
     ``parametrizations``, pools, reflect and replicate pads, Hardtanh, Threshold and the shrinks (whose input
