@@ -1,11 +1,11 @@
 // Cross-entropy of logits with classes or probabilities: the CPU, meta and composite implementations of its
 // ops, how it is differentiated, and the override of PyTorch's own.
 //
-// A row x of logits with p = softmax(x) and a target q, whose sum is Q (1 but for probabilities), has the loss
-// Q log sum(e^x) - <q, x>, and with g the loss's gradient that of x is h = g (Q p - q). With v the gradient of
-// h, those of g and x are Q <p, v> - <q, v> and g Q p (v - <p, v>). Nothing but x and the target is kept, and
-// of classes no pass makes a tensor of x's size but its result. Where a target is differentiated, the
-// composite is taken.
+// A row x of logits with p = softmax(x) and a target q, whose sum is Q (1 but for probabilities), has the
+// loss Q log sum(e^x) - <q, x>, and with g the loss's gradient that of x is h = g (Q p - q). With v the
+// gradient of h, those of g and x are Q <p, v> - <q, v> and g Q p (v - <p, v>). Nothing but x and the target
+// is kept, and of classes no pass makes a tensor of x's size but its result. Where a target is
+// differentiated, the composite is taken.
 #include "cpu/cross_entropy.h"
 
 #include <ATen/OpMathType.h>
@@ -90,7 +90,8 @@ struct Parts {
 struct DoubleBackward {
   static constexpr auto schema =
       "cross_entropy_double_backward(Tensor grad_grad_input, Tensor grad_output, Tensor input, "
-      "Tensor target, int ignore_index, float label_smoothing) -> (Tensor grad_grad_output, Tensor grad_input)";
+      "Tensor target, int ignore_index, float label_smoothing) -> (Tensor grad_grad_output, Tensor "
+      "grad_input)";
   const Tensor &grad_grad_input, &grad_output, &input, &target;
   int64_t ignore_index;
   double label_smoothing;
@@ -220,8 +221,7 @@ struct Forward {
     const auto of = checked();
     const Parts parts(of);
     // A logit of -inf that is none of the target's.
-    const Tensor log_p =
-        of.has_probabilities() ? parts.log_p : parts.log_p.masked_fill(parts.q == 0, 0);
+    const Tensor log_p = of.has_probabilities() ? parts.log_p : parts.log_p.masked_fill(parts.q == 0, 0);
     return (parts.q * log_p).sum(of.dim()).neg().to(input.scalar_type());
   }
   Tensor cpu() const {

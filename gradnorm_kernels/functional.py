@@ -576,10 +576,10 @@ def cross_entropy(
 
     Of classes, the forward reads the logits; the backward, :math:`g\,(p - q)`, reads them and writes one
     tensor; the double backward, :math:`g\,p\,(v - \sum p v)` and :math:`\sum p v - \sum q v`, reads two and
-    writes one. Probabilities are read as well. Only the logits and the target are saved. The third order and
-    ``torch.func`` transforms are exact, through plain ATen ops. PyTorch's own ops compute the rest: targets of
-    another dtype than int64 or the logits', classes with both ``weight`` and ``label_smoothing``, nested
-    tensors, and regions compiled by ``torch.compile``.
+    writes one. Probabilities are read as well. Only the logits and the target are saved. The third order,
+    the gradient of probabilities and ``torch.func`` transforms are exact, through plain ATen ops. PyTorch's
+    own ops compute the rest: targets of another dtype than int64 or the logits', classes with both ``weight``
+    and ``label_smoothing``, nested tensors, and regions compiled by ``torch.compile``.
 
     Args:
         input: (C), (N, C) or (N, C, d1, ...), any strides; float16, bfloat16, float32 or float64. Arithmetic
@@ -592,8 +592,8 @@ def cross_entropy(
         label_smoothing: between 0 and 1, the share that all classes have in equal parts.
 
     Returns:
-        A scalar, or with ``"none"`` a tensor of ``input``'s shape without C. In a region of ``torch.autocast``
-        float32.
+        A scalar, or with ``"none"`` a tensor of ``input``'s shape without C; float32 in a region of
+        ``torch.autocast``.
 
     Raises:
         IndexError: if a class is neither ``ignore_index`` nor one of the C. On CUDA its loss and gradient are

@@ -16,8 +16,8 @@ enum Order { kForward, kBackward, kDoubleBackward };
 
 // Of a row x of logits with the softmax p and the target q, whose sum is Q: the loss Q log sum(e^x) - <q, x>
 // of x shifted by its maximum; its gradient g (Q p - q); and of that one's gradient v the gradients
-// Q <p, v> - <q, v> of g and g Q p (v - <p, v>) of x. Here q = keep t + floor, with t the target before it was
-// smoothed. A first walk along the row takes the maximum, a second the sums, a third writes.
+// Q <p, v> - <q, v> of g and g Q p (v - <p, v>) of x. Here q = keep t + floor, with t the target before it
+// was smoothed. A first walk along the row takes the maximum, a second the sums, a third writes.
 template <class T, Order order, bool soft, size_t Operands>
 void rows(const std::array<Tensor, Operands>& operands, size_t outputs, const CrossEntropy& of) {
   using P = Pack<T>;
@@ -80,8 +80,7 @@ void rows(const std::array<Tensor, Operands>& operands, size_t outputs, const Cr
       const Scalar mass = soft ? keep * t[r] + smoothing : 1;
       Scalar of_target = tu[r];
       if constexpr (!soft) {
-        TORCH_CHECK_INDEX(
-            0 <= labels[r] && labels[r] < classes, "Target ", labels[r], " is out of bounds.");
+        TORCH_CHECK_INDEX(0 <= labels[r] && labels[r] < classes, "Target ", labels[r], " is out of bounds.");
         of_target = order == kForward    ? x_row[labelled(r)] - shift[r]
                     : order == kBackward ? 0
                                          : Scalar(v_row[labelled(r)]);
@@ -131,8 +130,8 @@ void run(const CrossEntropy& of, size_t outputs, const Operands&... operands) {
     using T = decltype(type);
     const std::array all{operands..., of.input, of.target};
     const bool soft = of.target.is_floating_point();
-    (soft ? rows<T, order, true, sizeof...(operands) + 2> : rows<T, order, false, sizeof...(operands) + 2>)(
-        all, outputs, of);
+    (soft ? rows<T, order, true, sizeof...(operands) + 2>
+          : rows<T, order, false, sizeof...(operands) + 2>)(all, outputs, of);
   });
 }
 

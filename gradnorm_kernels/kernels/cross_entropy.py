@@ -111,23 +111,16 @@ def cross_entropy_kernel(
             ev_sum += _sum(e * v)
             linear += _sum(q * v)
 
-    mass = q_sum
-    if not soft:
-        mass = zero + 1.0
-    if order == 0:
-        value = mass * tl.log(e_sum) - linear
-    else:
-        value = mass * (ev_sum / e_sum) - linear
-    if not soft:
-        value = tl.where((label >= 0) & (label < n_cols), value, float("nan"))
-        value = tl.where(label == ignore_index, 0.0, value)
+    mass = q_sum if soft else zero + 1.0
+    is_there = in_rows if soft else (label >= 0) & (label < n_cols)
+    is_counted = in_rows if soft else label != ignore_index
     if order != 1:
+        value = mass * (tl.log(e_sum) if order == 0 else ev_sum / e_sum) - linear
+        value = tl.where(is_counted, tl.where(is_there, value, float("nan")), 0.0)
         tl.store(rows_ptr + own, value, mask=in_rows)
     if order != 0:
-        g = load(grad_output_ptr, own, in_rows)
-        if not soft:
-            g = tl.where((label >= 0) & (label < n_cols), g, float("nan"))
-            g = tl.where(label == ignore_index, 0.0, g)
+        g = tl.where(is_there, load(grad_output_ptr, own, in_rows), float("nan"))
+        g = tl.where(is_counted, g, 0.0)
         from_e = g * mass / e_sum
         for start in range(0, n_cols, block_cols):
             cols = start + tl.arange(0, block_cols)[None, :]
