@@ -30,7 +30,7 @@ void rows(const std::array<Tensor, Operands>& operands, size_t outputs, const Cr
     return P::map([](const auto& part) { return exp_nonpositive(part); }, x);
   };
 
-  for_each_row<T>(of.input, operands, outputs, of.dim, [&](const auto& data, const auto& row) {
+  for_each_row<T>(operands, outputs, of.dim, [&](const auto& data, const auto& row) {
     // Outputs, then the gradients that are given, input and target.
     const T *x_row = data[Operands - 2], *t_row = data[Operands - 1];
     const T *g_rows = data[Operands - 3], *v_row = data[outputs];

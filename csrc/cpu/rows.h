@@ -57,13 +57,14 @@ struct Across {
   }
 };
 
-// Calls fn(pointers to the operands' first elements, Along or Across) for every row of `like` along dim, or
-// pack of rows, on all of PyTorch's threads. The operands, outputs first, have the shape of `like` and
-// contiguous rows, or hold one element a row.
+// Calls fn(pointers to the operands' first elements, Along or Across) for every row along dim, or pack of
+// rows, on all of PyTorch's threads. The operands, outputs first, have one shape and contiguous rows, or hold
+// one element a row.
 template <class T, size_t Operands, class Fn>
 void for_each_row(
-    const at::Tensor& like, const std::array<at::Tensor, Operands>& operands, size_t outputs, int64_t dim,
-    const Fn& fn) {
+    const std::array<at::Tensor, Operands>& operands, size_t outputs, int64_t dim, const Fn& fn) {
+  const at::Tensor& like = *std::max_element(
+      operands.begin(), operands.end(), [](const auto& a, const auto& b) { return a.dim() < b.dim(); });
   if (like.numel() == 0) {
     return;
   }

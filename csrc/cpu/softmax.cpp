@@ -22,36 +22,34 @@ void forward_rows(const Tensor& output, const Tensor& input, const Tensor& bias)
   }
   constexpr Scalar lowest = -std::numeric_limits<Scalar>::infinity();
 
-  for_each_row<T>(
-      input, operands, 1, std::max<int64_t>(input.dim() - 1, 0), [&](const auto& data, Along<T> row) {
-        // The row's sums, then their exponentials, in whole packs of the dtype of the arithmetic.
-        thread_local std::vector<Scalar> buffer;
-        buffer.resize((row.n + P::size - 1) / P::size * P::size);
-        Scalar* const scratch = buffer.data();
+  for_each_row<T>(operands, 1, std::max<int64_t>(input.dim() - 1, 0), [&](const auto& data, Along<T> row) {
+    // The row's sums, then their exponentials, in whole packs of the dtype of the arithmetic.
+    thread_local std::vector<Scalar> buffer;
+    buffer.resize((row.n + P::size - 1) / P::size * P::size);
+    Scalar* const scratch = buffer.data();
 
-        P largest(lowest);
-        row.each([&](int64_t i, auto count) {
-          P x = P::load(data[1] + i, count);
-          if constexpr (has_bias) {
-            x = x + P::load(data[2] + i, count);
-          }
-          x = x.first(count, lowest);
-          largest = maximum(largest, x);
-          x.store(scratch + i, P::size);
-        });
-        const P shift(largest.max());
-        P sum;
-        row.each([&](int64_t i, int64_t) {
-          const P x = P::load(scratch + i, P::size) - shift;
-          const P exponential = P::map([](const auto& part) { return exp_nonpositive(part); }, x);
-          sum = sum + exponential;
-          exponential.store(scratch + i, P::size);
-        });
-        const P scale = P(1) / row.total(sum);
-        row.each([&](int64_t i, auto count) {
-          (P::load(scratch + i, P::size) * scale).store(data[0] + i, count);
-        });
-      });
+    P largest(lowest);
+    row.each([&](int64_t i, auto count) {
+      P x = P::load(data[1] + i, count);
+      if constexpr (has_bias) {
+        x = x + P::load(data[2] + i, count);
+      }
+      x = x.first(count, lowest);
+      largest = maximum(largest, x);
+      x.store(scratch + i, P::size);
+    });
+    const P shift(largest.max());
+    P sum;
+    row.each([&](int64_t i, int64_t) {
+      const P x = P::load(scratch + i, P::size) - shift;
+      const P exponential = P::map([](const auto& part) { return exp_nonpositive(part); }, x);
+      sum = sum + exponential;
+      exponential.store(scratch + i, P::size);
+    });
+    const P scale = P(1) / row.total(sum);
+    row.each(
+        [&](int64_t i, auto count) { (P::load(scratch + i, P::size) * scale).store(data[0] + i, count); });
+  });
 }
 
 template <class T, bool to_input>
@@ -60,7 +58,7 @@ void double_backward_rows(
     const Tensor& grad_output, const Tensor& output, int64_t dim) {
   using P = Pack<T>;
   const std::array operands{grad_grad_output, grad, grad_grad_input, grad_output, output};
-  for_each_row<T>(output, operands, 2, dim, [](const auto& data, const auto& row) {
+  for_each_row<T>(operands, 2, dim, [](const auto& data, const auto& row) {
     T *grad_g_row = data[0], *grad_row = data[1];
     const T *v_row = data[2], *g_row = data[3], *y_row = data[4];
     P v_mean, g_mean;
@@ -101,7 +99,7 @@ void log_double_backward_rows(
     return P::map([](const auto& part) { return exp_nonpositive(part); }, y);
   };
   const std::array operands{grad_grad_output, grad, grad_grad_input, grad_output, output};
-  for_each_row<T>(output, operands, 2, dim, [&](const auto& data, const auto& row) {
+  for_each_row<T>(operands, 2, dim, [&](const auto& data, const auto& row) {
     T *grad_g_row = data[0], *grad_row = data[1];
     const T *v_row = data[2], *g_row = data[3], *y_row = data[4];
     P v_mean;
