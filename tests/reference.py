@@ -236,7 +236,7 @@ def cross_entropy(
     q = ((1 - label_smoothing) * q + label_smoothing / n) * w.view(n, *[1] * (input.ndim - dim - 1))
     losses = -(q * log_softmax(input, dim)).sum(dim)
     if not target.is_floating_point():
-        losses = losses * kept
+        losses = torch.where(kept, losses, 0)
     if reduction == "none":
         return losses
     return losses.sum() / counted.sum() if reduction == "mean" else losses.sum()

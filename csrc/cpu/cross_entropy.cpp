@@ -41,20 +41,22 @@ void rows(const std::array<Tensor, Operands>& operands, size_t outputs, const Cr
     row.each([&](int64_t i, auto count) { largest = maximum(largest, load_x(i, count)); });
     largest = row.largest(largest);
     // u is what q is multiplied with: the shifted logits, or v.
-    P e_sum, t_sum, u_sum, tu_sum, eu_sum;
+    P e_sum, u_sum, eu_sum;
+    // Of probabilities, whose terms may cancel.
+    SumOfParts<P> t_terms, tu_terms;
     row.each([&](int64_t i, auto count) {
       const P shifted = load_x(i, count) - largest, e = exponential(shifted);
       e_sum = e_sum + e;
-      P t, u;
-      if constexpr (soft) {
-        t = P::load(t_row + i, count);
-        t_sum = t_sum + t;
-      }
+      P u;
       if constexpr (order != kBackward) {
         u = order == kForward ? shifted.first(count, 0) : P::load(v_row + i, count);
         u_sum = u_sum + u;
-        tu_sum = tu_sum + t * u;
         eu_sum = eu_sum + e * u;
+      }
+      if constexpr (soft) {
+        const P t = P::load(t_row + i, count);
+        t_terms.add(t);
+        tu_terms.add(t * u);
       }
     });
 
@@ -65,8 +67,9 @@ void rows(const std::array<Tensor, Operands>& operands, size_t outputs, const Cr
       pack.store(values.data(), P::size);
       return values;
     };
-    const Lanes e = lanes(row.total(e_sum)), t = lanes(row.total(t_sum)), u = lanes(row.total(u_sum)),
-                tu = lanes(row.total(tu_sum)), eu = lanes(row.total(eu_sum)), shift = lanes(largest);
+    const Lanes e = lanes(row.total(e_sum)), t = lanes(row.total(t_terms.value())),
+                u = lanes(row.total(u_sum)), tu = lanes(row.total(tu_terms.value())),
+                eu = lanes(row.total(eu_sum)), shift = lanes(largest);
     Lanes g{}, of_e{};  // grad_output, and what makes g Q p of e^x
     const auto is_ignored = [&](int64_t r) { return !soft && labels[r] == of.ignore_index; };
     const auto labelled = [&](int64_t r) { return labels[r] * row.stride + r; };
