@@ -320,7 +320,11 @@ struct Loss {
                                             : losses.mean(wide);
     return result.to(losses.scalar_type());
   }
-  Tensor implicit() const {
+  // It only calls others, at every key: what is batched by torch.func would not come through implicit().
+  Tensor autograd() const {
+    return composite();
+  }
+  Tensor composite() const {
     return is_covered() ? value()
                         : at::cross_entropy_loss_symint(
                               input, target, optional(weight), reduction, ignore_index, label_smoothing);

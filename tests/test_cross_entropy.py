@@ -15,7 +15,6 @@ from torch import nn
 
 import gradnorm_kernels as gk
 
-
 # Of a case, a device and a dtype: the target and the weights.
 CONSTANTS = {}
 
