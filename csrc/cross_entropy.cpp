@@ -305,7 +305,7 @@ struct Loss {
     }
     const Tensor losses = call(Forward{input, target, ignore_index, label_smoothing});
     const Tensor counted = target != ignore_index, weights = weight.take(target * counted) * counted;
-    return reduced(losses * weights, weights.sum());
+    return reduced(losses * weights, reduction == at::Reduction::Mean ? weights.sum() : Tensor());
   }
   // Not through a sum of a half type, which may be too large for it where the mean is not. The mean is over
   // the rows, unless there is a count.
