@@ -40,7 +40,6 @@ FUSED = [
     "nn.functional.conv_transpose2d",
     "nn.functional.conv_transpose3d",
     "nn.functional.cosine_similarity",
-    "nn.functional.cross_entropy",
     "nn.functional.elu",
     "nn.functional.gelu",
     "nn.functional.group_norm",
