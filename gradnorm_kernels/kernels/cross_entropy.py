@@ -112,7 +112,7 @@ def cross_entropy_kernel(
             linear += _sum(q * v)
 
     mass = q_sum if soft else zero + 1.0
-    is_there = in_rows if soft else (label >= 0) & (label < n_cols)
+    is_there = in_rows if soft else (label >= 0) & (label < n_cols)  # type: ignore[operator]
     is_counted = in_rows if soft else label != ignore_index
     if order != 1:
         value = mass * (tl.log(e_sum) if order == 0 else ev_sum / e_sum) - linear
@@ -157,7 +157,8 @@ def _run(op: str, order: int, tensors: tuple[Tensor, ...], ignore_index: int, la
         constants = {"ignore_index": ignore_index, "keep": 1 - label_smoothing, "soft": soft, "order": order}
         constants["floor"] = label_smoothing / input.shape[dim]
         plan = rows_plan(input.shape, dim, input.itemsize, **constants)
-        v, g, x, t = (*[None] * (2 - order), *(tensor.contiguous() for tensor in tensors))
+        padded: list[Tensor | None] = [None] * (2 - order)
+        v, g, x, t = [*padded, *(tensor.contiguous() for tensor in tensors)]
         launch(cross_entropy_kernel, plan, x, t, g, v, values, grad_input)
     results = [result for result in (values, grad_input) if result is not None]
     return results[0] if len(results) == 1 else tuple(results)
