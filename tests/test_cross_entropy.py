@@ -157,7 +157,7 @@ class TestCrossEntropy(OpContract):
         "one row",
         "small",
     )
-    outlived = 3
+    outlived = 2
     random_cases = random_cases()
     accepted = (
         ("cross_entropy_loss", "", ""),  # PyTorch's own
