@@ -207,6 +207,11 @@ _BATCH = {"running_mean": None, "running_var": None, "training": True}
 _RUNNING = ("running_mean", "running_var")
 
 
+@functools.cache
+def _classes(rows: int, classes: int, device: torch.device) -> Tensor:
+    return torch.arange(rows, device=device) % classes
+
+
 def _both_layouts(op: str, setting: str, **facts: Any) -> list[Case]:
     contiguous = Case(op, setting, **facts)
     return [contiguous, replace(contiguous, setting=f"{setting} channels_last", channels_last=True)]
@@ -233,6 +238,14 @@ CASES = [
     ),
     Case("softmax", "", **_SCORES, options={"dim": -1}, saved=("output",)),
     Case("log_softmax", "", **_LOGITS, options={"dim": -1}, saved=("output",)),
+    Case(
+        "cross_entropy",
+        "classes",
+        **_LOGITS,
+        options=lambda leaves: (
+            {"target": _classes(*leaves["input"].shape, leaves["input"].device)} | {"reduction": "none"}
+        ),
+    ),
     Case(
         "layer_norm",
         "",

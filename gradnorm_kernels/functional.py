@@ -34,6 +34,7 @@ __all__ = [
     "conv_transpose1d",
     "conv_transpose2d",
     "conv_transpose3d",
+    "cross_entropy",
     "elu",
     "geglu",
     "gelu",
@@ -556,6 +557,58 @@ def log_softmax(
     if torch.compiler.is_compiling():
         return torch.nn.functional.log_softmax(input, dim, dtype=dtype)
     return torch.ops.gradnorm_kernels.log_softmax(input, dim, dtype)
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    r"""Cross-entropy of logits, as :func:`torch.nn.functional.cross_entropy`.
+
+    :math:`-\sum_c q_c \log p_c` of each row of logits, with :math:`p` its softmax and :math:`q` the target,
+    smoothed as in Szegedy et al. 2016 (arXiv:1512.00567).
+
+    Of classes, the forward reads the logits; the backward, :math:`g\,(p - q)`, reads them and writes one
+    tensor; the double backward, :math:`g\,p\,(v - \sum p v)` and :math:`\sum p v - \sum q v`, reads two and
+    writes one. Probabilities are read as well. Only the logits and the target are saved. The third order,
+    the gradient of probabilities and ``torch.func`` transforms are exact, through plain ATen ops. PyTorch's
+    own ops compute the rest: targets of another dtype than int64 or the logits', classes with both ``weight``
+    and ``label_smoothing``, nested tensors, and regions compiled by ``torch.compile``.
+
+    Args:
+        input: (C), (N, C) or (N, C, d1, ...), any strides; float16, bfloat16, float32 or float64. Arithmetic
+            is done in float32 (float64 for float64).
+        target: classes, int64, of ``input``'s shape without C; or probabilities, of ``input``'s shape.
+        weight: (C), a factor of each class.
+        size_average, reduce: PyTorch's deprecated forms of ``reduction``.
+        ignore_index: a class whose rows are left out, also of the mean.
+        reduction: ``"none"``, ``"mean"`` or ``"sum"``.
+        label_smoothing: between 0 and 1, the share that all classes have in equal parts.
+
+    Returns:
+        A scalar, or with ``"none"`` a tensor of ``input``'s shape without C; float32 in a region of
+        ``torch.autocast``.
+
+    Raises:
+        IndexError: if a class is neither ``ignore_index`` nor one of the C. On CUDA its loss and gradient are
+            NaN.
+        TypeError, ValueError, RuntimeError: for any other bad argument, as PyTorch's own.
+    """
+    if torch.compiler.is_compiling():
+        return torch.nn.functional.cross_entropy(
+            input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
+        )
+    if size_average is not None or reduce is not None:
+        reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
+    return torch.ops.gradnorm_kernels.cross_entropy_loss(
+        input, target, weight, torch.nn._reduction.get_enum(reduction), ignore_index, label_smoothing
+    )
 
 
 def scaled_dot_product_attention(

@@ -25,6 +25,7 @@ __all__ = [
     "FusedConv1d",
     "FusedConv2d",
     "FusedConv3d",
+    "FusedCrossEntropyLoss",
     "FusedELU",
     "FusedGLU",
     "FusedGeLU",
@@ -199,6 +200,20 @@ class FusedLogSoftmax(nn.LogSoftmax):
 
     def forward(self, input: Tensor) -> Tensor:
         return functional.log_softmax(input, self.dim)
+
+
+class FusedCrossEntropyLoss(nn.CrossEntropyLoss):
+    """:class:`torch.nn.CrossEntropyLoss` with fused forward, backward and double backward."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return functional.cross_entropy(
+            input,
+            target,
+            self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+        )
 
 
 class FusedLayerNorm(nn.LayerNorm):
@@ -517,6 +532,7 @@ REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
         FusedConv1d,
         FusedConv2d,
         FusedConv3d,
+        FusedCrossEntropyLoss,
         FusedELU,
         FusedGLU,
         FusedGeLU,

@@ -215,6 +215,33 @@ def log_softmax(input: Tensor, dim: int) -> Tensor:
     return shifted - shifted.exp().sum(dim, keepdim=True).log()
 
 
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    r""":math:`-\sum_c w_c q_c \log p_c`, of classes with 0 for -100."""
+    dim = min(input.ndim, 2) - 1
+    n = input.shape[dim]
+    w = torch.ones(n, dtype=input.dtype, device=input.device) if weight is None else weight
+    if target.is_floating_point():
+        q, counted = target, torch.ones(target.sum(dim).shape, dtype=input.dtype, device=input.device)
+    else:
+        classes = target.clamp(min=0)
+        q = torch.nn.functional.one_hot(classes, n).movedim(-1, dim).to(input.dtype)
+        kept = target != -100
+        counted = w[classes] * kept
+    q = ((1 - label_smoothing) * q + label_smoothing / n) * w.view(n, *[1] * (input.ndim - dim - 1))
+    losses = -(q * log_softmax(input, dim)).sum(dim)
+    if not target.is_floating_point():
+        losses = torch.where(kept, losses, 0)
+    if reduction == "none":
+        return losses
+    return losses.sum() / counted.sum() if reduction == "mean" else losses.sum()
+
+
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,

@@ -1,117 +1,16 @@
 #include "softmax.h"
 
-#include <ATen/TensorIterator.h>
-#include <c10/util/accumulate.h>
-
 #include <limits>
 #include <vector>
 
 #include "../elementary.h"
-#include "pack.h"
+#include "rows.h"
 
 namespace gradnorm_kernels::CPU_CAPABILITY {
 namespace softmax {
 namespace {
 
 using at::Tensor;
-
-// Visits a row whose elements are neighbours.
-template <class T>
-struct Along {
-  int64_t n;
-
-  // fn(offset, count)
-  template <class Fn>
-  void each(const Fn& fn) const {
-    for_each_pack<Pack<T>>(n, fn);
-  }
-  // In every lane the sum of all.
-  static Pack<T> total(const Pack<T>& sums) {
-    return sums.sum();
-  }
-};
-
-// Visits at most as many neighbouring rows as a pack has lanes, whose elements lie `stride` apart.
-template <class T>
-struct Across {
-  int64_t n, stride, rows;
-
-  template <class Fn>
-  void each(const Fn& fn) const {
-    for_each_pack<Pack<T>>(rows, [&](int64_t, auto count) {
-      for (int64_t i = 0; i < n; ++i) {
-        fn(i * stride, count);
-      }
-    });
-  }
-  static const Pack<T>& total(const Pack<T>& sums) {
-    return sums;
-  }
-};
-
-// Calls fn(pointers to the operands' first elements, Along or Across) for every row along dim, or pack of
-// rows, on all of PyTorch's threads. The operands, outputs first, have one shape and contiguous rows.
-template <class T, size_t Operands, class Fn>
-void for_each_row(const std::array<Tensor, Operands>& operands, size_t outputs, int64_t dim, const Fn& fn) {
-  if (operands[0].numel() == 0) {
-    return;
-  }
-  const bool scalar = operands[0].dim() == 0;
-  const int64_t n = scalar ? 1 : operands[0].size(dim);
-  // Not the stride of dim, which says nothing where its size is 1.
-  const int64_t inner = scalar ? 1 : c10::multiply_integers(operands[0].sizes().slice(dim + 1));
-
-  // The iterator's elements are the rows, each one by its first element.
-  at::TensorIteratorConfig config;
-  for (size_t k = 0; k < Operands; ++k) {
-    const Tensor first = scalar ? operands[k] : operands[k].select(dim, 0);
-    k < outputs ? config.add_owned_output(first) : config.add_owned_const_input(first);
-  }
-  auto iter = config.build();
-  const auto loop = [&](char** data, const int64_t* strides, int64_t count) {
-    const auto rows_from = [&](int64_t i) {
-      std::array<T*, Operands> rows;
-      for (size_t k = 0; k < Operands; ++k) {
-        rows[k] = reinterpret_cast<T*>(data[k] + i * strides[k]);
-      }
-      return rows;
-    };
-    if (inner == 1) {
-      for (int64_t i = 0; i < count; ++i) {
-        fn(rows_from(i), Along<T>{n});
-      }
-    } else if constexpr (std::is_invocable_v<Fn, std::array<T*, Operands>, Across<T>>) {
-      const bool neighbours =
-          std::all_of(strides, strides + Operands, [](int64_t stride) { return stride == sizeof(T); });
-      const int64_t width = neighbours ? Pack<T>::size : 1;
-      for (int64_t i = 0; i < count; i += width) {
-        fn(rows_from(i), Across<T>{n, inner, std::min(width, count - i)});
-      }
-    }
-  };
-  iter.for_each(loop, std::max<int64_t>(1, at::internal::GRAIN_SIZE / n));
-}
-
-// A sum in parts of a few terms each: of a long row in one go, the error grows with the row.
-template <class P>
-class SumOfParts {
- public:
-  void add(const P& term) {
-    part_ = part_ + term;
-    if (++terms_ == 32) {
-      whole_ = whole_ + part_;
-      part_ = P();
-      terms_ = 0;
-    }
-  }
-  P value() const {
-    return whole_ + part_;
-  }
-
- private:
-  P whole_, part_;
-  int terms_ = 0;
-};
 
 template <class T, bool has_bias>
 void forward_rows(const Tensor& output, const Tensor& input, const Tensor& bias) {

@@ -35,6 +35,7 @@ _OPS = {
         "rms_norm_double_backward",
     ),
     "softmax": ("softmax_double_backward", "softmax_with_bias"),
+    "cross_entropy": ("cross_entropy", "cross_entropy_backward", "cross_entropy_double_backward"),
     "activation": tuple(
         name + suffix
         for names, suffixes in (

@@ -242,7 +242,8 @@ def _plan(
 
 
 @functools.lru_cache(maxsize=256)
-def _double_backward_plan(shape: tuple[int, ...], dim: int, itemsize: int, to_input: bool, log: bool) -> Plan:
+def rows_plan(shape: tuple[int, ...], dim: int, itemsize: int, **constants: Any) -> Plan:
+    """Of a kernel over the rows of a contiguous tensor along dim."""
     n_cols = shape[dim] if shape else 1
     inner = math.prod(shape[dim:][1:])
     outer = math.prod(shape) // (n_cols * inner)
@@ -251,7 +252,7 @@ def _double_backward_plan(shape: tuple[int, ...], dim: int, itemsize: int, to_in
     else:
         n_rows, row_stride, matrices = inner, 1, outer
     integers = {"n_rows": n_rows, "n_cols": n_cols, "row_stride": row_stride, "col_stride": inner}
-    return _plan(n_cols, n_rows, matrices, itemsize, integers, {"to_input": to_input, "log": log})
+    return _plan(n_cols, n_rows, matrices, itemsize, integers, constants)
 
 
 @functools.lru_cache(maxsize=256)
@@ -281,7 +282,7 @@ def _with_bias_plan(shape: tuple[int, ...], bias_shape: tuple[int, ...], itemsiz
     return _plan(n_cols, n_rows, 1, itemsize, integers, {})
 
 
-def _launch(kernel: Any, plan: Plan, *tensors: Tensor) -> None:
+def launch(kernel: Any, plan: Plan, *tensors: Tensor | None) -> None:
     with torch.cuda.device_of(tensors[0]):  # does nothing for a CPU tensor (Triton's interpreter)
         kernel[(plan.programs,)](*tensors, *plan.integers.values(), **plan.constants, **plan.options)
 
@@ -309,9 +310,9 @@ def softmax_double_backward(
     grad = torch.empty_like(grad_grad_input if to_input else output, memory_format=torch.contiguous_format)
     if output.numel() > 0:
         itemsize = max(output.itemsize, grad_grad_input.itemsize)
-        plan = _double_backward_plan(output.shape, dim % ndim, itemsize, to_input, log)
+        plan = rows_plan(output.shape, dim % ndim, itemsize, to_input=to_input, log=log)
         contiguous = (t.contiguous() for t in tensors)
-        _launch(softmax_bwd_bwd_kernel, plan, *contiguous, grad_grad_output, grad)
+        launch(softmax_bwd_bwd_kernel, plan, *contiguous, grad_grad_output, grad)
     return grad_grad_output, grad
 
 
@@ -339,5 +340,5 @@ def softmax_with_bias(input: Tensor, bias: Tensor, dtype: torch.dtype | None = N
         bias = bias.expand(input.shape)
         plan = _with_bias_plan(input.shape, bias.shape, max(input.itemsize, bias.itemsize))
     assert plan is not None
-    _launch(softmax_fwd_kernel, plan, input.contiguous(), bias.contiguous(), output)
+    launch(softmax_fwd_kernel, plan, input.contiguous(), bias.contiguous(), output)
     return output
