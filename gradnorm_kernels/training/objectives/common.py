@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ... import functional
 from ..checks import check_images, check_logits, check_targets
 from ..options import option
 
@@ -115,7 +115,7 @@ def run(
     logits = model(pixels)
     check_logits(logits, images)
     check_targets(targets, logits)
-    cross_entropy = functional.cross_entropy(logits, targets, reduction="none")
+    cross_entropy = F.cross_entropy(logits, targets, reduction="none")
     return Batch(model, pixels, targets, logits, cross_entropy, before)
 
 

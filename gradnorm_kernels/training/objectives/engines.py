@@ -47,7 +47,7 @@ def _finite_difference(batch: Batch, norm: Norm, step: float) -> Tensor:
     # One for the batch, whose samples BatchNorm may couple.
     size = direction.square().mean().sqrt().clamp_min(torch.finfo(direction.dtype).tiny)
     logits = batch.logits_at(batch.pixels.detach() + step * direction / size)
-    moved = fused.cross_entropy(logits, batch.targets, reduction="none")
+    moved = F.cross_entropy(logits, batch.targets, reduction="none")
     return _with_value((moved - batch.cross_entropy) * (size / step), values)
 
 
