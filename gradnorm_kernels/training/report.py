@@ -65,12 +65,14 @@ td {{ padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #ccc; ov
 td:first-child {{ text-align: left; }}
 .results tr:first-child {{ font-weight: bold; }}
 .wide {{ overflow-x: auto; }}
-.charts {{ display: flex; flex-wrap: wrap; gap: 1rem; }}
-figure {{ margin: 0; flex: 1 1 20rem; min-width: 0; max-width: 36rem; }}
+.charts {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr));
+  gap: 1.5rem; }}
+figure {{ margin: 0; min-width: 0; }}
 svg {{ display: block; width: 100%; height: auto; font: 12px system-ui, sans-serif; }}
 figcaption span {{ white-space: nowrap; margin-right: .8rem; }}
 .images td {{ border: 0; padding: .15rem; text-align: center; font-size: .75rem; }}
-.images img {{ display: block; width: 5rem; min-width: 3rem; image-rendering: pixelated; }}
+.images td:first-child {{ text-align: left; }}
+.images img {{ display: block; width: 5rem; max-width: 10vw; margin: auto; image-rendering: pixelated; }}
 </style>
 <h1>{html.escape(title)}</h1>
 <div class="wide"><table class="results">{body}</table></div>
@@ -118,6 +120,7 @@ def chart(
     lines: bool = True,
     dashed: Collection[str] = (),
     left: float | None = None,
+    labels: Mapping[str, Sequence[str]] | None = None,
 ) -> str:
     """Points by name, joined by ``lines``, with a legend below; colours follow the names' order.
 
@@ -129,6 +132,7 @@ def chart(
         top: where the vertical axis ends; without it, at the largest value.
         dashed: names whose lines are dashed, so that what they cover shows.
         left: where the horizontal axis begins; without it, at the least value.
+        labels: by name, what is written beside the points that are drawn.
     """
     kept = {
         name: [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
@@ -138,7 +142,7 @@ def chart(
     ys = [y for points in kept.values() for _, y in points] or [0.0]
     x_ticks = _ticks(min(xs) if left is None else min(left, *xs), max(xs))
     y_ticks = _ticks(min(0.0, *ys), top or max(ys))
-    begin, end, upper, lower = 56, 470, 12, 250
+    begin, end, upper, lower = 46, 380, 30, 220
 
     def across(x: float) -> float:
         return begin + (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0]) * (end - begin)
@@ -169,15 +173,18 @@ def chart(
                 tip = f"<title>{html.escape(name)}: {x:.4g}, {y:.4g}</title>"
                 parts.append(f'<circle cx="{cx}" cy="{cy}" r="{size}" {paint}>{tip}</circle>')
         mark = "&#9633;" if again else "&#9632;"
+        for at, text in zip(where, (labels or {}).get(name, ()), strict=False):
+            x_label, y_label = map(float, at.split())
+            place = f'x="{x_label - 6:.1f}" y="{y_label + 14:.1f}" text-anchor="end"'
+            parts.append(f'<text {place} fill="{colour}" font-size="10">{html.escape(text)}</text>')
         legend.append(f'<span><b style="color:{colour}">{mark}</b> {html.escape(name)}</span> ')
     # One line needs no name.
     caption = "".join(legend) if len(legend) > 1 else ""
     label = html.escape(f"{ylabel} against {xlabel}")
     return (
-        f'<figure><svg viewBox="0 0 480 300" role="img" aria-label="{label}">{"".join(parts)}'
-        f'<text x="{(begin + end) / 2}" y="{lower + 40}" text-anchor="middle">{html.escape(xlabel)}</text>'
-        f'<text transform="translate(12 {(upper + lower) / 2}) rotate(-90)" text-anchor="middle">'
-        f"{html.escape(ylabel)}</text></svg><figcaption>{caption}</figcaption></figure>"
+        f'<figure><svg viewBox="0 0 400 264" role="img" aria-label="{label}">{"".join(parts)}'
+        f'<text x="{(begin + end) / 2}" y="{lower + 38}" text-anchor="middle">{html.escape(xlabel)}</text>'
+        f'<text x="2" y="14">{html.escape(ylabel)}</text></svg><figcaption>{caption}</figcaption></figure>'
     )
 
 

@@ -371,24 +371,21 @@ _STEP = "Step: median of whole training steps, the rows taking turns in one proc
 
 def _costs(outcome: Outcome) -> str:
     """Robust accuracy over what it took: computation, and clean accuracy."""
+    strengths: dict[str, list[str]] = {}
     computed: dict[str, list[tuple[float, float]]] = {}
     clean: dict[str, list[tuple[float, float]]] = {}
     for name, row in outcome.rows.items():
-        group = name.partition(":")[0] if outcome.study.fronts else name
+        group, _, strength = name.partition(": ") if outcome.study.fronts else (name, "", "")
+        strengths.setdefault(group, []).append(strength)
         robust = 100 * statistics.mean(row.robust)
         computed.setdefault(group, []).append((row.training_flops / 1e12, robust))
         clean.setdefault(group, []).append((100 * statistics.mean(row.clean), robust))
-    label = f"accuracy under {outcome.attack}, %"
+    label, fronts = f"accuracy under {outcome.attack}, %", outcome.study.fronts
+    products = "the training's matrix products, TFLOP"
     return charts(
         [
-            chart(
-                computed,
-                xlabel="the training's matrix products, TFLOP",
-                ylabel=label,
-                lines=outcome.study.fronts,
-                left=0.0,
-            ),
-            chart(clean, xlabel="clean accuracy, %", ylabel=label, lines=outcome.study.fronts),
+            chart(computed, xlabel=products, ylabel=label, lines=False, left=0.0),
+            chart(clean, xlabel="clean accuracy, %", ylabel=label, lines=fronts, labels=strengths),
         ]
     )
 
