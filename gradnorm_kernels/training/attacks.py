@@ -118,16 +118,15 @@ def loss_surface(
     signs = input_gradient(model, images, labels).sign()
     random = torch.randint(2, images.shape, generator=torch.Generator().manual_seed(seed)).to(images) * 2 - 1
     offsets = torch.linspace(-radius, radius, points, device=images.device, dtype=images.dtype)
+    lines = images.unsqueeze(1) + offsets.view(-1, *[1] * (images.ndim - 1)) * signs.unsqueeze(1)
+    wanted = labels.repeat_interleave(points)
     losses, right = [], []
-    # A line at a time: a whole plane of large images would not fit.
+    # A line of each image at a time: whole planes of large images would not fit.
     for up in offsets:
-        for image, label, sign, other in zip(images, labels, signs, random, strict=True):
-            line = image + up * other + _per_image(offsets, image.unsqueeze(0)) * sign
-            logits = model(line.clamp(0, 1)).float()
-            losses.append(F.cross_entropy(logits, label.expand(points), reduction="none"))
-            right.append(logits.argmax(1) == label)
-    shape = points, len(images), points
-    return torch.stack(losses).view(shape).movedim(0, 1), torch.stack(right).view(shape).movedim(0, 1)
+        logits = model((lines + up * random.unsqueeze(1)).clamp(0, 1).flatten(0, 1)).float()
+        losses.append(F.cross_entropy(logits, wanted, reduction="none").view(-1, points))
+        right.append((logits.argmax(1) == wanted).view(-1, points))
+    return torch.stack(losses, 1), torch.stack(right, 1)
 
 
 def cross_entropy_gradient(logits: Tensor, pixels: Tensor, targets: Tensor) -> Tensor:

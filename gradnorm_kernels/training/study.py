@@ -39,7 +39,7 @@ from .trainer import Trainer, train
 _ATTACKED, _LABEL_ATTACKED = "eval_apgd_accuracy", "accuracy under APGD-CE, %"
 
 # Of the shared epsilon: where accuracy under APGD-CE is drawn.
-_CURVE = (0.25, 0.5, 1.0, 1.5, 2.0)
+_CURVE = (0.5, 1.0, 2.0)
 
 
 @dataclass(frozen=True)
