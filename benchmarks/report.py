@@ -311,24 +311,34 @@ def penalties(results: Path) -> Iterable[str]:
 
 
 def studies(results: Path) -> Iterable[str]:
-    yield "Means over the seeds, and their range; step times of the rows taking turns in one process."
+    yield (
+        "Means over the seeds, and their range. Products: matrix products and convolutions of a step,"
+        " counted; step times of the rows taking turns in one process."
+    )
     for path in sorted(results.glob("study-*.json")):
         measured = json.loads(path.read_text())
         config, attack, rows = (measured[key] for key in ("config", "attack", "rows"))
+        seeds = len(next(iter(rows.values()))["clean"])
         yield f"### {measured['study']}"
         yield (
             f"{config['model']} on {config['data'] or 'scikit-learn digits'}, {config['epochs']} epochs;"
             f" {attack} at ε = {config['epsilon']:.4g} on {measured['attacked']} held-out images;"
-            f" {len(next(iter(rows.values()))['clean'])} seeds a row. {measured['conditions']}"
+            f" {seeds} seed{'s' if seeds > 1 else ''} a row. {measured['conditions']}"
         )
-        seconds = rows.get(measured["reference"], {}).get("step_seconds", math.nan)
+        reference = rows.get(measured["reference"], {})
+        keys = {key for row in rows.values() for key in row}
         columns = {
             "training": _field("name"),
             "clean": lambda row: _spread(row["clean"]),
             attack: lambda row: _spread(row["robust"]),
-            "step, ms": _field("step_seconds", ".1f", 1e3),
-            f"step / {measured['reference']}": _field("step_seconds", ".2f", 1 / seconds, NOT_MEASURED),
         }
+        if "step_flops" in keys:
+            scale = 1 / reference.get("step_flops", math.nan)
+            columns[f"products / {measured['reference']}"] = _field("step_flops", ".2f", scale, NOT_MEASURED)
+        if "step_seconds" in keys:
+            scale = 1 / reference.get("step_seconds", math.nan)
+            columns["step, ms"] = _field("step_seconds", ".1f", 1e3)
+            columns[f"step / {measured['reference']}"] = _field("step_seconds", ".2f", scale, NOT_MEASURED)
         if any("eval_apgd_accuracy" in line for row in rows.values() for line in row["histories"][0]):
             columns["collapsed in epoch"] = lambda row: ", ".join(str(at or "no") for at in row["collapsed"])
         yield _table(columns, [{"name": name, **row} for name, row in rows.items()])

@@ -20,6 +20,7 @@ from .training.config import (
     recipe_names,
 )
 from .training.options import TrainingError
+from .training.studies import STUDIES
 
 __all__ = ["main"]
 
@@ -241,13 +242,15 @@ def _parser() -> argparse.ArgumentParser:
         "Runs every training run of a study, attacks the models, and writes study.json and report.html. What"
         " is finished in --output is not done again.",
     )
-    add("name", choices=("activations", "objectives", "stability", "speed"))
+    add("name", choices=STUDIES)
     add_data(add)
     add("--recipe", metavar="RECIPE", help="what the runs share (default: digits)", **unset)
     add("--seeds", type=_count, metavar="N", help="runs of each row (default: 1)", **unset)
     add("--attack", choices=ATTACKS, help="at the recipe's epsilon (default: autoattack)", **unset)
     add("--n", type=_count, metavar="N", help="held-out images to attack (default: 1000 at most)", **unset)
     add("--only", nargs="+", metavar="NAME", help="only these rows of the study")
+    help = "leave all times out, as they mean nothing where something else runs"
+    add("--untimed", dest="timed_steps", action="store_const", const=0, help=help, **unset)
     add_settings(add)
     add("--output", type=Path, metavar="DIR", help="(default: study/ and the study's name)")
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gradnorm_kernels.training.attacks import perturb
+from gradnorm_kernels.training.attacks import input_gradient, loss_surface, perturb
 
 EPS = 0.05
 PGD = {"eps": EPS, "steps": 5, "step_size": EPS / 2, "random_start": True}
@@ -52,6 +52,25 @@ def test_one_step_is_the_fast_gradient_sign_method():
     (gradient,) = torch.autograd.grad(F.cross_entropy(model(pixels), labels, reduction="sum"), pixels)
     actual = perturb(model, images, labels, eps=EPS, steps=1, step_size=EPS, random_start=False)
     assert torch.equal(actual, (images + EPS * gradient.sign()).clamp(0, 1))
+
+
+def test_loss_surface():
+    """Its middle is the image, the middle line runs through FGSM's images, the other axis is its own."""
+    model, (images, labels) = small_model(), sample_batch()
+    losses, right = loss_surface(model, images, labels, 2 * EPS, points=5)
+    assert losses.shape == right.shape == (6, 5, 5) and right.dtype == torch.bool
+
+    def check(row, column, pixels):
+        logits = model(pixels.clamp(0, 1))
+        expected = F.cross_entropy(logits, labels, reduction="none")
+        torch.testing.assert_close(losses[:, row, column], expected.detach())
+        assert torch.equal(right[:, row, column], logits.argmax(1) == labels)
+
+    signs = input_gradient(model, images, labels).sign()
+    for column, factor in enumerate((-2, -1, 0, 1, 2)):
+        check(2, column, images + factor * EPS * signs)
+    across = torch.randint(2, images.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    check(4, 1, images + 2 * EPS * across - EPS * signs)
 
 
 def test_one_step_in_l2_has_the_gradient_s_direction_and_the_radius():

@@ -683,6 +683,12 @@ class TestReport:
         assert f"| FGSM | {shares} | 20.0 | 2.00 | 3, no |" in text
         del rows["natural"]
         assert "| 20.0 | not measured |" in page("study-stability", **study, rows=rows)
+        # Where nothing was timed, what was counted.
+        counted = {"clean": [0.9], "robust": [0.5], "histories": [[{}]]}
+        rows = {"natural": counted | {"step_flops": 3}, "PGD-3": counted | {"step_flops": 9}}
+        text = page("study-objectives", **study, rows=rows)
+        assert "| PGD-3 | 90.0% | 50.0% | 3.00 |" in text and "1 seed a row" in text
+        assert "step, ms" not in text.partition("### Long runs")[2].partition("###")[0]
 
     def test_comparison(self):
         """Ratios of the rounds; of milliseconds where stock did not run."""

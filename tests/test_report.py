@@ -1,14 +1,26 @@
 """Charts and pages: where a point is drawn, and what a page asks for."""
 
+import base64
+import io
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 pytest.importorskip("timm", reason="training needs: pip install 'gradnorm_kernels[train]'")
 
-from gradnorm_kernels.training.report import _ticks, chart, charts, duration, gradient_grid, page
+from gradnorm_kernels.training.report import (
+    _ticks,
+    chart,
+    charts,
+    duration,
+    gradient_grid,
+    page,
+    surface_grid,
+)
 
 
 @pytest.mark.parametrize(
@@ -43,6 +55,26 @@ def test_dashed_and_named_lines():
     assert drawn.count("stroke-dasharray") == 1 and drawn.count("&#9632;") == 2
     drawn = chart({"a": [(0, 0), (1, 1)]}, xlabel="x", ylabel="y", lines=False)
     assert 'fill="none"' not in drawn and drawn.count("<circle") == 2
+
+
+def test_more_names_than_colours():
+    drawn = chart({f"{i}": [(0, i), (1, i)] for i in range(11)}, xlabel="x", ylabel="y")
+    assert drawn.count("stroke-dasharray") == 1 and drawn.count('fill="white"') == 2
+    assert (drawn.count("&#9632;"), drawn.count("&#9633;")) == (10, 1)
+
+
+def test_surfaces_are_blue_where_the_class_is_right():
+    """The second dimension points upwards; the frame holds the middle half, whose largest loss is given."""
+    losses, right = torch.full((1, 9, 9), 1.0), torch.ones(1, 9, 9, dtype=torch.bool)
+    losses[0, 8, 0], right[0, 8, 0], losses[0, 4, 4] = 9.0, False, 0.0
+    losses[0, 2, 2] = 4.0
+    drawn = surface_grid(torch.rand(1, 1, 8, 8), {"a": (losses, right)})
+    content = re.findall(r'base64,([^"]*)"', drawn)[1]
+    shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(content))))
+    assert shown[0, 0].tolist() == [255, 26, 26] and shown[8, 8].tolist() == [128, 128, 255]
+    assert shown[4, 4].tolist() == [255, 255, 255] and "4 nats" in drawn
+    framed = (shown == 89).all(2)
+    assert framed.sum() == 16 and framed[2, 2:7].all() and framed[2:7, 6].all()
 
 
 def test_page_needs_nothing_else():

@@ -7,11 +7,17 @@ import pytest
 
 pytest.importorskip("timm", reason="training needs: pip install 'gradnorm_kernels[train]'")
 
+from gradnorm_kernels.training import evaluation
 from gradnorm_kernels.training import study as study_module
 from gradnorm_kernels.training.options import TrainingError
 from gradnorm_kernels.training.study import STUDIES, study
 
 QUICK = {"epochs": 2, "batch_size": 359, "ramp_epochs": 0.0}
+
+
+@pytest.fixture(autouse=True)
+def quick_curves(monkeypatch):
+    monkeypatch.setitem(evaluation._STEPS, "apgd-ce", 2)
 
 
 @pytest.mark.slow
@@ -32,9 +38,9 @@ def test_study(name, tmp_path):
     assert saved["rows"].keys() == rows.keys() and "torch" in saved["conditions"]
     report = (tmp_path / "report.html").read_text()
     assert all(f"<td>{row}</td>" in report for row in rows) and "http" not in report
-    assert report.count("<svg ") == 2 + 2 * STUDIES[name].per_epoch + STUDIES[name].against_clock
-    # Six images, their edges, and their gradients by each row's model.
-    assert report.count("data:image/png;base64,") == 6 * (2 + len(rows))
+    assert report.count("<svg ") == 5 + 2 * STUDIES[name].per_epoch + STUDIES[name].against_clock
+    # Six images, their edges, and their gradients by each row's model; again, and the surfaces.
+    assert report.count("data:image/png;base64,") == 6 * (2 + len(rows) + 1 + len(rows))
 
 
 def test_seeds_and_what_is_done_already(tmp_path, monkeypatch):
@@ -45,6 +51,7 @@ def test_seeds_and_what_is_done_already(tmp_path, monkeypatch):
     trained = []
     original = study_module.Trainer.step
     monkeypatch.setattr(study_module, "step_seconds", lambda trainers, *_: dict.fromkeys(trainers, 1.0))
+    monkeypatch.setattr(study_module, "step_flops", lambda config: 1)
     monkeypatch.setattr(
         study_module.Trainer,
         "step",
@@ -72,6 +79,37 @@ def test_trainings_against_the_clock(tmp_path):
     # Of its reference there is no row.
     assert "training, s" in outcome.table() and "/ PGD-3" not in outcome.table()
     assert "Robust accuracy against time" in (tmp_path / "report.html").read_text()
+
+
+def test_a_row_starts_from_another_row(tmp_path):
+    """Which is trained for it; times are left out, and what both computed is counted."""
+    options = {"changes": {**QUICK, "epochs": 1}, "attack": "fgsm", "n": 40, "timed_steps": 0}
+    started = "natural, then gradient norm"
+    outcome = study("fine_tuning", tmp_path, only=[started], **options)
+    (row,) = outcome.rows.values()
+    paths = {path.name.split("-")[0]: path for path in (tmp_path / "runs").iterdir()}
+    assert paths.keys() == {"natural", "gradient_norm"}
+    config = json.loads((paths["gradient_norm"] / "config.json").read_text())
+    assert config["init"] == str(paths["natural"] / "checkpoint.pt")
+    # Products of a natural step: 3 of a forward pass; with the norm 6, but none by the pixels in the first.
+    natural, steps = row.training_flops - 4 * row.step_flops, 4
+    assert 1.9 < row.step_flops / (natural / steps) < 2.1
+    saved = (tmp_path / "study.json").read_text()
+    assert "seconds" not in saved and '"images_per_second"' not in saved and "step, ms" not in outcome.table()
+    assert json.loads(saved)["rows"][started]["options"]["init"] == "natural"
+
+
+def test_epsilon_is_a_multiple_in_training_alone(tmp_path):
+    options = {"changes": {**QUICK, "epochs": 1}, "attack": "fgsm", "n": 40, "timed_steps": 0}
+    outcome = study("pareto", tmp_path, only=["PGD-3: epsilon x 0.5"], **options)
+    (path,) = (tmp_path / "runs").iterdir()
+    assert json.loads((path / "config.json").read_text())["epsilon"] == 0.05
+    (row,) = outcome.rows.values()
+    assert [eps for eps, _ in row.curve] == pytest.approx([0, 0.05, 0.1, 0.2])
+    accuracies = [accuracy for _, accuracy in row.curve]
+    assert accuracies == sorted(accuracies, reverse=True) and accuracies[0] == row.clean[0]
+    attacked = json.loads((path / "evaluation-fgsm.json").read_text())["results"]
+    assert [result["eps"] for result in attacked] == [0.1]
 
 
 def test_other_options_make_other_runs(tmp_path):

@@ -94,6 +94,41 @@ def input_gradient(model: Model, pixels: Tensor, targets: Tensor, dtype: torch.d
     return cross_entropy_gradient(logits, pixels, targets)
 
 
+@torch.no_grad()
+def loss_surface(
+    model: Model, images: Tensor, labels: Tensor, radius: float, *, points: int = 41, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """The cross-entropy in a plane through each image, and whether the class is right there.
+
+    The plane is spanned by the sign of the input gradient, along the last dimension, and by random signs,
+    along the one before, each from ``-radius`` to ``radius``; pixels are clamped to [0, 1].
+
+    Args:
+        model: maps images to logits (B, C).
+        images: (B, ...), floating point, pixels in [0, 1].
+        labels: (B,) int64.
+        radius: in pixel units.
+        points: along each direction, at least 2.
+        seed: of the random signs.
+
+    Returns:
+        (B, points, points) in nats, and bool.
+    """
+    check_count(points=points - 1)
+    signs = input_gradient(model, images, labels).sign()
+    random = torch.randint(2, images.shape, generator=torch.Generator().manual_seed(seed)).to(images) * 2 - 1
+    offsets = torch.linspace(-radius, radius, points, device=images.device, dtype=images.dtype)
+    lines = images.unsqueeze(1) + offsets.view(-1, *[1] * (images.ndim - 1)) * signs.unsqueeze(1)
+    wanted = labels.repeat_interleave(points)
+    losses, right = [], []
+    # A line of each image at a time: whole planes of large images would not fit.
+    for up in offsets:
+        logits = model((lines + up * random.unsqueeze(1)).clamp(0, 1).flatten(0, 1)).float()
+        losses.append(F.cross_entropy(logits, wanted, reduction="none").view(-1, points))
+        right.append((logits.argmax(1) == wanted).view(-1, points))
+    return torch.stack(losses, 1), torch.stack(right, 1)
+
+
 def cross_entropy_gradient(logits: Tensor, pixels: Tensor, targets: Tensor) -> Tensor:
     """Gradient of the summed cross-entropy by ``pixels``, from which ``logits`` were computed."""
     check_targets(targets, logits)

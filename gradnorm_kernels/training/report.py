@@ -65,12 +65,14 @@ td {{ padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #ccc; ov
 td:first-child {{ text-align: left; }}
 .results tr:first-child {{ font-weight: bold; }}
 .wide {{ overflow-x: auto; }}
-.charts {{ display: flex; flex-wrap: wrap; gap: 1rem; }}
-figure {{ margin: 0; flex: 1 1 20rem; min-width: 0; max-width: 36rem; }}
+.charts {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr));
+  gap: 1.5rem; }}
+figure {{ margin: 0; min-width: 0; }}
 svg {{ display: block; width: 100%; height: auto; font: 12px system-ui, sans-serif; }}
 figcaption span {{ white-space: nowrap; margin-right: .8rem; }}
 .images td {{ border: 0; padding: .15rem; text-align: center; font-size: .75rem; }}
-.images img {{ display: block; width: 5rem; min-width: 3rem; image-rendering: pixelated; }}
+.images td:first-child {{ text-align: left; }}
+.images img {{ display: block; width: 5rem; max-width: 10vw; margin: auto; image-rendering: pixelated; }}
 </style>
 <h1>{html.escape(title)}</h1>
 <div class="wide"><table class="results">{body}</table></div>
@@ -117,14 +119,20 @@ def chart(
     top: float | None = None,
     lines: bool = True,
     dashed: Collection[str] = (),
+    left: float | None = None,
+    labels: Mapping[str, Sequence[str]] | None = None,
 ) -> str:
     """Points by name, joined by ``lines``, with a legend below; colours follow the names' order.
+
+    After ten names colours return, with dashed lines and hollow points.
 
     Points that are not finite are left out. The vertical axis begins at 0, or at the least value below it.
 
     Args:
         top: where the vertical axis ends; without it, at the largest value.
         dashed: names whose lines are dashed, so that what they cover shows.
+        left: where the horizontal axis begins; without it, at the least value.
+        labels: by name, what is written beside the points that are drawn.
     """
     kept = {
         name: [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
@@ -132,45 +140,51 @@ def chart(
     }
     xs = [x for points in kept.values() for x, _ in points] or [0.0]
     ys = [y for points in kept.values() for _, y in points] or [0.0]
-    x_ticks = _ticks(min(xs) if lines else min(0.0, *xs), max(xs))
+    x_ticks = _ticks(min(xs) if left is None else min(left, *xs), max(xs))
     y_ticks = _ticks(min(0.0, *ys), top or max(ys))
-    left, right, upper, lower = 56, 470, 12, 250
+    begin, end, upper, lower = 46, 380, 30, 220
 
     def across(x: float) -> float:
-        return left + (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0]) * (right - left)
+        return begin + (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0]) * (end - begin)
 
     def up(y: float) -> float:
         return lower - (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]) * (lower - upper)
 
     parts = []
     for y in y_ticks:
-        parts.append(f'<path d="M{left} {up(y):.1f}H{right}" stroke="#ddd"/>')
-        parts.append(f'<text x="{left - 6}" y="{up(y) + 4:.1f}" text-anchor="end">{y:.4g}</text>')
+        parts.append(f'<path d="M{begin} {up(y):.1f}H{end}" stroke="#ddd"/>')
+        parts.append(f'<text x="{begin - 6}" y="{up(y) + 4:.1f}" text-anchor="end">{y:.4g}</text>')
     for x in x_ticks:
         parts.append(f'<path d="M{across(x):.1f} {lower}v4" stroke="#888"/>')
         parts.append(f'<text x="{across(x):.1f}" y="{lower + 18}" text-anchor="middle">{x:.4g}</text>')
     legend = []
-    for (name, points), colour in zip(kept.items(), _COLOURS * (1 + len(kept) // 10), strict=False):
+    for i, (name, points) in enumerate(kept.items()):
+        colour, again = _COLOURS[i % len(_COLOURS)], i >= len(_COLOURS)
         where = [f"{across(x):.1f} {up(y):.1f}" for x, y in points]
         if lines and len(points) > 1:
-            dashes = ' stroke-dasharray="6 4"' if name in dashed else ""
+            dashes = ' stroke-dasharray="6 4"' if again or name in dashed else ""
             path = f"M{'L'.join(where)}"
             parts.append(f'<path d="{path}" fill="none" stroke="{colour}" stroke-width="1.8"{dashes}/>')
         if not lines or len(points) <= 30:
-            radius = 3 if lines else 6
+            size = 4 if lines else 6
+            paint = f'fill="{"white" if again else colour}" stroke="{colour}" stroke-width="1.5"'
             for at, (x, y) in zip(where, points, strict=True):
                 cx, cy = at.split()
                 tip = f"<title>{html.escape(name)}: {x:.4g}, {y:.4g}</title>"
-                parts.append(f'<circle cx="{cx}" cy="{cy}" r="{radius}" fill="{colour}">{tip}</circle>')
-        legend.append(f'<span><b style="color:{colour}">&#9632;</b> {html.escape(name)}</span> ')
+                parts.append(f'<circle cx="{cx}" cy="{cy}" r="{size}" {paint}>{tip}</circle>')
+        mark = "&#9633;" if again else "&#9632;"
+        for at, text in zip(where, (labels or {}).get(name, ()), strict=False):
+            x_label, y_label = map(float, at.split())
+            place = f'x="{x_label - 6:.1f}" y="{y_label + 14:.1f}" text-anchor="end"'
+            parts.append(f'<text {place} fill="{colour}" font-size="10">{html.escape(text)}</text>')
+        legend.append(f'<span><b style="color:{colour}">{mark}</b> {html.escape(name)}</span> ')
     # One line needs no name.
     caption = "".join(legend) if len(legend) > 1 else ""
     label = html.escape(f"{ylabel} against {xlabel}")
     return (
-        f'<figure><svg viewBox="0 0 480 300" role="img" aria-label="{label}">{"".join(parts)}'
-        f'<text x="{(left + right) / 2}" y="{lower + 40}" text-anchor="middle">{html.escape(xlabel)}</text>'
-        f'<text transform="translate(12 {(upper + lower) / 2}) rotate(-90)" text-anchor="middle">'
-        f"{html.escape(ylabel)}</text></svg><figcaption>{caption}</figcaption></figure>"
+        f'<figure><svg viewBox="0 0 400 264" role="img" aria-label="{label}">{"".join(parts)}'
+        f'<text x="{(begin + end) / 2}" y="{lower + 38}" text-anchor="middle">{html.escape(xlabel)}</text>'
+        f'<text x="2" y="14">{html.escape(ylabel)}</text></svg><figcaption>{caption}</figcaption></figure>'
     )
 
 
@@ -214,22 +228,57 @@ def gradient_grid(images: Mapping[str, Tensor], gradients: Mapping[str, Tensor])
     A row of images is drawn as it is, from 0 to 1, or up to its largest value; a gradient's channels are
     summed, each in a colour scale of its own from red (below 0) through white to blue, over its L1 norm.
     """
-    rows = []
+    rows: dict[str, list[tuple[Tensor, str]]] = {}
     for name, tensors in {**images, **gradients}.items():
-        cells = [f"<td>{html.escape(name)}</td>"]
-        for tensor in tensors.detach().float().cpu():
-            if name in images:
-                shown, below = (tensor / tensor.max().clamp_min(1)).expand(3, -1, -1), ""
-            else:
-                shown, below = _diverging(tensor.sum(0)), f"L1 {tensor.abs().sum():.2g}"
-            cells.append(f"<td>{_image(shown, name)}{below}</td>")
-        rows.append(f"<tr>{''.join(cells)}</tr>")
-    return f'<div class="wide"><table class="images">{"".join(rows)}</table></div>'
+        tensors = tensors.detach().float().cpu()
+        if name in images:
+            rows[name] = [((image / image.max().clamp_min(1)).expand(3, -1, -1), "") for image in tensors]
+        else:
+            rows[name] = [(_diverging(t.sum(0)), f"L1 {t.abs().sum():.2g}") for t in tensors]
+    return _image_grid(rows)
+
+
+def surface_grid(images: Tensor, surfaces: Mapping[str, tuple[Tensor, Tensor]]) -> str:
+    """Images (N, C, H, W), and below them rows by name of what :func:`~.attacks.loss_surface` found.
+
+    White at a loss of 0, half in colour at one nat: blue where the class is right, else red. The frame is at
+    half the radius; below each the largest loss within it.
+    """
+    rows = {"image": [(image.float().cpu().expand(3, -1, -1), "") for image in images]}
+    for name, (losses, right) in surfaces.items():
+        points = losses.shape[-1]
+        begin, end = points // 4, points - points // 4
+        rows[name] = []
+        for loss, correct in zip(losses.float().cpu(), right.cpu(), strict=True):
+            depth = loss / (1 + loss)
+            colours = _diverging_share(torch.where(correct, depth, -depth))
+            frame = torch.zeros_like(correct)
+            frame[begin:end, begin:end] = True
+            frame[begin + 1 : end - 1, begin + 1 : end - 1] = False
+            colours = torch.where(frame, torch.full_like(colours, 0.35), colours)
+            most = loss[begin:end, begin:end].max()
+            rows[name].append((colours.flip(1), f"{most:.2g} nats"))
+    return _image_grid(rows)
+
+
+def _image_grid(rows: Mapping[str, Sequence[tuple[Tensor, str]]]) -> str:
+    """By name, colours (3, H, W) with a text below."""
+    lines = (
+        f"<tr><td>{html.escape(name)}</td>"
+        + "".join(f"<td>{_image(colours, name)}{html.escape(below)}</td>" for colours, below in cells)
+        + "</tr>"
+        for name, cells in rows.items()
+    )
+    return f'<div class="wide"><table class="images">{"".join(lines)}</table></div>'
 
 
 def _diverging(values: Tensor) -> Tensor:
     """(H, W) as colours (3, H, W): white at 0, the largest magnitude in full red or blue."""
-    share = values / values.abs().max().clamp_min(torch.finfo(values.dtype).tiny)
+    return _diverging_share(values / values.abs().max().clamp_min(torch.finfo(values.dtype).tiny))
+
+
+def _diverging_share(share: Tensor) -> Tensor:
+    """(H, W) from -1 to 1 as colours (3, H, W): red, white, blue."""
     red, green, blue = 1 - share.clamp_min(0), 1 - share.abs(), 1 + share.clamp_max(0)
     return torch.stack([red, green, blue])
 

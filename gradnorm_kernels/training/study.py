@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .._json import by_line
-from .attacks import input_gradient
+from .attacks import input_gradient, loss_surface
 from .config import MAY_CHANGE, TrainConfig, load_recipe
 from .data import Data, load_data
 from .evaluation import FEW_CLASSES
@@ -21,86 +21,25 @@ from .files import CHECKPOINT, load_checkpoint, write_text
 from .models import load_model
 from .objectives.edge import edges
 from .options import TrainingError
-from .report import chart, charts, conditions, gradient_grid, history_charts, page, text_table
-from .runs import evaluate_run, step_seconds
+from .report import (
+    chart,
+    charts,
+    conditions,
+    gradient_grid,
+    history_charts,
+    page,
+    surface_grid,
+    text_table,
+)
+from .runs import evaluate_run, step_flops, step_seconds
+from .studies import STUDIES, Study
 from .trainer import Trainer, train
-
-
-@dataclass(frozen=True)
-class Study:
-    """What a study varies.
-
-    Attributes:
-        rows: options of :class:`~.config.TrainConfig` by the row's name.
-        reference: the row against which the cost of a step is given.
-        per_epoch: attack the model after every epoch, and watch for collapse.
-        against_clock: give the time of the whole training too.
-    """
-
-    title: str
-    rows: Mapping[str, Mapping[str, Any]]
-    reference: str
-    per_epoch: bool = False
-    against_clock: bool = False
-
 
 # The history's measure of robustness.
 _ATTACKED, _LABEL_ATTACKED = "eval_apgd_accuracy", "accuracy under APGD-CE, %"
 
-# With a gradient norm the mode is the recipe's: eval as published, train where a run begins with random
-# weights.
-_ADVERSARIAL = {"objective": "adversarial", "mode": "train"}
-_NORM = {"objective": "gradient_norm"}
-_FGSM = {
-    "FGSM": {**_ADVERSARIAL, "attack_steps": 1, "attack_random_start": False},
-    "FGSM, random start": {**_ADVERSARIAL, "attack_steps": 1, "attack_random_start": True},
-}
-_HYBRID = {"FGSM + gradient norm": {"objective": "hybrid", "attack_steps": 1, "attack_random_start": True}}
-
-STUDIES = {
-    "activations": Study(
-        "Gradient norm, from ReLU to GELU",
-        {
-            act.replace(":", " "): {**_NORM, "act": act}
-            for act in (
-                *("relu", "leaky_relu:0.01", "leaky_relu:0.1", "leaky_relu:0.3", "elu"),
-                *("softplus:1", "softplus:10", "silu", "mish", "gelu"),
-            )
-        },
-        reference="gelu",
-    ),
-    "objectives": Study(
-        "Objectives",
-        {
-            "natural": {"objective": "natural", "mode": "train"},
-            "gradient norm": _NORM,
-            "edge": {"objective": "edge", "mode": "train"},
-            "edge + gradient norm": {"objective": "edge_gradient_norm"},
-            **_FGSM,
-            "PGD-3": {**_ADVERSARIAL, "attack_steps": 3},
-            **_HYBRID,
-        },
-        reference="PGD-3",
-    ),
-    "stability": Study(
-        "Long runs",
-        {"gradient norm": _NORM, **_FGSM, **_HYBRID},
-        reference="gradient norm",
-        per_epoch=True,
-    ),
-    "speed": Study(
-        "Trainings against the clock",
-        {
-            "natural": {"objective": "natural", "mode": "train", "fused": "off"},
-            "gradient norm, PyTorch's ops": {**_NORM, "fused": "off"},
-            "gradient norm, fused": {**_NORM, "fused": "on"},
-            "PGD-3": {**_ADVERSARIAL, "attack_steps": 3, "fused": "off"},
-        },
-        reference="PGD-3",
-        per_epoch=True,
-        against_clock=True,
-    ),
-}
+# Of the shared epsilon: where accuracy under APGD-CE is drawn.
+_CURVE = (0.5, 1.0, 2.0)
 
 
 @dataclass(frozen=True)
@@ -110,8 +49,11 @@ class Row:
     Attributes:
         gradient_masking: :attr:`~.evaluation.Robustness.gradient_masking`; where it is not 0, the robust
             accuracies are upper bounds.
-        step_seconds: median time of a training step.
-        training_seconds: of the whole training, without evaluation.
+        curve: of the first seed, pairs of epsilon and the accuracy under APGD-CE.
+        step_flops: floating-point operations of a training step's matrix products and convolutions, counted.
+        training_flops: those of the whole training, and of the one that it started from.
+        step_seconds: median time of a training step; 0 if not timed.
+        training_seconds: of the whole training, without evaluation; empty if not timed.
         collapsed: by seed, the epoch in which the run collapsed, where it did: from which accuracy under
             APGD-CE stays below half of its best.
     """
@@ -119,10 +61,17 @@ class Row:
     clean: list[float]
     robust: list[float]
     gradient_masking: list[float]
+    curve: list[tuple[float, float]]
+    step_flops: int
+    training_flops: int
     step_seconds: float
     training_seconds: list[float]
     histories: list[list[dict[str, Any]]] = field(repr=False)
     collapsed: list[int | None]
+
+
+# Left out of what was not timed, as are those of a history's lines.
+_TIMES = ("step_seconds", "training_seconds", "seconds", "images_per_second")
 
 
 @dataclass(frozen=True)
@@ -141,12 +90,17 @@ class Outcome:
         columns: dict[str, Callable[[Row], str]] = {
             "clean": lambda row: _spread(row.clean),
             attack: lambda row: _spread(row.robust),
-            "step, ms": lambda row: f"{row.step_seconds * 1e3:.1f}",
         }
         if reference := self.rows.get(self.study.reference):
+            products = reference.step_flops
+            columns[f"products / {self.study.reference}"] = lambda row: f"{row.step_flops / products:.2f}"
+        timed = all(row.step_seconds for row in self.rows.values())
+        if timed:
+            columns["step, ms"] = lambda row: f"{row.step_seconds * 1e3:.1f}"
+        if timed and reference:
             per_step = reference.step_seconds
             columns[f"step / {self.study.reference}"] = lambda row: f"{row.step_seconds / per_step:.2f}"
-        if self.study.against_clock:
+        if timed and self.study.against_clock:
             columns["training, s"] = lambda row: f"{statistics.mean(row.training_seconds):.0f}"
             if reference:
                 whole = statistics.mean(reference.training_seconds)
@@ -167,7 +121,11 @@ class Outcome:
     def to_dict(self) -> dict[str, Any]:
         """Everything measured, for JSON."""
         rows = {
-            name: {**asdict(row), "options": dict(self.study.rows[name])} for name, row in self.rows.items()
+            name: {
+                **{key: value for key, value in asdict(row).items() if row.step_seconds or key not in _TIMES},
+                "options": dict(self.study.rows[name]),
+            }
+            for name, row in self.rows.items()
         }
         return {
             "study": self.study.title,
@@ -198,8 +156,8 @@ def study(
     A run that is finished in ``output`` is not done again, an unfinished one goes on.
 
     Args:
-        name: ``activations``, ``objectives``, ``stability`` or ``speed``, whose times mean something only
-            if nothing else runs and no run was interrupted.
+        name: one of ``STUDIES``. Times, of which ``speed`` is about, mean something only if nothing else runs
+            and no run was interrupted.
         output: directory for the runs and the report, made if absent.
         data: image folder; without it, the recipe's.
         recipe: what the rows share, as :func:`~.config.load_recipe` takes it.
@@ -208,7 +166,8 @@ def study(
         attack: as :func:`~.evaluation.evaluate` takes it, at the recipe's epsilon.
         n: held-out images to attack, a fixed sample.
         only: names of rows, to leave out the others.
-        timed_steps: training steps to time of each row, the rows taking turns.
+        timed_steps: training steps to time of each row, the rows taking turns; 0 leaves all times out, as
+            they should be where something else runs.
 
     Raises:
         TrainingError: if there is no such study, recipe or row, or a run cannot start or go on.
@@ -219,7 +178,8 @@ def study(
     unknown = [row for row in only or () if row not in chosen.rows]
     if unknown:
         raise TrainingError(f"only: {name} has no row {unknown[0]!r}; it has {', '.join(chosen.rows)}")
-    varied = {key for row in chosen.rows.values() for key in row}
+    # Rows multiply the epsilon that they share.
+    varied = {key for row in chosen.rows.values() for key in row if key != "epsilon"}
     fixed = varied & (changes or {}).keys()
     if fixed:
         raise TrainingError(f"{min(fixed)}: the rows of {name} set it themselves")
@@ -234,48 +194,85 @@ def study(
     if attack == "autoattack" and held_out.num_classes < 4:
         raise TrainingError(f"attack: {FEW_CLASSES.format(held_out.num_classes)}")
 
-    configs = {
-        row: replace(shared, **varied) for row, varied in chosen.rows.items() if only is None or row in only
-    }
+    names = [row for row in chosen.rows if only is None or row in only]
+    folder = output / "runs"
+    configs = {row: _config(chosen, row, shared, folder) for row in names}
     output.mkdir(parents=True, exist_ok=True)
     runs = {
-        row: [
-            _trained(replace(config, seed=config.seed + i), chosen.rows[row], output / "runs")
-            for i in range(seeds)
-        ]
-        for row, config in configs.items()
+        row: [_trained(chosen, row, replace(shared, seed=shared.seed + i), folder) for i in range(seeds)]
+        for row in names
     }
     first = {row: paths[0] for row, paths in runs.items()}
-    # From their ends, since a fresh run's ramp would begin without the gradient norm.
-    trainers = {
-        row: Trainer(config, load_data(config), saved=load_checkpoint(first[row]))
-        for row, config in configs.items()
-    }
-    seconds = step_seconds(trainers, timed_steps)
+    seconds: dict[str, float] = {}
+    if timed_steps:
+        # From their ends, since a fresh run's ramp would begin without the gradient norm.
+        trainers = {
+            row: Trainer(config, load_data(config), saved=load_checkpoint(first[row]))
+            for row, config in configs.items()
+        }
+        seconds = step_seconds(trainers, timed_steps)
+    curve = [factor * shared.epsilon for factor in _CURVE]
+    options = {"n": n, "eps": [shared.epsilon]}
     rows = {}
     for row, paths in runs.items():
-        results = [evaluate_run(path, attack=attack, n=n).results[0] for path in paths]
-        clean = [result.clean_accuracy for result in results]
-        robust = [result.robust_accuracy for result in results]
-        masking = [result.gradient_masking for result in results]
+        results = [evaluate_run(path, attack=attack, **options).results[0] for path in paths]
+        attacked = evaluate_run(paths[0], attack="apgd-ce", n=n, eps=curve).results
         histories = [load_checkpoint(path)["history"] for path in paths]
-        trained = [sum(line["seconds"] for line in history) for history in histories]
-        collapsed = [_collapse(history, held_out.num_classes) for history in histories]
-        rows[row] = Row(clean, robust, masking, seconds[row], trained, histories, collapsed)
+        rows[row] = Row(
+            clean=[result.clean_accuracy for result in results],
+            robust=[result.robust_accuracy for result in results],
+            gradient_masking=[result.gradient_masking for result in results],
+            curve=[(0.0, results[0].clean_accuracy), *((r.eps, r.robust_accuracy) for r in attacked)],
+            step_flops=step_flops(configs[row]),
+            training_flops=_training_flops(chosen, row, shared, folder),
+            step_seconds=seconds.get(row, 0.0),
+            training_seconds=[sum(line["seconds"] for line in history) for history in histories if seconds],
+            histories=histories if seconds else [_untimed(history) for history in histories],
+            collapsed=[_collapse(history, held_out.num_classes) for history in histories],
+        )
     outcome = Outcome(chosen, shared, attack, min(n, len(held_out.evaluation)), rows)
     write_text(output / "study.json", by_line(outcome.to_dict()))
     write_text(output / "report.html", _report(outcome, held_out, first))
     return outcome
 
 
-def _trained(config: TrainConfig, varied: Mapping[str, Any], runs: Path) -> Path:
-    """The directory of the run, which is trained as far as it is not."""
+def _config(study: Study, row: str, shared: TrainConfig, runs: Path) -> TrainConfig:
+    """What a row's run computes, with the seed of ``shared``."""
+    varied = dict(study.rows[row])
+    if "init" in varied:
+        start = _config(study, varied["init"], shared, runs)
+        varied["init"] = str(_directory(start, study.rows[varied["init"]], runs) / CHECKPOINT)
+    if "epsilon" in varied:
+        varied["epsilon"] *= shared.epsilon
+    return replace(shared, **varied)
+
+
+def _directory(config: TrainConfig, varied: Mapping[str, Any], runs: Path) -> Path:
     facts = {key: value for key, value in asdict(config).items() if key not in MAY_CHANGE or key in varied}
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]
     named = [config.objective, *([config.act.replace(":", "_")] if config.act else []), f"seed{config.seed}"]
-    path = runs / "-".join([*named, digest])
+    return runs / "-".join([*named, digest])
+
+
+def _trained(study: Study, row: str, shared: TrainConfig, runs: Path) -> Path:
+    """The directory of the row's run, which is trained as far as it is not, after that it starts from."""
+    if start := study.rows[row].get("init"):
+        _trained(study, start, shared, runs)
+    config = _config(study, row, shared, runs)
+    path = _directory(config, study.rows[row], runs)
     train(config, path, resume=(path / CHECKPOINT).exists())
     return path
+
+
+def _training_flops(study: Study, row: str, shared: TrainConfig, runs: Path) -> int:
+    """Of all steps of the row's run and of that it starts from."""
+    config, start = _config(study, row, shared, runs), study.rows[row].get("init")
+    before = _training_flops(study, start, shared, runs) if start else 0
+    return before + step_flops(config) * config.epochs * load_data(config).steps_per_epoch
+
+
+def _untimed(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in line.items() if key not in _TIMES} for line in history]
 
 
 def _collapse(history: list[dict[str, Any]], num_classes: int) -> int | None:
@@ -297,29 +294,39 @@ def _spread(shares: list[float]) -> str:
 
 
 def _report(outcome: Outcome, data: Data, runs: Mapping[str, Path]) -> str:
-    config = outcome.config
-    seeds = len(next(iter(outcome.rows.values())).clean)
+    config, rows = outcome.config, outcome.rows
+    seeds = len(next(iter(rows.values())).clean)
+    timed = all(row.step_seconds for row in rows.values())
     notes = (
         f"{config.model} on {config.data or 'scikit-learn digits'}, {config.epochs} epochs in batches of"
-        f" {config.batch_size}; {seeds} run{'s' if seeds > 1 else ''} a row, mean and range over the seeds."
+        f" {config.batch_size}; {seeds} run{'s' if seeds > 1 else ''} a row{_RANGE if seeds > 1 else ''}."
         f" Accuracies of the averaged weights on {outcome.attacked} held-out images, {outcome.attack},"
-        f" L-infinity, epsilon {config.epsilon:.4g} (pixels in [0, 1]). Step: median of whole training steps,"
-        f" the rows taking turns in one process. {conditions()}"
+        f" L-infinity, epsilon {config.epsilon:.4g} (pixels in [0, 1]). Products: floating-point operations"
+        f" of a step's matrix products and convolutions, counted. {_STEP if timed else ''}{conditions()}"
     )
-    panels = [{"eval_accuracy": "accuracy held out, %", "eval_cross_entropy": "cross-entropy held out, nats"}]
-    if outcome.study.per_epoch:
-        norm = "epsilon x gradient norm held out, nats"
-        panels.append({_ATTACKED: _LABEL_ATTACKED, "eval_gradient_norm": norm})
-    histories = {name: row.histories[0] for name, row in outcome.rows.items()}
+    histories = {name: row.histories[0] for name, row in rows.items()}
+    models = {row: load_model(path).requires_grad_(False) for row, path in runs.items()}
+    images, labels = data.evaluation_sample(6)
+    gradients = {row: input_gradient(model, images, labels) for row, model in models.items()}
+    surfaces = {
+        row: loss_surface(model, images, labels, 2 * config.epsilon, seed=config.seed)
+        for row, model in models.items()
+    }
+    curves = {name: [(eps, 100 * share) for eps, share in row.curve] for name, row in rows.items()}
     sections = [
         (
-            "By epoch: " + " and ".join(label.split(",")[0] for label in keys.values()),
-            "First seed.",
-            history_charts(histories, keys),
-        )
-        for keys in panels
+            "Accuracy against epsilon",
+            f"First seed, {outcome.attacked} held-out images under APGD-CE; at 0, as they are.",
+            charts([chart(curves, xlabel="epsilon (pixels in [0, 1])", ylabel="accuracy, %", top=100)]),
+        ),
+        (
+            "What robustness costs",
+            "Robust accuracy against the matrix products of the whole training, a start from another row's"
+            " model included, and against clean accuracy. Means over the seeds.",
+            _costs(outcome),
+        ),
     ]
-    if outcome.study.against_clock:
+    if outcome.study.against_clock and timed:
         sections.append(
             (
                 "Robust accuracy against time",
@@ -327,17 +334,60 @@ def _report(outcome: Outcome, data: Data, runs: Mapping[str, Path]) -> str:
                 charts([_against_time(histories)]),
             )
         )
-    images, labels = data.evaluation_sample(6)
-    gradients = {row: input_gradient(load_model(path), images, labels) for row, path in runs.items()}
-    sections.append(
+    sections += [
         (
             "Input gradients",
             "Held-out images, their edges (blurred Sobel magnitude), and the gradient of the cross-entropy"
-            " with respect to the pixels, channels summed, each in its own colour scale under its L1 norm.",
+            " with respect to the pixels, channels summed, each in its own colour scale over its L1 norm.",
             gradient_grid({"image": images, "edges": edges(images)}, gradients),
+        ),
+        (
+            "Loss surfaces",
+            "Cross-entropy around the images, to the right along the sign of its gradient, upwards along"
+            " random signs, as far as twice epsilon; the frame is at epsilon, pixels stay in [0, 1]. Blue"
+            " where the image is classified correctly, red where not; the deeper, the higher the loss."
+            " Below, the largest loss within the frame.",
+            surface_grid(images, surfaces),
+        ),
+    ]
+    panels = [{"eval_accuracy": "accuracy held out, %", "eval_cross_entropy": "cross-entropy held out, nats"}]
+    if outcome.study.per_epoch:
+        norm = "epsilon x gradient norm held out, nats"
+        panels.append({_ATTACKED: _LABEL_ATTACKED, "eval_gradient_norm": norm})
+    sections += [
+        (
+            "By epoch: " + " and ".join(label.split(",")[0] for label in keys.values()),
+            "First seed.",
+            history_charts(histories, keys),
         )
-    )
+        for keys in panels
+    ]
     return page(outcome.study.title, outcome.cells(), notes, sections)
+
+
+_RANGE = ", mean and range over the seeds"
+_STEP = "Step: median of whole training steps, the rows taking turns in one process. "
+
+
+def _costs(outcome: Outcome) -> str:
+    """Robust accuracy over what it took: computation, and clean accuracy."""
+    strengths: dict[str, list[str]] = {}
+    computed: dict[str, list[tuple[float, float]]] = {}
+    clean: dict[str, list[tuple[float, float]]] = {}
+    for name, row in outcome.rows.items():
+        group, _, strength = name.partition(": ") if outcome.study.fronts else (name, "", "")
+        strengths.setdefault(group, []).append(strength)
+        robust = 100 * statistics.mean(row.robust)
+        computed.setdefault(group, []).append((row.training_flops / 1e12, robust))
+        clean.setdefault(group, []).append((100 * statistics.mean(row.clean), robust))
+    label, fronts = f"accuracy under {outcome.attack}, %", outcome.study.fronts
+    products = "the training's matrix products, TFLOP"
+    return charts(
+        [
+            chart(computed, xlabel=products, ylabel=label, lines=False, left=0.0),
+            chart(clean, xlabel="clean accuracy, %", ylabel=label, lines=fronts, labels=strengths),
+        ]
+    )
 
 
 def _against_time(histories: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
