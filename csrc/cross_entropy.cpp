@@ -9,6 +9,7 @@
 #include "cpu/cross_entropy.h"
 
 #include <ATen/OpMathType.h>
+#include <ATen/autocast_mode.h>
 
 #include "op.h"
 
@@ -243,17 +244,12 @@ struct Forward {
     })[0];
   }
   // PyTorch's own is computed in float32 in a region of autocast.
-  template <c10::DispatchKey key>
-  Tensor in_float32() const {
-    const c10::impl::ExcludeDispatchKeyGuard no_autocast(key);
+  Tensor autocast() const {
+    const auto device = input.device().type();
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(
+        at::autocast::get_autocast_dispatch_key_from_device_type(device));
     const auto wide = [](const Tensor& t) { return t.is_floating_point() ? to_opmath(t) : t; };
     return call(Forward{wide(input), wide(target), ignore_index, label_smoothing});
-  }
-  Tensor autocast_cpu() const {
-    return in_float32<c10::DispatchKey::AutocastCPU>();
-  }
-  Tensor autocast_cuda() const {
-    return in_float32<c10::DispatchKey::AutocastCUDA>();
   }
 };
 
