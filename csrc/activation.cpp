@@ -603,7 +603,7 @@ template <class Definition, int... params>
 struct AtenForward : Override<AtenForward<Definition, params...>> {
   static Tensor autograd(c10::DispatchKeySet keys, const Tensor& self) {
     if (has_parts<Definition> && is_differentiated_by_transform({self})) {
-      return Definition::composite(self);
+      return Definition::composite(self, params...);
     }
     if (!is_covered(self, self)) {
       return AtenForward::stock(keys, self);

@@ -382,7 +382,6 @@ def test_waves_of_a_vector_do_not_depend_on_its_other_elements():
     assert all(torch.equal(a[kept], b[kept]) for a, b in pairs)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize(
     ("ours", "stock", "module"),
     [
@@ -394,17 +393,14 @@ def test_waves_of_a_vector_do_not_depend_on_its_other_elements():
         (lambda x: gk.functional.cos(x, 0.3), lambda x: torch.cos(0.3 * x), None),
     ],
 )
-def test_what_is_another_op_with_other_parameters(ours, stock, module, dtype):
-    x = torch.linspace(-4, 4, 1001, dtype=dtype, requires_grad=True)
-    tolerance = 1e-12 if dtype == torch.float64 else 2e-5
-    functions = [ours] if module is None else [ours, gk.fuse(module)]
-    expected = list(nth_gradients(stock, [x], 3))
-    for function in functions:
-        assert_close(function(x), stock(x), rtol=tolerance, atol=tolerance)
-        largest = max(g.abs().max().item() for (g,) in expected)
-        assert_close(
-            list(nth_gradients(function, [x], 3)), expected, rtol=tolerance, atol=tolerance * largest
-        )
+def test_other_parameters_and_their_modules(ours, stock, module):
+    x = torch.linspace(-4, 4, 1001, dtype=torch.float64, requires_grad=True)
+    for function in [ours] if module is None else [ours, gk.fuse(module)]:
+        assert_close(function(x), stock(x))
+        for order, expected in zip(
+            nth_gradients(function, [x], 3), nth_gradients(stock, [x], 3), strict=True
+        ):
+            assert_close(order, expected)
         (first,) = torch.autograd.grad(function(x).sum(), x, create_graph=True)
         assert any("gradnorm_kernels" in node.name() for node in graph_nodes([first]))
 
@@ -434,7 +430,7 @@ def test_in_place_under_the_switch(function):
         part = hidden.view(2, 51)[1] if view else hidden
         output = function(part, inplace=inplace)
         assert (output is part) == inplace and (part._version == 0 or inplace)
-        return torch.autograd.grad(hidden.sin().sum() + output.cos().sum(), x, create_graph=True)[0]
+        return torch.autograd.grad(hidden.exp().sum() + output.pow(3).sum(), x, create_graph=True)[0]
 
     def orders(inplace, view):
         return list(nth_gradients(lambda x: first(inplace, view), [x], 2))
