@@ -69,6 +69,18 @@ def _hardsigmoid(input: Tensor) -> Tensor:
     return F.relu6(input + 3) / 6
 
 
+def _quick_gelu(input: Tensor) -> Tensor:
+    return input * torch.sigmoid(1.702 * input)
+
+
+def _squared_relu(input: Tensor) -> Tensor:
+    return F.relu(input).square()
+
+
+def _sin(input: Tensor, frequency: float) -> Tensor:
+    return torch.sin(frequency * input)
+
+
 def _swiglu(gate: Tensor, value: Tensor) -> Tensor:
     return F.silu(gate) * value
 
@@ -80,6 +92,8 @@ def _batch_norm_act(*args: Any, activation: str, **options: Any) -> Tensor:
 # torch.nn.functional, with what it lacks, or cannot differentiate twice.
 STOCK = SimpleNamespace(**vars(F))
 STOCK.hardsigmoid, STOCK.layer_norm_2d, STOCK.swiglu = _hardsigmoid, _layer_norm_2d, _swiglu
+STOCK.quick_gelu, STOCK.squared_relu, STOCK.sin = _quick_gelu, _squared_relu, _sin
+STOCK.cos = torch.cos
 STOCK.scaled_dot_product_attention, STOCK.batch_norm_act = _attention, _batch_norm_act
 
 
@@ -224,9 +238,10 @@ CASES = [
         Case(op, "", **_ACTIVATIONS)
         for op in (
             *("silu", "mish", "softplus", "elu", "hardswish", "tanh", "sigmoid"),
-            *("softsign", "logsigmoid"),
+            *("softsign", "logsigmoid", "quick_gelu", "squared_relu", "selu", "celu", "cos"),
         )
     ),
+    Case("sin", "30 x", **_ACTIVATIONS, options={"frequency": 30.0}),
     *(Case(op, "", **_ACTIVATIONS, straight=True) for op in ("leaky_relu", "relu", "relu6", "hardsigmoid")),
     Case(
         "swiglu",

@@ -158,9 +158,13 @@ struct ActivationOps<Definition, Act (*)(Params...)> {
       return op.switched();
     }
     static Tensor by_aten(const Backward& op) {
-      return std::apply(
-          [&](const auto&... p) { return Definition::aten_backward(op.grad_output, op.input, p...); },
-          op.params);
+      if constexpr (std::is_null_pointer_v<decltype(Definition::aten_backward)>) {
+        return call(op);
+      } else {
+        return std::apply(
+            [&](const auto&... p) { return Definition::aten_backward(op.grad_output, op.input, p...); },
+            op.params);
+      }
     }
 
    private:
@@ -520,6 +524,48 @@ struct Softsign : WithoutParams<gradnorm_kernels::Softsign, &softsign_by_parts> 
   static constexpr auto name = "softsign";
 };
 
+// As users write it.
+Tensor quick_gelu_by_parts(const Tensor& input) {
+  const Tensor x = takes_parts(input) ? to_opmath(input) : input;
+  const Tensor output = x * (x * gradnorm_kernels::QuickGelu::kScale).sigmoid();
+  return takes_parts(input) ? output.to(input.scalar_type()) : output;
+}
+struct QuickGelu : WithoutParams<gradnorm_kernels::QuickGelu, &quick_gelu_by_parts> {
+  static constexpr auto name = "quick_gelu";
+};
+
+Tensor squared_relu_by_parts(const Tensor& input) {
+  return at::relu(input).square();
+}
+struct SquaredRelu : WithoutParams<gradnorm_kernels::SquaredRelu, &squared_relu_by_parts> {
+  static constexpr auto name = "squared_relu";
+};
+
+template <Tensor (*wave)(const Tensor&)>
+Tensor wave_by_parts(const Tensor& input, double frequency) {
+  if (frequency == 1) {
+    return wave(input);
+  }
+  if (!takes_parts(input)) {
+    return wave(input * frequency);
+  }
+  return wave(to_opmath(input) * frequency).to(input.scalar_type());
+}
+// PyTorch's own backward is made of two ops, for which ours is one under the switch, too.
+template <class Act, Tensor (*wave)(const Tensor&)>
+struct Wave : InAten<&wave_by_parts<wave>> {
+  static constexpr auto params = ", *, float frequency=1.0";
+  static Act make(double frequency) {
+    return {frequency};
+  }
+};
+struct Sin : Wave<gradnorm_kernels::Sin, &at::sin> {
+  static constexpr auto name = "sin";
+};
+struct Cos : Wave<gradnorm_kernels::Cos, &at::cos> {
+  static constexpr auto name = "cos";
+};
+
 // PyTorch's own backward takes a third tensor: AtenLogsigmoidBackward.
 struct Logsigmoid : WithoutParams<gradnorm_kernels::Logsigmoid, &at::log_sigmoid> {
   static constexpr auto name = "logsigmoid";
@@ -534,7 +580,8 @@ struct Registrations {
 const Registrations<
     definitions::Gelu, definitions::Silu, definitions::Mish, definitions::Softplus, definitions::Elu,
     definitions::Tanh, definitions::Sigmoid, definitions::Relu, definitions::Relu6, definitions::LeakyRelu,
-    definitions::Hardsigmoid, definitions::Hardswish, definitions::Softsign, definitions::Logsigmoid>
+    definitions::Hardsigmoid, definitions::Hardswish, definitions::Softsign, definitions::Logsigmoid,
+    definitions::QuickGelu, definitions::SquaredRelu, definitions::Sin, definitions::Cos>
     registrations;
 
 // PyTorch's own ops under the switch. Whatever ours does not cover stays with the stock kernel.
@@ -550,24 +597,27 @@ double unscalar(const at::Scalar& value) {
   return value.toDouble();
 }
 
-// An op of the signature (Tensor self), which PyTorch decomposes when its backward is to be differentiated,
-// or cannot differentiate twice.
-template <class Definition>
-struct AtenForward : Override<AtenForward<Definition>> {
+// An op of the signature (Tensor self), whose backward PyTorch makes of several ops, at least when that is to
+// be differentiated, or cannot differentiate twice; with our parameters.
+template <class Definition, int... params>
+struct AtenForward : Override<AtenForward<Definition, params...>> {
   static Tensor autograd(c10::DispatchKeySet keys, const Tensor& self) {
     if (has_parts<Definition> && is_differentiated_by_transform({self})) {
-      return Definition::composite(self);
+      return Definition::composite(self, params...);
     }
     if (!is_covered(self, self)) {
       return AtenForward::stock(keys, self);
     }
-    return typename ActivationOps<Definition>::Forward(self).switched();
+    return typename ActivationOps<Definition>::Forward(self, params...).switched();
   }
 };
 
 template <class... Params>
 auto settings_of(Params... params) {
   return std::make_tuple(unscalar(params)...);
+}
+auto wave_settings() {
+  return std::make_tuple(1.0);
 }
 auto celu_settings(const at::Scalar& alpha) {
   return std::make_tuple(alpha.toDouble(), 1.0, 1 / alpha.toDouble());
@@ -649,8 +699,12 @@ const StockOverride override_aten([](AtenAutograd& m) {
       m, "elu_");
   AtenInPlace<Mish, &at::mish_, &settings_of<>>::install(m, "mish_");
   AtenInPlace<Silu, &at::silu_, &settings_of<>>::install(m, "silu_");
+  AtenInPlace<Sin, &at::sin_, &wave_settings>::install(m, "sin_");
+  AtenInPlace<Cos, &at::cos_, &wave_settings>::install(m, "cos_");
   AtenForward<Silu>::install(m, "silu");
   AtenForward<Mish>::install(m, "mish");
+  AtenForward<Sin, 1>::install(m, "sin");
+  AtenForward<Cos, 1>::install(m, "cos");
   AtenBackward<Gelu, std::string_view>::install(m, "gelu_backward");
   AtenBackward<Silu>::install(m, "silu_backward");
   AtenBackward<Mish>::install(m, "mish_backward");

@@ -112,6 +112,33 @@ struct Silu {
   }
 };
 
+// f(x) = x s(c x)
+struct QuickGelu {
+  static constexpr double kScale = 1.702;  // c
+
+  template <class V>
+  V f(const V& x) const {
+    return x * logistic(x * Constant{kScale}).value;
+  }
+  template <class V>
+  V df(const V& g, const V& x) const {
+    const auto s = logistic(x * Constant{kScale});
+    return g * (s.value + x * s.slope * Constant{kScale});
+  }
+  template <class V>
+  V d2f(const V& v, const V& g, const V& x) const {
+    const auto s = logistic(x * Constant{kScale});
+    const V curvature = s.slope * 2.0_c + x * s.slope * s.skew * Constant{kScale};
+    return v * (curvature * Constant{kScale}) * g;
+  }
+  template <class V>
+  V d3f(const V& b, const V& v, const V& g, const V& x) const {
+    const auto s = logistic(x * Constant{kScale});
+    const V third = s.second() * 3.0_c + x * s.third() * Constant{kScale};
+    return b * (third * Constant{kScale * kScale}) * v * g;
+  }
+};
+
 // f(x) = x tanh(softplus(x))
 struct Mish {
   template <class V>
@@ -354,9 +381,60 @@ struct Logsigmoid {
   }
 };
 
+// f(x) = sin(w x + start pi / 2), with w the frequency
+template <int start>
+struct Wave {
+  double frequency;
+
+  template <class V>
+  V f(const V& x) const {
+    return nth<0>(x);
+  }
+  template <class V>
+  V df(const V& g, const V& x) const {
+    return g * (nth<1>(x) * Constant{frequency});
+  }
+  template <class V>
+  V d2f(const V& v, const V& g, const V& x) const {
+    return v * (nth<2>(x) * Constant{frequency * frequency}) * g;
+  }
+  template <class V>
+  V d3f(const V& b, const V& v, const V& g, const V& x) const {
+    return b * (nth<3>(x) * Constant{frequency * frequency * frequency}) * v * g;
+  }
+
+ private:
+  template <int n, class V>
+  V nth(const V& x) const {
+    return sine<start + n>(x * Constant{frequency});
+  }
+};
+using Sin = Wave<0>;
+using Cos = Wave<1>;
+
+// f(x) = max(x, 0)^2
+struct SquaredRelu {
+  template <class V>
+  V f(const V& x) const {
+    return select(x <= 0.0_c, 0.0_c, x * x);
+  }
+  template <class V>
+  V df(const V& g, const V& x) const {
+    return select(x <= 0.0_c, 0.0_c, g * x * 2.0_c);
+  }
+  template <class V>
+  V d2f(const V& v, const V& g, const V& x) const {
+    return select(x <= 0.0_c, 0.0_c, v * g * 2.0_c);
+  }
+  template <class V>
+  V d3f(const V&, const V&, const V&, const V& x) const {
+    return zero_like(x);
+  }
+};
+
 using Activation = std::variant<
-    GeluErf, GeluTanh, Silu, Mish, Softplus, Elu, Tanh, Sigmoid, Relu, Relu6, LeakyRelu, Hardsigmoid,
-    Hardswish, Softsign, Logsigmoid>;
+    GeluErf, GeluTanh, Silu, QuickGelu, Mish, Softplus, Elu, Tanh, Sigmoid, Relu, Relu6, LeakyRelu,
+    Hardsigmoid, Hardswish, Softsign, Logsigmoid, Sin, Cos, SquaredRelu>;
 
 // False of those whose derivatives are made of the output.
 template <class Act>

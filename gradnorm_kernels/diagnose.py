@@ -20,12 +20,14 @@ __all__ = ["Diagnosis", "Finding", "diagnose"]
 
 Node = Any  # of an autograd graph
 
-FUSE = "gk.fuse(model), or gk.set_fused_double_backward(True)"
+SWITCH = "gk.set_fused_double_backward(True)"
+FUSE = f"gk.fuse(model), or {SWITCH}"
 
 # Of the nodes that PyTorch records in the forward, without "Backward0": what their double backward moves, in
 # tensors of the output's size, the least that it could, and what covers them. Counted on meta tensors, of a
 # common case where it depends on that.
 _TRAFFIC: dict[str, tuple[float, float, str | None]] = {
+    "Cos": (13, 5, SWITCH),
     "CudnnBatchNorm": (84, 5, FUSE),
     "Elu": (18, 5, FUSE),
     "FusedRmsNorm": (50, 5, FUSE),
@@ -41,6 +43,7 @@ _TRAFFIC: dict[str, tuple[float, float, str | None]] = {
     "Relu": (8, 3, FUSE),
     "Sigmoid": (16, 5, FUSE),
     "Silu": (29, 5, FUSE),
+    "Sin": (13, 5, SWITCH),
     "Softmax": (27, 5, FUSE),
     "Softplus": (22, 5, FUSE),
     "Tanh": (14, 5, FUSE),

@@ -28,12 +28,14 @@ from torch import Tensor
 __all__ = [
     "batch_norm",
     "batch_norm_act",
+    "celu",
     "conv1d",
     "conv2d",
     "conv3d",
     "conv_transpose1d",
     "conv_transpose2d",
     "conv_transpose3d",
+    "cos",
     "cross_entropy",
     "elu",
     "geglu",
@@ -51,15 +53,19 @@ __all__ = [
     "logsigmoid",
     "mish",
     "qkv_attention",
+    "quick_gelu",
     "relu",
     "relu6",
     "rms_norm",
     "scaled_dot_product_attention",
+    "selu",
     "sigmoid",
     "silu",
+    "sin",
     "softmax",
     "softplus",
     "softsign",
+    "squared_relu",
     "swiglu",
     "tanh",
     "weight_norm",
@@ -93,6 +99,15 @@ def silu(input: Tensor, inplace: bool = False) -> Tensor:
     return torch.ops.gradnorm_kernels.silu(input)
 
 
+def quick_gelu(input: Tensor, inplace: bool = False) -> Tensor:
+    r"""As timm's: :math:`x\,\sigma(1.702 x)` (Hendrycks and Gimpel 2016, arXiv:1606.08415). Written in
+    PyTorch's ops, of these the switch covers the sigmoid alone.
+    """
+    if torch.compiler.is_compiling():
+        return input * torch.sigmoid(1.702 * input)
+    return torch.ops.gradnorm_kernels.quick_gelu(input)
+
+
 def mish(input: Tensor, inplace: bool = False) -> Tensor:
     r"""As :func:`torch.nn.functional.mish`: :math:`x \tanh(\log(1 + e^x))` (Misra 2019, arXiv:1908.08681)."""
     return torch.ops.gradnorm_kernels.mish(input)
@@ -116,6 +131,33 @@ def elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
     return torch.ops.gradnorm_kernels.elu(input, alpha=alpha)
 
 
+def celu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
+    r"""As :func:`torch.nn.functional.celu`: :math:`x` for :math:`x > 0`, else
+    :math:`\alpha (e^{x / \alpha} - 1)` (Barron 2017, arXiv:1704.07483).
+
+    Raises:
+        ValueError: if ``alpha`` is not greater than 0.
+    """
+    if not alpha > 0:
+        raise ValueError(f"celu: expected alpha to be greater than 0, got {alpha}")
+    if torch.compiler.is_compiling():
+        return torch.nn.functional.celu(input, alpha=alpha)
+    return torch.ops.gradnorm_kernels.elu(input, alpha=alpha, input_scale=1 / alpha)
+
+
+# PyTorch's.
+_SELU = {"alpha": 1.6732632423543772, "scale": 1.0507009873554805}
+
+
+def selu(input: Tensor, inplace: bool = False) -> Tensor:
+    r"""As :func:`torch.nn.functional.selu`: :math:`1.0507 x` for :math:`x > 0`, else
+    :math:`1.7581 (e^x - 1)` (Klambauer et al. 2017, arXiv:1706.02515).
+    """
+    if torch.compiler.is_compiling():
+        return torch.nn.functional.selu(input)
+    return torch.ops.gradnorm_kernels.elu(input, **_SELU)
+
+
 def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
     r"""As :func:`torch.nn.functional.leaky_relu`: :math:`x` for :math:`x > 0`, else ``negative_slope`` times
     :math:`x` (Maas, Hannun and Ng 2013). Of linear pieces: see above for its double backward.
@@ -132,6 +174,15 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
     if torch.compiler.is_compiling():
         return torch.nn.functional.relu(input)
     return torch.ops.gradnorm_kernels.relu(input)
+
+
+def squared_relu(input: Tensor) -> Tensor:
+    r""":math:`\max(x, 0)^2` (So et al. 2021, arXiv:2109.08668), for which PyTorch has no function. Of
+    ``relu(x).square()`` the switch covers the ReLU alone.
+    """
+    if torch.compiler.is_compiling():
+        return torch.relu(input).square()
+    return torch.ops.gradnorm_kernels.squared_relu(input)
 
 
 def relu6(input: Tensor, inplace: bool = False) -> Tensor:
@@ -175,6 +226,22 @@ def sigmoid(input: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return torch.nn.functional.sigmoid(input)
     return torch.ops.gradnorm_kernels.sigmoid(input)
+
+
+def sin(input: Tensor, frequency: float = 1.0) -> Tensor:
+    r""":math:`\sin(\omega x)`, with :math:`\omega` the ``frequency``: the activation of a SIREN (Sitzmann et
+    al. 2020, arXiv:2006.09661), and :func:`torch.sin` without it.
+    """
+    if torch.compiler.is_compiling():
+        return torch.sin(input if frequency == 1 else frequency * input)
+    return torch.ops.gradnorm_kernels.sin(input, frequency=frequency)
+
+
+def cos(input: Tensor, frequency: float = 1.0) -> Tensor:
+    r""":math:`\cos(\omega x)`, with :math:`\omega` the ``frequency``: as :func:`sin`."""
+    if torch.compiler.is_compiling():
+        return torch.cos(input if frequency == 1 else frequency * input)
+    return torch.ops.gradnorm_kernels.cos(input, frequency=frequency)
 
 
 def softsign(input: Tensor) -> Tensor:

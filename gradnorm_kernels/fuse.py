@@ -41,9 +41,10 @@ def fuse(model: Model, *, dry_run: bool = False) -> Model:
     kernel, an attention's ``softmax`` and ``attn_drop``, a gated unit's ``act``, stay where they are and are
     no longer called, so that hooks on them do not fire.
 
-    Swapped are ``torch.nn``'s BatchNorm, Conv, CrossEntropyLoss, ELU, GELU, GLU, GroupNorm, Hardsigmoid,
-    Hardswish, InstanceNorm, LayerNorm, LeakyReLU, LogSigmoid, LogSoftmax, Mish, MultiheadAttention, RMSNorm,
-    ReLU, ReLU6, SiLU, Sigmoid, Softmax, Softplus, Softsign, Tanh and its weight normalisation by
+    Swapped are ``torch.nn``'s BatchNorm, CELU, Conv, CrossEntropyLoss, ELU, GELU, GLU, GroupNorm,
+    Hardsigmoid, Hardswish, InstanceNorm, LayerNorm, LeakyReLU, LogSigmoid, LogSoftmax, Mish,
+    MultiheadAttention, RMSNorm, ReLU, ReLU6, SELU, SiLU, Sigmoid, Softmax, Softplus, Softsign, Tanh and its
+    weight normalisation by
     ``parametrizations``, pools, reflect and replicate pads, Hardtanh, Threshold and the shrinks (whose input
     gets no zeros for a second derivative), and timm's own activations, ``LayerNorm``, ``LayerNorm2d``,
     ``LayerNormFp32``, ``RmsNorm``, ``RmsNorm2d``, ``RmsNormFp32``, ``RmsNorm2dFp32``, ``GroupNorm``,

@@ -22,6 +22,7 @@ __all__ = [
     "FusedBatchNorm1d",
     "FusedBatchNorm2d",
     "FusedBatchNorm3d",
+    "FusedCELU",
     "FusedConv1d",
     "FusedConv2d",
     "FusedConv3d",
@@ -42,9 +43,11 @@ __all__ = [
     "FusedLogSoftmax",
     "FusedMish",
     "FusedMultiheadAttention",
+    "FusedQuickGELU",
     "FusedRMSNorm",
     "FusedReLU",
     "FusedReLU6",
+    "FusedSELU",
     "FusedSiLU",
     "FusedSigmoid",
     "FusedSoftmax",
@@ -82,6 +85,16 @@ class FusedSiLU(nn.SiLU):
         return functional.silu(input)
 
 
+class FusedQuickGELU(nn.Module):
+    """timm's ``QuickGELU`` with fused forward, backward and double backward."""
+
+    def __init__(self, inplace: bool = False) -> None:
+        super().__init__()
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.quick_gelu(input)
+
+
 class FusedMish(nn.Mish):
     """:class:`torch.nn.Mish` with fused forward, backward and double backward."""
 
@@ -104,6 +117,20 @@ class FusedELU(nn.ELU):
 
     def forward(self, input: Tensor) -> Tensor:
         return functional.elu(input, self.alpha)
+
+
+class FusedCELU(nn.CELU):
+    """:class:`torch.nn.CELU` with fused forward, backward and double backward."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.celu(input, self.alpha)
+
+
+class FusedSELU(nn.SELU):
+    """:class:`torch.nn.SELU` with fused forward, backward and double backward."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.selu(input)
 
 
 class FusedLeakyReLU(nn.LeakyReLU):
@@ -529,6 +556,7 @@ REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
         FusedBatchNorm1d,
         FusedBatchNorm2d,
         FusedBatchNorm3d,
+        FusedCELU,
         FusedConv1d,
         FusedConv2d,
         FusedConv3d,
@@ -552,6 +580,7 @@ REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
         FusedRMSNorm,
         FusedReLU,
         FusedReLU6,
+        FusedSELU,
         FusedSiLU,
         FusedSigmoid,
         FusedSoftmax,

@@ -230,6 +230,7 @@ REPLACEMENTS: dict[type[nn.Module], tuple[type[nn.Module], dict[str, Any]]] = {
     timm.layers.activations.HardSigmoid: (modules.FusedHardsigmoid, {}),
     timm.layers.activations.HardSwish: (modules.FusedHardswish, {}),
     timm.layers.activations.Mish: (modules.FusedMish, {"inplace": False}),
+    timm.layers.activations.QuickGELU: (modules.FusedQuickGELU, {}),
     timm.layers.activations.Sigmoid: (modules.FusedSigmoid, {}),
     timm.layers.activations.Swish: (modules.FusedSiLU, {}),
     timm.layers.activations.Tanh: (modules.FusedTanh, {}),

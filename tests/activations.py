@@ -36,9 +36,11 @@ class Activation(Case):
 
     Attributes:
         function: PyTorch's own, of the same parameters.
-        limits: (slope, intercept) of the lines that it approaches on the left and on the right.
+        limits: (slope, intercept) of the lines that it approaches on the left and on the right; None where
+            there are none.
         kinks: where it is not smooth.
-        gradual: whether its derivatives fall to those of the lines as powers of x, and not exponentially.
+        gradual: whether its derivatives do not fall exponentially to those of the lines: as powers of x, or
+            not at all.
         curved: whether it has a second derivative, and so a double backward of its own.
         saves_output: whether its derivatives are computed from its output.
         aten: the name of PyTorch's own op where it is another; None where PyTorch's own is made of several,
@@ -48,7 +50,7 @@ class Activation(Case):
     name: str
     function: Callable[..., Tensor]
     params: dict[str, Any] = field(default_factory=dict)
-    limits: tuple[tuple[float, float], tuple[float, float]] = (FLAT, IDENTITY)
+    limits: tuple[tuple[float, float], tuple[float, float]] | None = (FLAT, IDENTITY)
     kinks: tuple[float, ...] = ()
     gradual: bool = False
     curved: bool = True
@@ -63,7 +65,7 @@ class Activation(Case):
     @property
     def wrong_in_pytorch(self) -> tuple[str, ...]:
         """The second derivative of abs, of which softsign is made, is of no subclass."""
-        return ("tensor subclasses",) if self.aten is None else ()
+        return ("tensor subclasses",) if self.name == "softsign" else ()
 
     def shapes(self) -> tuple[tuple[int, ...]]:
         return (self.shape,)
@@ -127,6 +129,7 @@ class Activation(Case):
 
     def limit(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """f and f' of the line that f approaches at each x, far from 0."""
+        assert self.limits is not None
         left, right = (torch.tensor(line, dtype=torch.float64) for line in self.limits)
         slope = torch.where(x > 0, right[0], left[0])
         return x * slope + torch.where(x > 0, right[1], left[1]), slope
@@ -209,6 +212,26 @@ ACTIVATIONS = [
         "softsign", F.softsign, limits=((0.0, -1.0), (0.0, 1.0)), kinks=(0.0,), gradual=True, aten=None
     ),
     Activation("logsigmoid", F.logsigmoid, limits=(IDENTITY, FLAT), aten="log_sigmoid"),
+    Activation("quick_gelu", lambda x: x * torch.sigmoid(1.702 * x), aten=None),
+    Activation(
+        "squared_relu",
+        lambda x: F.relu(x).square(),
+        limits=None,
+        kinks=(0.0,),
+        gradual=True,
+        aten=None,
+    ),
+    Activation("sin", torch.sin, limits=None, gradual=True),
+    Activation("cos", torch.cos, limits=None, gradual=True),
+    # A power of two, by which no product is rounded.
+    Activation(
+        "sin",
+        lambda x, frequency: torch.sin(frequency * x),
+        {"frequency": 0.5},
+        limits=None,
+        gradual=True,
+        aten=None,
+    ),
 ]
 each_activation = pytest.mark.parametrize("act", ACTIVATIONS, ids=str)
 # Where the activation's own mathematics has no part: one of each way to save and to differentiate.

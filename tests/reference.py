@@ -64,6 +64,10 @@ def silu(input: Tensor) -> Tensor:
     return input * sigmoid(input)
 
 
+def quick_gelu(input: Tensor) -> Tensor:
+    return input * sigmoid(1.702 * input)
+
+
 def mish(input: Tensor) -> Tensor:
     r""":math:`x \tanh(\log(1 + e^x)) = x (1 - 2 / (2 + 2 e^x + e^{2x}))`."""
     positive = input > 0
@@ -105,6 +109,18 @@ def _decay(x: Tensor) -> Tensor:
 
 def relu(input: Tensor) -> Tensor:
     return leaky_relu(input, 0.0)
+
+
+def squared_relu(input: Tensor) -> Tensor:
+    return relu(input).square()
+
+
+def sin(input: Tensor, frequency: float = 1.0) -> Tensor:
+    return torch.sin(frequency * input)
+
+
+def cos(input: Tensor, frequency: float = 1.0) -> Tensor:
+    return torch.cos(frequency * input)
 
 
 def relu6(input: Tensor) -> Tensor:

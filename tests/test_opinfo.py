@@ -24,6 +24,7 @@ from benchmarks.opinfo import OPS, samples_of  # noqa: E402
 # Differentiated twice by our formulas, without the zeros that PyTorch's write, or right where its are wrong.
 FUSED = [
     "_native_batch_norm_legit",
+    "cos",
     "log_softmax",
     "log_softmax.with_dtype",
     "masked.log_softmax",
@@ -66,6 +67,7 @@ FUSED = [
     "nn.functional.tanhshrink",
     "nn.functional.threshold",
     "sigmoid",
+    "sin",
     "softmax",
     "softmax.with_dtype",
     "tanh",

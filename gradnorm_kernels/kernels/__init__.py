@@ -40,7 +40,10 @@ _OPS = {
         name + suffix
         for names, suffixes in (
             (
-                ("elu", "gelu", "hardswish", "logsigmoid", "mish", "silu", "softplus", "softsign"),
+                (
+                    *("cos", "elu", "gelu", "hardswish", "logsigmoid", "mish", "quick_gelu", "silu", "sin"),
+                    *("softplus", "softsign", "squared_relu"),
+                ),
                 ("", "_backward", "_double_backward", "_triple_backward"),
             ),
             # Of linear pieces, with no second derivative.

@@ -289,6 +289,35 @@ def silu_dddf(b, v, g, x, parameters: tl.constexpr):
     return b * (3.0 * second + x * third) * v * g
 
 
+# Quick GELU: f = x s(z) with z = c x, f' = s + z s', f'' = c (2 s' + z s''), f''' = c^2 (3 s'' + z s''').
+
+_C = tl.constexpr(1.702)
+
+
+@triton.jit
+def quick_gelu_f(x, parameters: tl.constexpr):
+    s, _ = logistic(_C * x)
+    return x * s
+
+
+@triton.jit
+def quick_gelu_df(g, x, parameters: tl.constexpr):
+    s, q = logistic(_C * x)
+    return g * (s + x * q * _C)
+
+
+@triton.jit
+def quick_gelu_ddf(v, g, x, parameters: tl.constexpr):
+    s, q = logistic(_C * x)
+    return v * ((2.0 * q + x * q * (1.0 - 2.0 * s) * _C) * _C) * g
+
+
+@triton.jit
+def quick_gelu_dddf(b, v, g, x, parameters: tl.constexpr):
+    second, third = _logistic_bends(_C * x)
+    return b * ((3.0 * second + x * third * _C) * (_C * _C)) * v * g
+
+
 # Mish: f = x t with t = tanh(log(1 + e)), e = exp(x). With D = 2 + 2 e + e^2,
 #     t = e (2 + e) / D = 1 - 2 / D,   t' = 4 e (1 + e) / D^2,   t'' = 4 e (2 + 2 e - 3 e^2 - 2 e^3) / D^3.
 # For x > 0 the fractions are reduced by powers of e, to be written in d = exp(-|x|) on either side. With s
@@ -497,7 +526,8 @@ def hardswish_ddf(v, g, x, parameters: tl.constexpr):
 
 
 @triton.jit
-def hardswish_dddf(b, v, g, x, parameters: tl.constexpr):
+def zero_dddf(b, v, g, x, parameters: tl.constexpr):
+    """Of pieces that are parabolas."""
     return tl.zeros_like(x)
 
 
@@ -556,6 +586,67 @@ def logsigmoid_dddf(b, v, g, x, parameters: tl.constexpr):
     return b * second * v * g
 
 
+# Squared ReLU: f = x^2 for x > 0, else 0.
+
+
+@triton.jit
+def squared_relu_f(x, parameters: tl.constexpr):
+    return tl.where(x <= 0, 0.0, x * x)
+
+
+@triton.jit
+def squared_relu_df(g, x, parameters: tl.constexpr):
+    return tl.where(x <= 0, 0.0, 2.0 * (g * x))
+
+
+@triton.jit
+def squared_relu_ddf(v, g, x, parameters: tl.constexpr):
+    return tl.where(x <= 0, 0.0, 2.0 * (v * g))
+
+
+# Sine and cosine of w x, with the parameter w.
+
+
+@triton.jit
+def sin_f(x, parameters: tl.constexpr):
+    return tl.sin(x * parameters[0])
+
+
+@triton.jit
+def sin_df(g, x, parameters: tl.constexpr):
+    return g * (tl.cos(x * parameters[0]) * parameters[0])
+
+
+@triton.jit
+def sin_ddf(v, g, x, parameters: tl.constexpr):
+    return v * (-tl.sin(x * parameters[0]) * (parameters[0] * parameters[0])) * g
+
+
+@triton.jit
+def sin_dddf(b, v, g, x, parameters: tl.constexpr):
+    return b * (-tl.cos(x * parameters[0]) * (parameters[0] * parameters[0] * parameters[0])) * v * g
+
+
+@triton.jit
+def cos_f(x, parameters: tl.constexpr):
+    return tl.cos(x * parameters[0])
+
+
+@triton.jit
+def cos_df(g, x, parameters: tl.constexpr):
+    return g * (-tl.sin(x * parameters[0]) * parameters[0])
+
+
+@triton.jit
+def cos_ddf(v, g, x, parameters: tl.constexpr):
+    return v * (-tl.cos(x * parameters[0]) * (parameters[0] * parameters[0])) * g
+
+
+@triton.jit
+def cos_dddf(b, v, g, x, parameters: tl.constexpr):
+    return b * (tl.sin(x * parameters[0]) * (parameters[0] * parameters[0] * parameters[0])) * v * g
+
+
 @dataclass(frozen=True, eq=False)  # eq=False: hashed by identity, in the hot path
 class Activation:
     """f, f', f'' and f''', and the parameters that follow their tensors: compile-time floats, such as
@@ -595,6 +686,7 @@ ACTIVATIONS = {
     "gelu_none": Activation(gelu_erf_f, gelu_erf_df, gelu_erf_ddf, gelu_erf_dddf),
     "gelu_tanh": Activation(gelu_tanh_f, gelu_tanh_df, gelu_tanh_ddf, gelu_tanh_dddf),
     "silu": Activation(silu_f, silu_df, silu_ddf, silu_dddf),
+    "quick_gelu": Activation(quick_gelu_f, quick_gelu_df, quick_gelu_ddf, quick_gelu_dddf),
     "mish": Activation(mish_f, mish_df, mish_ddf, mish_dddf),
     "softplus": Activation(softplus_f, softplus_df, softplus_ddf, softplus_dddf, (1.0, 20.0)),
     "elu": Activation(elu_f, elu_df, elu_ddf, elu_dddf, (1.0, 1.0, 1.0)),
@@ -604,9 +696,12 @@ ACTIVATIONS = {
     "relu6": Activation(relu6_f, relu6_df),
     "leaky_relu": Activation(leaky_relu_f, leaky_relu_df, parameters=(0.01,)),
     "hardsigmoid": Activation(hardsigmoid_f, hardsigmoid_df),
-    "hardswish": Activation(hardswish_f, hardswish_df, hardswish_ddf, hardswish_dddf),
+    "hardswish": Activation(hardswish_f, hardswish_df, hardswish_ddf, zero_dddf),
     "softsign": Activation(softsign_f, softsign_df, softsign_ddf, softsign_dddf),
     "logsigmoid": Activation(logsigmoid_f, logsigmoid_df, logsigmoid_ddf, logsigmoid_dddf),
+    "squared_relu": Activation(squared_relu_f, squared_relu_df, squared_relu_ddf, zero_dddf),
+    "sin": Activation(sin_f, sin_df, sin_ddf, sin_dddf, (1.0,)),
+    "cos": Activation(cos_f, cos_df, cos_ddf, cos_dddf, (1.0,)),
 }
 
 # Elements a program owns. With 4 warps a thread owns 8 elements (4 of float64), which is one or two

@@ -62,6 +62,10 @@ int main() {
       {"hardswish", [](const Tensor& x) { return torch::hardswish(x); }, fused("hardswish")},
       {"softsign", [](const Tensor& x) { return x / (x.abs() + 1); }, fused("softsign")},
       {"logsigmoid", [](const Tensor& x) { return torch::log_sigmoid(x); }, fused("logsigmoid")},
+      {"quick_gelu", [](const Tensor& x) { return x * (x * 1.702).sigmoid(); }, fused("quick_gelu")},
+      {"squared_relu", [](const Tensor& x) { return x.relu().square(); }, fused("squared_relu")},
+      {"sin", [](const Tensor& x) { return (x * 3).sin(); }, fused("sin", 3.0)},
+      {"cos", [](const Tensor& x) { return x.cos(); }, fused("cos", 1.0)},
   };
   int passed = 0;
   for (const auto& [name, stock, fused] : cases) {

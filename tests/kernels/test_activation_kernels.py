@@ -210,6 +210,8 @@ def test_denormals(act: Activation, dtype: torch.dtype, device: str) -> None:
     # Flushed to zero, a multiple of 12 would be off by 6 where f' is 1/2.
     error = (output.double() - expected).abs().max().item()
     assert error <= max(quantum, finfo.eps * expected.abs().max().item())
+    if act.limits is None:
+        return
     # Denormal gradients where f' is at its limit and f'' is 0.
     _, slope = act.limit(30 * ones.double())
     grad_grad_output = run_kernels(act, x, x, 30 * ones)[2]
