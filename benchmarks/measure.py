@@ -1,5 +1,5 @@
-"""What every benchmark shares: options, a heap that is kept, gradients compared, alternating timings, the machine,
-the file."""
+"""What every benchmark shares: options, a heap that is kept, gradients compared, alternating timings, the
+machine, the file."""
 
 import argparse
 import ctypes
