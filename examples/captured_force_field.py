@@ -69,7 +69,7 @@ def capture(model, numbers, positions):
     """The graph of the function above for any number of molecules and atoms; parameters are the model's."""
     graph = make_fx(
         functools.partial(energy_and_forces, model), tracing_mode="symbolic", _allow_non_fake_inputs=True
-    )(numbers, positions.requires_grad_())
+    )(numbers, positions.clone().requires_grad_())
     # What autograd saved for the gradient is detached there, and would have no derivative.
     for node in graph.graph.find_nodes(op="call_function", target=torch.ops.aten.detach.default):
         node.replace_all_uses_with(node.args[0])
