@@ -101,8 +101,10 @@ def main():
         graph = capture(model, *batches[0][:2])
         compiled = torch.compile(graph, backend=backend, dynamic=True)
         for batch, wanted in zip(batches, expected, strict=True):
+            # Some are 0 but for rounding.
+            smallest = max(gradient.abs().max() for gradient in wanted.values()) / 1000
             for key, gradient in gradients(model, compiled, *batch).items():
-                unit = wanted[key].abs().max().clamp(min=1e-4)
+                unit = wanted[key].abs().max().clamp(min=smallest)
                 torch.testing.assert_close(gradient / unit, wanted[key] / unit, rtol=0, atol=1e-4)
         ops = Counter(str(node.target) for node in graph.graph.nodes if isinstance(node.target, OpOverload))
         print(f"\n{name}, compiled: gradients are those of stock's eager step. Ops in the graph:")
