@@ -1,4 +1,5 @@
-"""What every benchmark shares: options, a heap that is kept, alternating timings, the machine, the file."""
+"""What every benchmark shares: options, a heap that is kept, gradients compared, alternating timings, the
+machine, the file."""
 
 import argparse
 import ctypes
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from gradnorm_kernels._json import by_line
 from gradnorm_kernels._machine import processor_name
@@ -136,6 +138,26 @@ def write_json(path: Path, *, quiet: bool = False, **contents: Any) -> None:
         print(f"\nwrote {path}", flush=True)
 
 
+def gradients(model: nn.Module) -> list[Tensor]:
+    return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+
+def relative_difference(ours: list[Tensor], stocks: list[Tensor]) -> float:
+    """The largest difference in any parameter's gradient, in units of that gradient's largest element.
+
+    The unit is at least a thousandth of the largest gradient of all: some are zero but for rounding, such as
+    that of a bias before a BatchNorm.
+    """
+    if len(ours) != len(stocks):
+        return math.inf
+    smallest_unit = max(g.abs().max().item() for g in stocks) / 1000
+    found = [
+        (a - b).abs().max().item() / max(b.abs().max().item(), smallest_unit)
+        for a, b in zip(ours, stocks, strict=True)
+    ]
+    return max(found) if all(map(math.isfinite, found)) else math.inf
+
+
 def alternate(
     variants: dict[str, Callable[[], Any]],
     clock: Callable[[Callable[[], Any]], float],
@@ -235,7 +257,7 @@ def _commit() -> str | None:
         commit = subprocess.run(
             [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
         )
-        code = ["csrc", "gradnorm_kernels", "benchmarks/*.py", "setup.py"]
+        code = ["csrc", "gradnorm_kernels", "benchmarks/*.py", "examples", "setup.py"]
         differs = [*git, "diff", "--quiet", "HEAD", "--", *(f":(top){path}" for path in code)]
         changed = subprocess.run(differs, capture_output=True).returncode
     except (OSError, subprocess.CalledProcessError):

@@ -1,14 +1,10 @@
 """Gradient penalties beyond vision: codes that know nothing of this library, stock and switched.
 
-    python -m benchmarks.penalties [--json FILE]
+    python -m benchmarks.penalties [CODE ...] [--json FILE]
 
-- a critic's step of WGAN-GP (Gulrajani et al., https://arxiv.org/abs/1704.00028): a convolutional critic of
-  32x32 images, with InstanceNorm and SiLU, whose gradient between real and generated images is to have
-  norm 1;
-- the residual of a physics-informed network (Raissi et al., https://arxiv.org/abs/1711.10561): Burgers'
-  equation by a tanh network, and Poisson's by a SiLU network, whose second derivatives are differentiated by
-  the parameters;
-- a force field: an energy of distances by a SiLU network, whose negative gradient is fitted to forces.
+The codes are the files of ``examples``, whose docstrings say what they train and after which paper: critics
+(wgan_gp, r1, lstm_critic), physics-informed networks (pinn, poisson, poisson_tanh), signed distances with an
+eikonal term (siren, sdf), force fields (force_field, schnet, egnn) and a language model.
 
 Each step runs with stock PyTorch and under ``set_fused_double_backward(True)``, alternating in one process,
 after the parameters' gradients were compared: a difference stops the run.
@@ -20,91 +16,53 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gradnorm_kernels as gk
+from examples import (
+    egnn,
+    force_field,
+    language_model,
+    lstm_critic,
+    pinn,
+    r1,
+    schnet,
+    sdf,
+    siren,
+    wgan_gp,
+)
 from gradnorm_kernels._tf32 import allow_tf32
 
-from .measure import alternate, heading, line, option_parser, parse, start, summary, wall_time, write_json
-from .steps import gradients, relative_difference
+from .measure import (
+    alternate,
+    gradients,
+    heading,
+    line,
+    option_parser,
+    parse,
+    relative_difference,
+    start,
+    summary,
+    wall_time,
+    write_json,
+)
 
 TOLERANCE = 1e-3
 Step = Callable[[], None]
-Residual = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-def wgan_gp(device: str) -> tuple[nn.Module, Step]:
-    def block(inputs: int, outputs: int) -> list[nn.Module]:
-        return [nn.Conv2d(inputs, outputs, 4, 2, 1), nn.InstanceNorm2d(outputs, affine=True), nn.SiLU()]
-
-    critic = nn.Sequential(
-        nn.Conv2d(3, 64, 4, 2, 1), nn.SiLU(), *block(64, 128), *block(128, 256), nn.Conv2d(256, 1, 4)
-    ).to(device)
-    real, generated = (torch.rand(64, 3, 32, 32, device=device) for _ in range(2))
-    share = torch.rand(64, 1, 1, 1, device=device)
-
-    def step() -> None:
-        critic.zero_grad()
-        between = (share * real + (1 - share) * generated).requires_grad_()
-        (gradient,) = torch.autograd.grad(critic(between).sum(), between, create_graph=True)
-        penalty = (gradient.flatten(1).norm(dim=1) - 1).square().mean()
-        (critic(generated).mean() - critic(real).mean() + 10 * penalty).backward()
-
-    return critic, step
-
-
-def burgers(u: Tensor, first: Tensor, at: Tensor) -> Tensor:
-    (second,) = torch.autograd.grad(first[:, 0].sum(), at, create_graph=True)
-    return first[:, 1] + u * first[:, 0] - 0.01 / torch.pi * second[:, 0]
-
-
-def poisson(u: Tensor, first: Tensor, at: Tensor) -> Tensor:
-    second = [torch.autograd.grad(first[:, k].sum(), at, create_graph=True)[0][:, k] for k in range(2)]
-    return torch.stack(second).sum(0) + at.sin().prod(1)
-
-
-def pinn(residual: Residual, activation: type[nn.Module], device: str) -> tuple[nn.Module, Step]:
-    width = 256
-    layers = [layer for _ in range(4) for layer in (nn.Linear(width, width), activation())]
-    network = nn.Sequential(nn.Linear(2, width), activation(), *layers, nn.Linear(width, 1)).to(device)
-    points = torch.rand(4096, 2, device=device)
-
-    def step() -> None:
-        network.zero_grad()
-        at = points.clone().requires_grad_()
-        u = network(at)[:, 0]
-        (first,) = torch.autograd.grad(u.sum(), at, create_graph=True)
-        residual(u, first, at).square().mean().backward()
-
-    return network, step
-
-
-def force_field(device: str) -> tuple[nn.Module, Step]:
-    atoms, features = 24, 64
-    pair = nn.Sequential(
-        nn.Linear(features, 256), nn.SiLU(), nn.Linear(256, 256), nn.SiLU(), nn.Linear(256, 1)
-    ).to(device)
-    positions, forces = (torch.randn(32, atoms, 3, device=device) for _ in range(2))
-    centres = torch.linspace(0, 6, features, device=device)
-    i, j = torch.triu_indices(atoms, atoms, 1, device=device)
-
-    def step() -> None:
-        pair.zero_grad()
-        at = positions.clone().requires_grad_()
-        distances = (at[:, i] - at[:, j]).norm(dim=-1, keepdim=True)
-        energy = pair(torch.exp(-(distances - centres).square())).sum()
-        (gradient,) = torch.autograd.grad(energy, at, create_graph=True)
-        F.mse_loss(-gradient, forces).backward()
-
-    return pair, step
-
-
+# Of a device: a model, and a step that leaves its gradients in it.
 CODES: dict[str, Callable[[str], tuple[nn.Module, Step]]] = {
-    "wgan_gp": wgan_gp,
-    "pinn": functools.partial(pinn, burgers, nn.Tanh),
-    "poisson": functools.partial(pinn, poisson, nn.SiLU),
-    "force_field": force_field,
+    "wgan_gp": wgan_gp.make,
+    "r1": r1.make,
+    "lstm_critic": lstm_critic.make,
+    "pinn": pinn.make,
+    "poisson": functools.partial(pinn.make, residual=pinn.poisson, activation=nn.SiLU),
+    "poisson_tanh": functools.partial(pinn.make, residual=pinn.poisson),
+    "siren": siren.make,
+    "sdf": sdf.make,
+    "force_field": force_field.make,
+    "schnet": schnet.make,
+    "egnn": egnn.make,
+    "language_model": language_model.make,
 }
 
 
@@ -134,7 +92,7 @@ def _switched(step: Step) -> None:
 
 
 COLUMNS = {
-    "code": ("code", "12"),
+    "code": ("code", "14"),
     "variant": ("variant", "8"),
     "ms": ("milliseconds", "9.1f"),
     "/ stock": ("time_over_stock", "8.3f"),
@@ -143,11 +101,15 @@ COLUMNS = {
 
 
 def main(arguments: list[str] | None = None) -> None:
-    args = parse(option_parser(__doc__, rounds=15), arguments)
+    parser = option_parser(__doc__, rounds=15)
+    parser.add_argument("codes", nargs="*", metavar="CODE", help=f"default: all of {', '.join(CODES)}")
+    args = parse(parser, arguments)
+    if unknown := set(args.codes) - set(CODES):
+        parser.error(f"CODE: expected some of {', '.join(CODES)}, got {', '.join(sorted(unknown))}")
     machine = start(args)
     print(f"\n{heading(COLUMNS)}")
     rows = []
-    for name in CODES:
+    for name in args.codes or CODES:
         # In TF32 the gradients would differ by more than the tolerance.
         with allow_tf32(False):
             measured = measure(name, args)

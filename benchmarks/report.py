@@ -298,7 +298,10 @@ def _peak_share(count: Row, variant: str) -> str:
 
 
 def penalties(results: Path) -> Iterable[str]:
-    yield "Code that knows nothing of this library, stock and under `set_fused_double_backward(True)`."
+    yield (
+        "Code that knows nothing of this library ([examples](../examples)), stock and under"
+        " `set_fused_double_backward(True)`."
+    )
     columns = {
         "code": _field("code"),
         "variant": _field("variant"),

@@ -67,10 +67,12 @@ from .limits import measure as measure_limits
 from .measure import (
     Budget,
     alternate,
+    gradients,
     heading,
     line,
     option_parser,
     parse,
+    relative_difference,
     start,
     summary,
     time_limit_option,
@@ -221,26 +223,6 @@ def runner(
     """A run of the variant's step, for which ``model`` is changed."""
     step = variant.step(variant.objective, dtype == "bfloat16")
     return functools.partial(zeroed, step, variant.prepare(model), images, targets)
-
-
-def gradients(model: nn.Module) -> list[Tensor]:
-    return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
-
-
-def relative_difference(ours: list[Tensor], stocks: list[Tensor]) -> float:
-    """The largest difference in any parameter's gradient, in units of that gradient's largest element.
-
-    The unit is at least a thousandth of the largest gradient of all: some are zero but for rounding, such as
-    that of a bias before a BatchNorm.
-    """
-    if len(ours) != len(stocks):
-        return math.inf
-    smallest_unit = max(g.abs().max().item() for g in stocks) / 1000
-    found = [
-        (a - b).abs().max().item() / max(b.abs().max().item(), smallest_unit)
-        for a, b in zip(ours, stocks, strict=True)
-    ]
-    return max(found) if all(map(math.isfinite, found)) else math.inf
 
 
 def peak_memory(run: Callable[[], None]) -> int:

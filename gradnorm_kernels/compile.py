@@ -27,7 +27,6 @@ class Options(tuple[tuple[str, Any], ...]):
     __slots__ = ()
 
 
-
 @functools.cache
 def _backend(options: Options) -> Backend:
     """One object for the same options, since Dynamo compiles anew for another."""
@@ -52,8 +51,9 @@ def compile(model: Any = None, **options: Any) -> Any:
 
     Fused modules and functions give way to PyTorch's ops inside, which the compiler fuses. Only those stay
     that it has nothing faster for: fused attention and the weight gradients of depthwise convolutions.
-    PyTorch's own fused attention, which has no second derivative, becomes matrix products and a softmax. A third derivative is exact but not compiled. A graph that cannot be traced with
-    its derivatives runs without compiling, and a warning says why.
+    PyTorch's own fused attention, which has no second derivative, becomes matrix products and a softmax. A
+    third derivative is exact but not compiled. A graph that cannot be traced with its derivatives runs
+    without compiling, and a warning says why.
 
     Args:
         model: a module or function. Without it, a decorator is returned.

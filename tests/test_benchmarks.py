@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -214,6 +215,7 @@ def test_compiled_variant(run):
         (kernels, ["--variants", "fused"], "--variants: stock is what"),
         (kernels, ["--rounds", "0"], "--rounds: expected at least 1, got 0"),
         (steps, ["--device", "cuda"], "--device cuda: torch.cuda.is_available() is False"),
+        (penalties, ["other"], "CODE: expected some of wgan_gp, r1,"),
         (steps, ["--batch", "0"], "--batch: expected at least 1, got 0"),
         (steps, ["--first-step-limit", "0"], "--first-step-limit: expected more than 0, got 0"),
         (steps, ["--dtype", "tf32"], "--dtype tf32: needs a GPU"),
@@ -499,13 +501,40 @@ def test_what_does_not_run_is_a_row(monkeypatch, run):
     assert not any("milliseconds" in rows[name] for name in variants)
 
 
-@pytest.mark.parametrize("code", usual(penalties.CODES, "force_field"))
-def test_penalties(run, code, capsys, monkeypatch):
-    monkeypatch.setattr(penalties, "CODES", {code: penalties.CODES[code]})
-    stock, switched = run(penalties, *QUICK)["rows"]
+@pytest.mark.parametrize("code", usual(penalties.CODES, "egnn"))
+def test_penalties(run, code, capsys):
+    stock, switched = run(penalties, *QUICK, code)["rows"]
     assert [stock["code"], stock["variant"], switched["code"]] == [code, "stock", code]
     assert switched["variant"] == "switch" and switched["gradient_difference"] < 1e-3
     assert code in capsys.readouterr().out and not gk.is_fused_double_backward_enabled()
+
+
+@pytest.mark.parametrize(
+    ("example", "options", "said"),
+    [
+        ("egnn", QUICK, "egnn           switch"),
+        pytest.param(
+            "captured_force_field",
+            ["--backend=aot_eager"],
+            "2 gradnorm_kernels.scaled_dot_product_attention.default",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_example_runs_as_a_script(example, options, said, tmp_path):
+    """From any folder; the gradients are compared in it."""
+    command = [sys.executable, str(ROOT / "examples" / f"{example}.py"), *options]
+    environment = os.environ | {"PYTHONPATH": str(Path(gk.__file__).parents[1])}
+    out = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert said in out.stdout, out.stderr
+
+
+def test_examples_do_not_know_this_library():
+    """But for the one that swaps modules; the codes that are measured are those that they run."""
+    texts = {path.stem: path.read_text() for path in (ROOT / "examples").glob("*.py")}
+    assert [stem for stem, text in texts.items() if "gradnorm" in text] == ["captured_force_field"]
+    calls = re.findall(r"^    compare\((.+)\)$", "\n".join(texts.values()), re.MULTILINE)
+    assert sorted(re.findall(r"\w+", " ".join(calls))) == sorted(penalties.CODES)
 
 
 def test_a_penalty_that_disagrees_stops_the_run(monkeypatch):
