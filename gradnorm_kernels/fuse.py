@@ -48,8 +48,9 @@ def fuse(model: Model, *, dry_run: bool = False) -> Model:
     the shrinks (whose input gets no zeros for a second derivative), and timm's own activations,
     ``LayerNorm``, ``LayerNorm2d``, ``LayerNormFp32``, ``RmsNorm``, ``RmsNorm2d``, ``RmsNormFp32``,
     ``RmsNorm2dFp32``, ``GroupNorm``, ``GroupNorm1``, ``GroupNormAct``, ``BatchNormAct2d``, ``Conv2dSame``,
-    ``GluMlp``, ``SwiGLU``, ``Attention``, Swin's ``WindowAttention`` and ``ResNet`` with its blocks. Other attention modules of timm
-    have ``fused_attn`` set to False, because PyTorch's fused attention cannot be differentiated twice.
+    ``GluMlp``, ``SwiGLU``, ``Attention``, Swin's ``WindowAttention`` and ``ResNet`` with its blocks. Other
+    attention modules of timm have ``fused_attn`` set to False, because PyTorch's fused attention cannot be
+    differentiated twice.
 
     Args:
         model: any module; itself included in the search.

@@ -157,8 +157,9 @@ def _run(op: str, order: int, tensors: tuple[Tensor, ...], ignore_index: int, la
         constants = {"ignore_index": ignore_index, "keep": 1 - label_smoothing, "soft": soft, "order": order}
         constants["floor"] = label_smoothing / input.shape[dim]
         plan = rows_plan(input.shape, dim, input.itemsize, **constants)
-        padded: list[Tensor | None] = [None] * (2 - order)
-        v, g, x, t = [*padded, *(tensor.contiguous() for tensor in tensors)]
+        operands: list[Tensor | None] = [None] * (2 - order)
+        operands += [tensor.contiguous() for tensor in tensors]
+        v, g, x, t = operands
         launch(cross_entropy_kernel, plan, x, t, g, v, values, grad_input)
     results = [result for result in (values, grad_input) if result is not None]
     return results[0] if len(results) == 1 else tuple(results)
