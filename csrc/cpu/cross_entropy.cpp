@@ -51,12 +51,12 @@ void rows(const std::array<Tensor, Operands>& operands, size_t outputs, const Cr
       if constexpr (order != kBackward) {
         u = order == kForward ? shifted.first(count, 0) : P::load(v_row + i, count);
         u_sum = u_sum + u;
-        eu_sum = eu_sum + e * u;
+        eu_sum = fmadd(e, u, eu_sum);
       }
       if constexpr (soft) {
         const P t = P::load(t_row + i, count);
         t_terms.add(t);
-        tu_terms.add(t * u);
+        tu_terms.add(t, u);
       }
     });
 
@@ -70,7 +70,7 @@ void rows(const std::array<Tensor, Operands>& operands, size_t outputs, const Cr
     const Lanes e = lanes(row.total(e_sum)), t = lanes(row.total(t_terms.value())),
                 u = lanes(row.total(u_sum)), tu = lanes(row.total(tu_terms.value())),
                 eu = lanes(row.total(eu_sum)), shift = lanes(largest);
-    Lanes g{}, of_e{};  // grad_output, and what makes g Q p of e^x
+    Lanes g{}, of_e{};  // grad_output, and what makes Q p of e^x
     const auto is_ignored = [&](int64_t r) { return !soft && labels[r] == of.ignore_index; };
     const auto labelled = [&](int64_t r) { return labels[r] * row.stride + r; };
     for (int64_t r = 0; r < row.rows; ++r) {
@@ -88,12 +88,13 @@ void rows(const std::array<Tensor, Operands>& operands, size_t outputs, const Cr
                     : order == kBackward ? 0
                                          : Scalar(v_row[labelled(r)]);
       }
-      const Scalar linear = keep * of_target + (floor == 0 ? 0 : floor * u[r]);
+      // Written out, since of two products the compiler makes now one, now the other part of a multiply-add.
+      const Scalar linear = std::fma(keep, of_target, floor == 0 ? Scalar(0) : floor * u[r]);
       if constexpr (order == kForward) {
         data[0][r] = mass * std::log(e[r]) - linear;
       } else {
         g[r] = g_rows[r];
-        of_e[r] = g[r] * mass / e[r];
+        of_e[r] = mass / e[r];
       }
       if constexpr (order == kDoubleBackward) {
         data[0][r] = mass * (eu[r] / e[r]) - linear;
@@ -106,20 +107,20 @@ void rows(const std::array<Tensor, Operands>& operands, size_t outputs, const Cr
       row.each([&](int64_t i, auto count) {
         const P from_e = of_e_pack * exponential(load_x(i, count) - largest);
         if constexpr (order == kDoubleBackward) {
-          (from_e * (P::load(v_row + i, count) - v_mean)).store(grad_row + i, count);
+          (g_pack * from_e * (P::load(v_row + i, count) - v_mean)).store(grad_row + i, count);
         } else {
           P q(floor);
           if constexpr (soft) {
             q = q + P(keep) * P::load(t_row + i, count);
           }
-          (from_e - g_pack * q).store(grad_row + i, count);
+          (g_pack * (from_e - q)).store(grad_row + i, count);
         }
       });
       if constexpr (order == kBackward && !soft) {
         for (int64_t r = 0; r < row.rows; ++r) {
           if (!is_ignored(r)) {
             const int64_t i = labelled(r);
-            grad_row[i] = of_e[r] * std::exp(x_row[i] - shift[r]) - g[r] * (keep + floor);
+            grad_row[i] = g[r] * (of_e[r] * std::exp(x_row[i] - shift[r]) - (keep + floor));
           }
         }
       }

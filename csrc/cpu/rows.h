@@ -111,8 +111,9 @@ void for_each_row(
 template <class P>
 class SumOfParts {
  public:
-  void add(const P& term) {
-    part_ = part_ + term;
+  void add(const P& a, const P& b = P(1)) {
+    // Else it would depend on the compiler whether a product is rounded.
+    part_ = fmadd(a, b, part_);
     if (++terms_ == 32) {
       whole_ = whole_ + part_;
       part_ = P();
