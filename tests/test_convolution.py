@@ -313,7 +313,7 @@ def test_depthwise_weight_gradients_by_themselves(name):
     operands = conv.draw(torch.float32)
     (x, w, _), g = operands.inputs, operands.grad_output
     *_, call = conv.calls(operands)
-    TestConvolution().opcheck(call, test_utils=["test_schema", "test_faketensor"])
+    TestConvolution().opcheck(call, "test_schema", "test_faketensor")
     given = dict(zip(Call("convolution", ()).arguments[3:], conv.settings, strict=True))
     for bad in (g[..., :-1], g[:1], g[:, :-1], torch.cat([g, g], -1)):
         with pytest.raises(ValueError, match="convolution_backward: expected grad_output"):

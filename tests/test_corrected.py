@@ -157,7 +157,8 @@ def test_other_norms_are_pytorchs():
         expected = up_to_third_order(lambda x, o=options: torch.linalg.vector_norm(x, **o), (x,))
         with gk.set_fused_double_backward(True):
             ours = up_to_third_order(lambda x, o=options: torch.linalg.vector_norm(x, **o), (x,))
-        assert_close(ours, expected, rtol=0, atol=0)
+        # The last bits are those of the sines around the norm, whose backward is ours.
+        assert_close(ours, expected, rtol=1e-14, atol=1e-15)
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
