@@ -258,7 +258,7 @@ CASES = [
         "classes",
         **_LOGITS,
         options=lambda leaves: (
-            {"target": _classes(*leaves["input"].shape, leaves["input"].device)} | {"reduction": "none"}
+            {"target": _classes(*leaves["input"].shape, leaves["input"].device), "reduction": "none"}
         ),
     ),
     Case(

@@ -71,7 +71,7 @@ def label(case):
 
 def tiny_shape(case):
     # Channels that 32 groups divide, and no dimension that is 1 or like another.
-    return (3, 32, 5, 7) if len(case.cpu[0]) == 4 else (5, 7, 6)
+    return (3, 32, 5, 7) if len(case.cpu[0]) == 4 else (5, 7, 6)[: len(case.cpu[0])]
 
 
 def forgetful_gelu(input, approximate="none"):
@@ -90,7 +90,8 @@ def test_every_case(case):
     problem = kernels.Problem.draw(case, tiny_shape(case), torch.float32, "cpu")
     exact = {which: run() for which, run in problem.double().passes(kernels.STOCK).items()}
     for which, run in problem.passes(functional).items():
-        assert max(kernels.errors(run, exact[which])) < 1e-3
+        largest = max(1, *(t.abs().max().item() for t in exact[which] if t is not None))
+        assert max(kernels.errors(run, exact[which])) < 1e-3 * largest
         assert case.bytes(which, problem.leaves, problem.grad_output)
 
 

@@ -296,25 +296,25 @@ _C = tl.constexpr(1.702)
 
 @triton.jit
 def quick_gelu_f(x, parameters: tl.constexpr):
-    s, _ = logistic(_C * x)
+    s, _ = logistic(x * _C)
     return x * s
 
 
 @triton.jit
 def quick_gelu_df(g, x, parameters: tl.constexpr):
-    s, q = logistic(_C * x)
+    s, q = logistic(x * _C)
     return g * (s + x * q * _C)
 
 
 @triton.jit
 def quick_gelu_ddf(v, g, x, parameters: tl.constexpr):
-    s, q = logistic(_C * x)
+    s, q = logistic(x * _C)
     return v * ((2.0 * q + x * q * (1.0 - 2.0 * s) * _C) * _C) * g
 
 
 @triton.jit
 def quick_gelu_dddf(b, v, g, x, parameters: tl.constexpr):
-    second, third = _logistic_bends(_C * x)
+    second, third = _logistic_bends(x * _C)
     return b * ((3.0 * second + x * third * _C) * (_C * _C)) * v * g
 
 

@@ -28,8 +28,6 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     for name, shape, dim in (
         ("vit", (64, 197, 768), -1),
         ("swin", (64, 56, 56, 128), -1),
-        ("swin28", (64, 28, 28, 256), -1),
-        ("swin14", (64, 14, 14, 512), -1),
         ("widest", (64, 49, 8192), -1),
         ("long", (64, 49, 16384), -1),
         ("convnext14", (64, 512, 14, 14), 1),
