@@ -175,8 +175,9 @@ class TestObjectives:
         saved = dict(OLD_CONFIG)
         torch.save({"config": saved, "classes": [], "model": {}, "ema": {}}, tmp_path / "checkpoint.pt")
         config = resumed_config(tmp_path, {})
-        assert not config.checkpoint
-        assert [item for item in asdict(config).items() if item[0] != "checkpoint"] == list(saved.items())
+        assert not config.checkpoint and not config.cuda_graph
+        newer = ("checkpoint", "cuda_graph")
+        assert [item for item in asdict(config).items() if item[0] not in newer] == list(saved.items())
         (tmp_path / "old.yaml").write_text(yaml.safe_dump(saved))
         assert TrainConfig(**load_recipe(str(tmp_path / "old.yaml"))) == config
         assert (
