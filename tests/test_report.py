@@ -8,9 +8,10 @@ import re
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 pytest.importorskip("timm", reason="training needs: pip install 'gradnorm_kernels[train]'")
+
+from PIL import Image
 
 from gradnorm_kernels.training.report import (
     _ticks,
