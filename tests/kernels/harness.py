@@ -179,17 +179,22 @@ def compilation_test(
         cubin.write_bytes(compiled.asm["cubin"])
         command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin]
         usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        # ptxas spills registers to the stack, and nothing else in these kernels would use it.
-        assert re.search(r"REG:\d+ STACK:0 .*LOCAL:0\b", usage), usage
+        # ptxas spills registers to the stack, which else only libdevice's sine far from 0 uses, for 8 words.
+        (stack,) = re.findall(r"REG:\d+ STACK:(\d+) .*LOCAL:0\b", usage)
+        assert int(stack) <= (40 if TABLE_OF_SINES in compiled.asm["ptx"] else 0), usage
 
     return test_compiles_without_spills
+
+
+# How libdevice reads the digits of 2 / pi, for a sine far from 0.
+TABLE_OF_SINES = "ld.global.nc.b32"
 
 
 def accesses(ptx: str) -> tuple[int, list[str]]:
     """The number of 128-bit accesses to global memory, and the narrower ones."""
     # A 128-bit vector is v4.b32 or v2.b64; Blackwell also has 256 bits.
     wide = {"v4.b32", "v2.b64", "v8.b32", "v4.b64"}
-    every = re.findall(r"\b(?:ld|st)\.global\S*", ptx)
+    every = re.findall(r"\b(?:ld|st)\.global\S*", ptx.replace(TABLE_OF_SINES, ""))
     narrow = [access for access in every if ".".join(access.split(".")[-2:]) not in wide]
     return len(every) - len(narrow), narrow
 
