@@ -517,7 +517,7 @@ def test_penalties(run, code, capsys):
         pytest.param(
             "captured_force_field",
             ["--backend=aot_eager"],
-            "2 gradnorm_kernels.scaled_dot_product_attention.default",
+            "2 gradnorm_kernels.qkv_attention.default",
             marks=pytest.mark.slow,
         ),
     ],
