@@ -204,7 +204,7 @@ class Runner:
                 env=os.environ | dict(row.environment),
                 stdin=subprocess.DEVNULL,
                 stdout=None if row.is_benchmark else file,
-                stderr=subprocess.STDOUT if not row.is_benchmark else None,
+                stderr=None if row.is_benchmark else subprocess.STDOUT,
                 # With what it started it is ended.
                 start_new_session=True,
             )

@@ -131,7 +131,7 @@ class TestAgainstAutoAttack:
         assert list(result.accuracies) == ["apgd-ce", "apgd-t", "fab-t", "square"]
 
     # Square's 5,000 queries take nearly all of the time.
-    @pytest.mark.parametrize(("count", "queries"), [pytest.param(200, 5000), pytest.param(24, 50)])
+    @pytest.mark.parametrize(("count", "queries"), [(200, 5000), (24, 50)])
     @pytest.mark.slow
     def test_standard_mask(self, trained, digits, count, queries, monkeypatch):
         class FewerQueries(AutoAttack):
