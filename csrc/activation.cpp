@@ -524,11 +524,16 @@ struct Softsign : WithoutParams<gradnorm_kernels::Softsign, &softsign_by_parts> 
   static constexpr auto name = "softsign";
 };
 
+// f, computed as wide as the kernels do where those take the input.
+template <class Fn>
+Tensor widened(const Tensor& input, const Fn& f) {
+  return takes_parts(input) ? f(to_opmath(input)).to(input.scalar_type()) : f(input);
+}
+
 // As users write it.
 Tensor quick_gelu_by_parts(const Tensor& input) {
-  const Tensor x = takes_parts(input) ? to_opmath(input) : input;
-  const Tensor output = x * (x * gradnorm_kernels::QuickGelu::kScale).sigmoid();
-  return takes_parts(input) ? output.to(input.scalar_type()) : output;
+  return widened(
+      input, [](const Tensor& x) { return x * (x * gradnorm_kernels::QuickGelu::kScale).sigmoid(); });
 }
 struct QuickGelu : WithoutParams<gradnorm_kernels::QuickGelu, &quick_gelu_by_parts> {
   static constexpr auto name = "quick_gelu";
@@ -546,10 +551,7 @@ Tensor wave_by_parts(const Tensor& input, double frequency) {
   if (frequency == 1) {
     return wave(input);
   }
-  if (!takes_parts(input)) {
-    return wave(input * frequency);
-  }
-  return wave(to_opmath(input) * frequency).to(input.scalar_type());
+  return widened(input, [&](const Tensor& x) { return wave(x * frequency); });
 }
 // PyTorch's own backward is made of two ops, for which ours is one under the switch, too.
 template <class Act, Tensor (*wave)(const Tensor&)>

@@ -150,6 +150,8 @@ def test_compiled_modules():
 def test_what_is_slow_and_what_covers_it():
     diagnosis = gk.diagnose(Recurrent(), torch.rand(2, 3, 4))
     assert found(diagnosis) == {("slow", "MkldnnRnnLayer")} and not diagnosis.harmful
+    with gk.set_fused_double_backward(True):
+        assert not gk.diagnose(Recurrent(), torch.rand(2, 3, 4))
     model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=4), nn.BatchNorm2d(4), nn.SiLU(), nn.Conv2d(4, 4, 1))
     images = torch.rand(2, 4, 8, 8)
     diagnosis = gk.diagnose(model, images)

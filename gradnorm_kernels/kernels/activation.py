@@ -132,7 +132,7 @@ def activation_bwd_bwd_bwd_kernel(
 
 
 @triton.jit
-def _expm1(x):
+def expm1(x):
     """exp(x) - 1, by its series near 0, where the difference would cancel."""
     series = x * 0.0 + 1.0
     for k in tl.static_range(15 if x.dtype == tl.float64 else 8, 1, -1):
@@ -413,7 +413,7 @@ def _nonpositive(x):
 
 @triton.jit
 def elu_f(x, parameters: tl.constexpr):
-    negative = _expm1(_nonpositive(x) * parameters[2])
+    negative = expm1(_nonpositive(x) * parameters[2])
     return tl.where(x > 0, x * parameters[1], negative * (parameters[0] * parameters[1]))
 
 

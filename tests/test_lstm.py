@@ -1,0 +1,247 @@
+"""LSTMs on the CPU: the table of a cell's step, and PyTorch's own under the switch."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from contract import OPS, Call, Calls, Case, OpContract, assert_close
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import gradnorm_kernels as gk
+
+
+@dataclass(frozen=True)
+class Step(Case):
+    """What it makes of h and c lies side by side."""
+
+    shape: tuple[int, ...]
+    names = ("gates", "cell")
+
+    def __str__(self):
+        return f"step {self.shape}"
+
+    def shapes(self):
+        return (*self.shape[:-1], 4 * self.shape[-1]), self.shape
+
+    def fused(self, gates, cell):
+        return torch.cat(OPS.lstm_cell(gates, cell), -1)
+
+    def stock(self, gates, cell):
+        i, f, g, o = gates.chunk(4, -1)
+        next_cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
+        return torch.cat([o.sigmoid() * next_cell.tanh(), next_cell], -1)
+
+    reference = stock
+
+    def calls(self, operands):
+        gates, cell = operands.inputs
+        grads = operands.grad_output.chunk(2, -1)
+        yield Call("lstm_cell", (gates, cell))
+        yield Call("lstm_cell_backward", (*grads, gates, cell))
+        yield Call("lstm_cell_double_backward", (*operands.grad_grads, *grads, gates, cell))
+
+    def same_bits(self, operands):
+        return False  # Products and sums are contracted in one way in whole vectors and in another in a rest.
+
+    @property
+    def large(self):
+        return replace(self, shape=(300, 512))
+
+
+CASES = [Step((3, 5)), Step((2, 3, 97)), Step((2, 2)), Step((0, 3)), Step((4, 0))]
+
+
+class TestStep(OpContract):
+    cases = CASES
+    traced = ("step (2, 2)",)
+    outlived = 2
+    random_cases = st.builds(Step, st.lists(st.integers(0, 9), min_size=1, max_size=3).map(tuple))
+    schemas = """
+        lstm_cell(Tensor gates, Tensor cell) -> (Tensor hidden, Tensor next_cell);
+        lstm_cell_backward(Tensor grad_hidden, Tensor grad_next_cell, Tensor gates, Tensor cell) ->
+            (Tensor grad_gates, Tensor grad_cell);
+        lstm_cell_double_backward(Tensor grad_grad_gates, Tensor grad_grad_cell, Tensor grad_hidden,
+            Tensor grad_next_cell, Tensor gates, Tensor cell) -> (Tensor grad_grad_hidden,
+            Tensor grad_grad_next_cell, Tensor grad_gates, Tensor grad_cell)
+    """
+
+    def bad(self):
+        gates, cell = torch.randn(3, 8), torch.randn(3, 2)
+        yield lambda: OPS.lstm_cell(gates[:, 1:], cell), ValueError, "four times the columns of cell"
+        yield lambda: OPS.lstm_cell(gates.double(), cell), TypeError, "cell to have the dtype of gates"
+        yield (
+            lambda: OPS.lstm_cell_backward(cell[:2], cell, gates, cell),
+            ValueError,
+            "grad_hidden to have the shape of cell",
+        )
+
+
+def gradients(module, inputs, order=2):
+    """Of a penalty on the gradients by all inputs, by inputs and parameters; and the outputs."""
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    x, *state = leaves
+    results = module(x, tuple(state)) if state else module(x)
+    outputs = [results[0], *results[1]] if isinstance(results[1], tuple) else list(results)
+    total = sum((k + 1) * t.sin().sum() for k, t in enumerate(outputs))
+    wanted = [*leaves, *module.parameters()]
+    for _ in range(order - 1):
+        first = torch.autograd.grad(total, wanted, create_graph=True)
+        total = sum(g.cos().sum() for g in first)
+    return [*outputs, *torch.autograd.grad(total, wanted)]
+
+
+def assert_as_stock(module, inputs, order=2):
+    expected = gradients(copy.deepcopy(module), inputs, order)
+    with gk.set_fused_double_backward(True):
+        assert_close(gradients(module, inputs, order), expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"batch_first": True}, {"num_layers": 2}], ids=str)
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["", "bidirectional"])
+@pytest.mark.parametrize("has_state", [False, True], ids=["zeros", "state"])
+def test_layers(options, bidirectional, has_state):
+    lstm = nn.LSTM(3, 4, bidirectional=bidirectional, **options).double()
+    x = torch.randn(5, 2, 3, dtype=torch.float64)
+    batch = 5 if lstm.batch_first else 2
+    state = torch.randn(2, lstm.num_layers * (1 + bidirectional), batch, 4, dtype=torch.float64)
+    assert_as_stock(lstm, [x, *state] if has_state else [x])
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 3), (4, 3)], ids=["one step", "not batched"])
+def test_shapes(shape):
+    assert_as_stock(nn.LSTM(3, 4).double(), [torch.randn(shape, dtype=torch.float64)])
+
+
+@pytest.mark.parametrize("order", [3, 4])
+def test_higher_orders(order):
+    assert_as_stock(nn.LSTM(2, 3).double(), [torch.randn(3, 2, 2, dtype=torch.float64)], order)
+
+
+def test_a_cell():
+    cell = nn.LSTMCell(3, 4).double()
+    assert_as_stock(cell, [torch.randn(2, n, dtype=torch.float64) for n in (3, 4, 4)])
+    assert_as_stock(nn.LSTMCell(3, 4, bias=False).double(), [torch.randn(2, 3, dtype=torch.float64)], order=3)
+
+
+@pytest.mark.parametrize("wanted", range(3), ids=["output", "hidden", "cell"])
+def test_gradients_of_one_result(wanted):
+    lstm = nn.LSTM(3, 4).double()
+    x = torch.randn(5, 2, 3, dtype=torch.float64, requires_grad=True)
+
+    def second(switch, needed):
+        with gk.set_fused_double_backward(switch):
+            output, state = lstm(x)
+            (first,) = torch.autograd.grad((output, *state)[wanted].sin().sum(), x, create_graph=True)
+            return torch.autograd.grad(first.sin().sum(), needed)
+
+    for needed in ([x], [lstm.weight_hh_l0], list(lstm.parameters())):
+        assert_close(second(True, needed), second(False, needed))
+
+
+def test_a_frozen_input_or_weight():
+    lstm = nn.LSTM(3, 4).double()
+    lstm.weight_hh_l0.requires_grad_(False)
+    lstm.bias_ih_l0.requires_grad_(False)
+    x = torch.randn(5, 2, 3, dtype=torch.float64)
+
+    def of_parameters(switch, order):
+        wanted = [p for p in lstm.parameters() if p.requires_grad]
+        with gk.set_fused_double_backward(switch):
+            total = lstm(x)[0].sin().sum()
+            for _ in range(order - 1):
+                total = sum(g.cos().sum() for g in torch.autograd.grad(total, wanted, create_graph=True))
+            return torch.autograd.grad(total, wanted)
+
+    for order in (1, 2, 3):
+        assert_close(of_parameters(True, order), of_parameters(False, order))
+
+
+def test_hessian_is_symmetric():
+    lstm = nn.LSTM(2, 2).double()
+
+    def loss(weight):
+        return torch.func.functional_call(lstm, {"weight_hh_l0": weight}, x)[0].sin().sum()
+
+    x = torch.randn(4, 2, 2, dtype=torch.float64)
+    with gk.set_fused_double_backward(True):
+        hessian = torch.autograd.functional.hessian(loss, lstm.weight_hh_l0.detach()).view(16, 16)
+    assert_close(hessian, hessian.mT)
+    assert hessian.abs().max() > 1e-3
+
+
+def test_dropout_draws_what_stock_draws():
+    lstm = nn.LSTM(3, 4, num_layers=3, dropout=0.5).double()
+    x = torch.randn(5, 2, 3, dtype=torch.float64)
+
+    def run(switch):
+        torch.manual_seed(1)
+        with gk.set_fused_double_backward(switch):
+            return gradients(lstm, [x])
+
+    assert_close(run(True), run(False))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda lstm, x: (nn.LSTM(3, 4, proj_size=2).double(), x),
+        lambda lstm, x: (lstm, pack_padded_sequence(x, [5, 3])),
+        lambda lstm, x: (lstm.requires_grad_(False), x),
+        lambda lstm, x: (lstm, x[:, :0]),
+    ],
+    ids=["projections", "packed", "no gradient", "empty batch"],
+)
+def test_others_stay_pytorchs(change):
+    lstm, x = change(nn.LSTM(3, 4).double(), torch.randn(5, 2, 3, dtype=torch.float64))
+    expected = lstm(x)[1]
+    with Calls() as calls, gk.set_fused_double_backward(True):
+        results = lstm(x)[1]
+    assert_close(results, expected)
+    assert "lstm_cell" not in calls.names
+
+
+def test_a_cell_under_autocast_stays_pytorchs():
+    cell, x = nn.LSTMCell(3, 4), torch.randn(2, 3, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16), gk.set_fused_double_backward(True), Calls() as calls:
+        cell(x)
+    assert "lstm_cell" not in calls.names
+
+
+def test_transforms_are_right():
+    lstm = nn.LSTM(2, 3).double()
+    x = torch.randn(3, 2, 2, dtype=torch.float64)
+
+    def loss(x):
+        return lstm(x)[0].sin().sum()
+
+    with gk.set_fused_double_backward(True):
+        by_func = torch.func.hessian(loss)(x)
+        by_autograd = torch.autograd.functional.hessian(loss, x)
+    assert_close(by_func, by_autograd)
+
+
+def test_a_step_of_time_is_a_product_and_a_kernel():
+    lstm = nn.LSTM(3, 4)
+    x = torch.randn(16, 2, 3, requires_grad=True)
+
+    def counted(run):
+        with gk.set_fused_double_backward(True), Calls() as calls:
+            result = run()
+        return result, {name: calls.names.count(name) for name in {*calls.names, "mm", "addmm"}}
+
+    output, forward = counted(lambda: lstm(x)[0])
+    first, backward = counted(lambda: torch.autograd.grad(output.sum(), x, create_graph=True)[0])
+    _, last = counted(lambda: torch.autograd.grad(first.square().sum(), lstm.parameters(), allow_unused=True))
+    # Beside them there is what all steps have in common: the input's products and the weights' gradients.
+    assert forward["lstm_cell"] == 16
+    assert forward["addmm"] == 17
+    assert backward["lstm_cell_backward"] == 16
+    assert backward["mm"] == 17
+    assert last["lstm_cell_double_backward"] == 16
+    assert last["lstm_cell_backward"] == 15
+    assert last["mm"] + last["addmm"] <= 16 + 16 + 5
