@@ -233,6 +233,7 @@ def test_covered_ops_are_right_and_lean_under_the_switch(name):
         assert 0 < moved["bytes"] <= COVERED[name] * moved["floor"]
 
 
+@pytest.mark.slow
 def test_page_is_printed_for_some_ops(tmp_path):
     path = tmp_path / "atlas.json"
     command = ["-m", "benchmarks.atlas", "--ops", "nn.functional.gelu", "item", "--json", str(path)]

@@ -102,7 +102,7 @@ NORMS = {
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("fused_by", ["module", "switch"])
-@pytest.mark.parametrize("name", usual(NORMS, "layer", "batch", "hardsigmoid"))
+@pytest.mark.parametrize("name", usual(NORMS, "batch", "hardsigmoid"))
 def test_third_order(name, fused_by):
     """Of a physics-informed step, compiled and captured: the parameters' gradient of u_xx, as plain autograd
     has it of the fused modules."""

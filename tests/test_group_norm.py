@@ -114,7 +114,7 @@ BY_NAME = {case.name: case for case in CASES}
 
 @st.composite
 def random_cases(draw):
-    inner = draw(st.lists(st.integers(1, 40), max_size=3))
+    inner = draw(st.lists(st.integers(1, 12), max_size=3))
     groups, size, batch = (draw(st.integers(1, 6)) for _ in range(3))
     # In groups of a few elements the condition of the statistics decides how large errors are.
     size = max(size, math.ceil(8 / math.prod(inner)))
