@@ -233,10 +233,15 @@ struct Forward {
 
 const Registration<Forward, Backward, DoubleBackward> registration;
 
-// What a layer keeps of its steps: a, and what h and c were before each; all of shape (T, B, ...).
+// A layer's steps: a, and what h and c were before each; all of shape (T, B, ...).
 struct Steps {
   Tensor gates, hidden, cell;
 
+  // The output is every h but the first.
+  static Steps of(const Tensor& gates, const Tensor& cell, const Tensor& first_hidden, const Tensor& output) {
+    const Tensor others = output.narrow(0, 0, output.size(0) - 1);
+    return {gates, at::cat({first_hidden.unsqueeze(0), others}), cell};
+  }
   int64_t count() const {
     return gates.size(0);
   }
@@ -253,24 +258,23 @@ Tensor sum(const Tensor& a, const Tensor& b) {
   return a.defined() && b.defined() ? a + b : a.defined() ? a : b;
 }
 
-// The steps of a layer, and the last h and c, differentiable as far as the cell is.
+// The gates and cells of a layer's steps, its output, and the last h and c; differentiable as far as the cell
+// is.
 struct Run {
-  Steps steps;
-  Tensor output, hidden, cell;
+  Tensor gates, cells, output, hidden, cell;
 
   Run(const Tensor& input, const Tensor& first_hidden, const Tensor& first_cell, const Tensor& weight)
       : hidden(first_hidden), cell(first_cell) {
-    std::vector<Tensor> gates, hiddens{hidden}, cells;
+    std::vector<Tensor> of_gates, of_cell, of_hidden;
     for (const auto& x : input.unbind()) {
-      cells.push_back(cell);
-      gates.push_back(at::addmm(x, hidden, weight.t()));
-      std::tie(hidden, cell) = call(Forward{gates.back(), cell});
-      hiddens.push_back(hidden);
+      of_cell.push_back(cell);
+      of_gates.push_back(at::addmm(x, hidden, weight.t()));
+      std::tie(hidden, cell) = call(Forward{of_gates.back(), cell});
+      of_hidden.push_back(hidden);
     }
-    const Tensor all = at::stack(hiddens);
-    const auto count = static_cast<int64_t>(gates.size());
-    steps = {at::stack(gates), all.narrow(0, 0, count), at::stack(cells)};
-    output = all.narrow(0, 1, count);
+    gates = at::stack(of_gates);
+    cells = at::stack(of_cell);
+    output = at::stack(of_hidden);
   }
 };
 
@@ -382,7 +386,8 @@ struct OfLayerBackward {
       at::AutoDispatchBelowADInplaceOrView guard;
       input = steps.gates - at::matmul(steps.hidden, weight.t());
     }
-    steps = Run(in_place_of_first(input), first_hidden, first_cell, weight).steps;
+    const Run again(in_place_of_first(input), first_hidden, first_cell, weight);
+    steps = Steps::of(again.gates, again.cells, first_hidden, again.output);
     return run(BackwardRun(saved[6], saved[7], saved[8], steps, weight));
   }
 };
@@ -392,18 +397,19 @@ struct OfLayer {
 
   static variable_list backward(
       const variable_list& grads, const variable_list& saved, Needs needs, const Settings&) {
-    const Steps steps{saved[0], saved[1], saved[2]};
     const Tensor &weight = saved[3], &first_hidden = saved[4], &first_cell = saved[5];
     Tensor input;
     if (c10::GradMode::is_enabled()) {
       at::AutoDispatchBelowADInplaceOrView guard;
-      input = in_place_of_first(at::empty({1}, steps.gates.options()).expand_symint(steps.gates.sym_sizes()));
+      input = in_place_of_first(at::empty({1}, saved[0].options()).expand_symint(saved[0].sym_sizes()));
     }
     return record<OfLayerBackward>(
         {input, grads[0], grads[1], grads[2], first_hidden, first_cell, weight}, {},
         [&](variable_list& kept) -> variable_list {
+          const auto steps = Steps::of(saved[0], saved[2], first_hidden, saved[1]);
           const BackwardRun run(grads[0], grads[1], grads[2], steps, weight);
           kept = saved;
+          kept[1] = steps.hidden;
           kept.insert(kept.end(), {grads[0], grads[1], grads[2], run.gates, run.hidden, run.cell});
           return {
               run.gates, run.first_hidden, run.first_cell,
@@ -418,7 +424,7 @@ TensorTriple layer(
   return to_tuple<3>(record<OfLayer>(
       {input, first_hidden, first_cell, weight}, {}, [&](variable_list& saved) -> variable_list {
         const Run run(input, first_hidden, first_cell, weight);
-        saved = {run.steps.gates, run.steps.hidden, run.steps.cell, weight, first_hidden, first_cell};
+        saved = {run.gates, run.output, run.cells, weight, first_hidden, first_cell};
         return {run.output, run.hidden, run.cell};
       }));
 }

@@ -161,6 +161,25 @@ def test_a_frozen_input_or_weight():
         assert_close(of_parameters(True, order), of_parameters(False, order))
 
 
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_an_output_changed_in_place(batch_first):
+    lstm = nn.LSTM(3, 4, batch_first=batch_first).double()
+    x = torch.randn(5, 2, 3, dtype=torch.float64, requires_grad=True)
+    with gk.set_fused_double_backward(True):
+        output, state = lstm(x)
+        with torch.no_grad():
+            output[0].zero_()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            output.sum().backward()
+        # Of the last ones nothing is kept.
+        output, state = lstm(x)
+        expected = torch.autograd.grad(output.sum(), x, retain_graph=True)
+        with torch.no_grad():
+            for last in state:
+                last.zero_()
+        assert_close(torch.autograd.grad(output.sum(), x), expected)
+
+
 def test_hessian_is_symmetric():
     lstm = nn.LSTM(2, 2).double()
 
