@@ -9,19 +9,28 @@
 #include "cpu/cross_entropy.h"
 
 #include <ATen/OpMathType.h>
-#include <ATen/autocast_mode.h>
 
 #include "op.h"
 
 namespace gradnorm_kernels::cross_entropy {
 namespace {
 
-// What every op here is of.
+// What every op here is of, after the gradients that it is given.
 struct Problem {
-  const char* op;
+  using Settings = std::tuple<int64_t, double>;
+  static constexpr auto schema = "Tensor input, Tensor target, int ignore_index, float label_smoothing";
   const Tensor &input, &target;
   int64_t ignore_index;
   double label_smoothing;
+  auto tie() const {
+    return std::tie(input, target, ignore_index, label_smoothing);
+  }
+  static Problem of(const Tensor& input, const Tensor& target, const Settings& settings) {
+    return {input, target, std::get<0>(settings), std::get<1>(settings)};
+  }
+  Settings settings() const {
+    return {ignore_index, label_smoothing};
+  }
 
   // Of the classes.
   int64_t dim() const {
@@ -38,13 +47,19 @@ struct Problem {
   Tensor empty_rows() const {
     return at::empty_symint(row_sizes(), input.options());
   }
+  Tensor empty_input() const {
+    return at::empty_like(input, LEGACY_CONTIGUOUS_MEMORY_FORMAT);
+  }
+  Tensor narrow(const Tensor& result) const {
+    return result.to(input.scalar_type());
+  }
 
-  void check_rows(const char* name, const Tensor& rows) const {
+  void check_rows(const char* op, const char* name, const Tensor& rows) const {
     TORCH_CHECK_VALUE(
         rows.sym_sizes() == row_sizes(), op, ": expected ", name, " to have the shape of input (",
         input.sym_sizes(), ") without its classes, got ", rows.sym_sizes());
   }
-  void check() const {
+  void check(const char* op) const {
     check_elementwise(op, {{"input", input}});
     TORCH_CHECK_VALUE(
         input.dim() > 0 && input.sym_size(dim()) > 0, op,
@@ -59,12 +74,12 @@ struct Problem {
         target.layout() == at::kStrided && target.device() == input.device(), op,
         ": expected target to be a strided tensor on the device of input (", input.device(), "), got ",
         target.layout(), " on ", target.device());
-    check_rows("target", target);
+    check_rows(op, "target", target);
   }
-  void check(const Tensor& grad_output) const {
-    check();
+  void check(const char* op, const Tensor& grad_output) const {
+    check(op);
     check_floating(op, {{"input", input}, {"grad_output", grad_output}});
-    check_rows("grad_output", grad_output);
+    check_rows(op, "grad_output", grad_output);
   }
 };
 
@@ -88,168 +103,154 @@ struct Parts {
   }
 };
 
+// As the kernels take it.
+struct Contiguous {
+  Tensor input, target;
+  CrossEntropy problem;
+  explicit Contiguous(const Problem& of)
+      : input(of.input.contiguous()),
+        target(of.target.contiguous()),
+        problem{input, target, of.dim(), of.ignore_index, of.label_smoothing} {}
+};
+
 struct DoubleBackward {
-  static constexpr auto schema =
-      "cross_entropy_double_backward(Tensor grad_grad_input, Tensor grad_output, Tensor input, "
-      "Tensor target, int ignore_index, float label_smoothing) -> (Tensor grad_grad_output, Tensor "
-      "grad_input)";
-  const Tensor &grad_grad_input, &grad_output, &input, &target;
-  int64_t ignore_index;
-  double label_smoothing;
+  static std::string schema() {
+    return std::string("cross_entropy_double_backward(Tensor grad_grad_input, Tensor grad_output, ") +
+           Problem::schema + ") -> (Tensor grad_grad_output, Tensor grad_input)";
+  }
+  const Tensor &grad_grad_input, &grad_output;
+  Problem of;
   auto tie() const {
-    return std::tie(grad_grad_input, grad_output, input, target, ignore_index, label_smoothing);
+    return std::tuple_cat(std::tie(grad_grad_input, grad_output), of.tie());
   }
   auto differentiable() const {
-    return std::tie(grad_grad_input, grad_output, input, target);
+    return std::tie(grad_grad_input, grad_output, of.input, of.target);
   }
 
-  Problem checked() const {
-    const Problem of{name_of<DoubleBackward>(), input, target, ignore_index, label_smoothing};
-    of.check(grad_output);
-    check_elementwise(of.op, {{"input", input}, {"grad_grad_input", grad_grad_input}});
-    return of;
+  void check() const {
+    const auto* const op = name_of<DoubleBackward>();
+    of.check(op, grad_output);
+    check_elementwise(op, {{"input", of.input}, {"grad_grad_input", grad_grad_input}});
   }
   TensorPair composite() const {
-    const auto of = checked();
+    check();
     const auto dim = of.dim();
     const Parts parts(of);
     const Tensor v = to_opmath(grad_grad_input), g = to_opmath(grad_output).unsqueeze(dim);
     const Tensor p = parts.log_p.exp(), mean = (p * v).sum(dim, /*keepdim=*/true);
     return {
-        ((parts.mass * mean).squeeze(dim) - (parts.q * v).sum(dim)).to(input.scalar_type()),
-        (g * parts.mass * p * (v - mean)).to(input.scalar_type())};
+        of.narrow((parts.mass * mean).squeeze(dim) - (parts.q * v).sum(dim)),
+        of.narrow(g * parts.mass * p * (v - mean))};
   }
   TensorPair cpu() const {
-    const auto of = checked();
-    const Tensor x = input.contiguous(), t = target.contiguous();
-    const Tensor grad_grad_output = of.empty_rows(), grad_input = at::empty_like(x);
+    const auto results = meta();
     GRADNORM_KERNELS(cross_entropy_kernels)
         .double_backward(
-            grad_grad_output, grad_input, grad_grad_input.contiguous(), grad_output.contiguous(),
-            {x, t, of.dim(), ignore_index, label_smoothing});
-    return {grad_grad_output, grad_input};
+            std::get<0>(results), std::get<1>(results), grad_grad_input.contiguous(),
+            grad_output.contiguous(), Contiguous(of).problem);
+    return results;
   }
   TensorPair meta() const {
-    return {checked().empty_rows(), at::empty_like(input, LEGACY_CONTIGUOUS_MEMORY_FORMAT)};
+    check();
+    return {of.empty_rows(), of.empty_input()};
   }
 };
 
-using Settings = std::tuple<int64_t, double>;  // ignore_index, label_smoothing
-
 struct OfBackward {
-  using Settings = cross_entropy::Settings;
+  using Settings = Problem::Settings;
 
   static variable_list backward(
       const variable_list& grads, const variable_list& saved, Needs, const Settings& settings) {
-    const auto [ignore_index, label_smoothing] = settings;
-    return to_list(
-        call(DoubleBackward{grads[0], saved[0], saved[1], saved[2], ignore_index, label_smoothing}));
+    return to_list(call(DoubleBackward{grads[0], saved[0], Problem::of(saved[1], saved[2], settings)}));
   }
 };
 
 struct Backward {
-  static constexpr auto schema =
-      "cross_entropy_backward(Tensor grad_output, Tensor input, Tensor target, int ignore_index, "
-      "float label_smoothing) -> Tensor";
-  const Tensor &grad_output, &input, &target;
-  int64_t ignore_index;
-  double label_smoothing;
+  static std::string schema() {
+    return std::string("cross_entropy_backward(Tensor grad_output, ") + Problem::schema + ") -> Tensor";
+  }
+  const Tensor& grad_output;
+  Problem of;
   auto tie() const {
-    return std::tie(grad_output, input, target, ignore_index, label_smoothing);
+    return std::tuple_cat(std::tie(grad_output), of.tie());
   }
 
-  Problem checked() const {
-    const Problem of{name_of<Backward>(), input, target, ignore_index, label_smoothing};
-    of.check(grad_output);
-    return of;
-  }
   Tensor composite() const {
-    const auto of = checked();
+    of.check(name_of<Backward>(), grad_output);
     const Parts parts(of);
     const Tensor g = to_opmath(grad_output).unsqueeze(of.dim());
-    return (g * (parts.mass * parts.log_p.exp() - parts.q)).to(input.scalar_type());
+    return of.narrow(g * (parts.mass * parts.log_p.exp() - parts.q));
   }
   Tensor cpu() const {
-    const auto of = checked();
-    const Tensor x = input.contiguous(), t = target.contiguous(), grad_input = at::empty_like(x);
+    const Tensor grad_input = meta();
     GRADNORM_KERNELS(cross_entropy_kernels)
-        .backward(grad_input, grad_output.contiguous(), {x, t, of.dim(), ignore_index, label_smoothing});
+        .backward(grad_input, grad_output.contiguous(), Contiguous(of).problem);
     return grad_input;
   }
   Tensor meta() const {
-    checked();
-    return at::empty_like(input, LEGACY_CONTIGUOUS_MEMORY_FORMAT);
+    of.check(name_of<Backward>(), grad_output);
+    return of.empty_input();
   }
   Tensor autograd() const {
-    if (needs_composite(grad_output, input, target) || target.requires_grad()) {
+    if (needs_composite(grad_output, of.input, of.target) || of.target.requires_grad()) {
       return composite();
     }
-    const Settings settings{ignore_index, label_smoothing};
-    return record<OfBackward>({grad_output, input}, settings, [&](variable_list& saved) {
-      saved = {grad_output, input, target};
+    return record<OfBackward>({grad_output, of.input}, of.settings(), [&](variable_list& saved) {
+      saved = {grad_output, of.input, of.target};
       return variable_list{call(*this)};
     })[0];
   }
 };
 
 struct OfForward {
-  using Settings = cross_entropy::Settings;
+  using Settings = Problem::Settings;
 
   static variable_list backward(
       const variable_list& grads, const variable_list& saved, Needs, const Settings& settings) {
-    const auto [ignore_index, label_smoothing] = settings;
-    return {call(Backward{grads[0], saved[0], saved[1], ignore_index, label_smoothing})};
+    return {call(Backward{grads[0], Problem::of(saved[0], saved[1], settings)})};
   }
 };
 
 // Of every row.
 struct Forward {
-  static constexpr auto schema =
-      "cross_entropy(Tensor input, Tensor target, int ignore_index, float label_smoothing) -> Tensor";
-  const Tensor &input, &target;
-  int64_t ignore_index;
-  double label_smoothing;
+  static std::string schema() {
+    return std::string("cross_entropy(") + Problem::schema + ") -> Tensor";
+  }
+  Problem of;
   auto tie() const {
-    return std::tie(input, target, ignore_index, label_smoothing);
+    return of.tie();
   }
 
-  Problem checked() const {
-    const Problem of{name_of<Forward>(), input, target, ignore_index, label_smoothing};
-    of.check();
-    return of;
-  }
   Tensor composite() const {
-    const auto of = checked();
+    of.check(name_of<Forward>());
     const Parts parts(of);
     // A logit of -inf that is none of the target's.
     const Tensor log_p = of.has_probabilities() ? parts.log_p : parts.log_p.masked_fill(parts.q == 0, 0);
-    return (parts.q * log_p).sum(of.dim()).neg().to(input.scalar_type());
+    return of.narrow((parts.q * log_p).sum(of.dim()).neg());
   }
   Tensor cpu() const {
-    const auto of = checked();
-    const Tensor x = input.contiguous(), t = target.contiguous(), output = of.empty_rows();
-    GRADNORM_KERNELS(cross_entropy_kernels).forward(output, {x, t, of.dim(), ignore_index, label_smoothing});
+    const Tensor output = meta();
+    GRADNORM_KERNELS(cross_entropy_kernels).forward(output, Contiguous(of).problem);
     return output;
   }
   Tensor meta() const {
-    return checked().empty_rows();
+    of.check(name_of<Forward>());
+    return of.empty_rows();
   }
   Tensor autograd() const {
-    if (needs_composite(input, target) || target.requires_grad()) {
+    if (needs_composite(of.input, of.target) || of.target.requires_grad()) {
       return composite();
     }
-    return record<OfForward>({input}, {ignore_index, label_smoothing}, [&](variable_list& saved) {
-      saved = {input, target};
+    return record<OfForward>({of.input}, of.settings(), [&](variable_list& saved) {
+      saved = {of.input, of.target};
       return variable_list{call(*this)};
     })[0];
   }
   // PyTorch's own is computed in float32 in a region of autocast.
   Tensor autocast() const {
-    const auto device = input.device().type();
-    const c10::impl::ExcludeDispatchKeyGuard no_autocast(
-        at::autocast::get_autocast_dispatch_key_from_device_type(device));
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     const auto wide = [](const Tensor& t) { return t.is_floating_point() ? to_opmath(t) : t; };
-    return call(Forward{wide(input), wide(target), ignore_index, label_smoothing});
+    return call(Forward{wide(of.input), wide(of.target), of.ignore_index, of.label_smoothing});
   }
 };
 
@@ -272,7 +273,7 @@ struct Loss {
         !(0 <= label_smoothing && label_smoothing <= 1)) {
       return false;
     }
-    const Problem of{"", input, target, ignore_index, label_smoothing};
+    const Problem of{input, target, ignore_index, label_smoothing};
     const auto classes = input.sym_size(of.dim());
     const bool is_weighted = weight.defined();
     return classes > 0 &&
