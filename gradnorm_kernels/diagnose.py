@@ -56,7 +56,7 @@ _TRAFFIC: dict[str, tuple[float, float, str | None]] = {
     "LogSigmoid": (17, 5, FUSE),
     "LogSoftmax": (19, 5, FUSE),
     "Logsumexp": (21, 3, None),
-    "MkldnnRnnLayer": (98, 10, f"{SWITCH}, for LSTMs"),
+    "MkldnnRnnLayer": (98, 10, SWITCH),
     "PdistForward": (911, 19, None),
     "WeightNormInterface": (26, 5, None),
 }
@@ -71,7 +71,7 @@ _WRONG = {
 _WITHOUT_DERIVATIVE = {"CudnnRnn", "EmbeddingBag"}
 _REMEDIES = {
     "CompiledFunction": "compile the whole step, or differentiate the module as it was before torch.compile",
-    "CudnnRnn": f"{SWITCH}, for LSTMs; else torch.backends.cudnn.flags(enabled=False)",
+    "CudnnRnn": f"{SWITCH}, or torch.backends.cudnn.flags(enabled=False)",
     "EmbeddingBag": "torch.nn.functional.embedding, then the sum or mean",
     "Hardsigmoid": FUSE,
     "NativeBatchNorm": FUSE,

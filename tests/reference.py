@@ -335,3 +335,15 @@ def _sums_over_windows(
     positions, taps = "xyz"[: len(stride)], "hij"[: len(stride)]
     sums = torch.einsum(f"ngc{positions}{taps},goc{taps}->ngo{positions}", windows, weight)
     return sums.flatten(1, 2)
+
+
+def recurrent_step(cell: str, gates: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """The output and the next state of a cell's step. The gates are sums of products: an LSTM's as PyTorch
+    orders them; a GRU's are reset, update, and the two parts of the new state's."""
+    a, b, c, d = gates.chunk(4, -1)
+    if cell == "lstm":
+        next_state = b.sigmoid() * state + a.sigmoid() * c.tanh()
+        return d.sigmoid() * next_state.tanh(), next_state
+    new = (c + a.sigmoid() * d).tanh()
+    hidden = (1 - b.sigmoid()) * new + b.sigmoid() * state
+    return hidden, hidden

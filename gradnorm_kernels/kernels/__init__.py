@@ -56,7 +56,10 @@ _OPS = {
     ),
     "gated": ("gated_unit", "gated_unit_backward", "gated_unit_double_backward"),
     "group_norm": ("group_norm_double_backward",),
-    "lstm": ("lstm_cell", "lstm_cell_backward", "lstm_cell_double_backward"),
+    "recurrent": (
+        *("lstm_step", "lstm_step_backward", "lstm_step_double_backward"),
+        *("gru_step", "gru_step_backward", "gru_step_double_backward"),
+    ),
     "attention": (
         "_attention_fwd",
         "_attention_bwd",

@@ -1,11 +1,13 @@
-"""LSTMs on the CPU: the table of a cell's step, and PyTorch's own under the switch."""
+"""Recurrent networks on the CPU: the table of a cell's step, and PyTorch's own under the switch."""
 
 from __future__ import annotations
 
 import copy
+import functools
 from dataclasses import dataclass, replace
 
 import pytest
+import reference
 import torch
 from contract import OPS, Call, Calls, Case, OpContract, assert_close
 from hypothesis import strategies as st
@@ -17,33 +19,31 @@ import gradnorm_kernels as gk
 
 @dataclass(frozen=True)
 class Step(Case):
-    """What it makes of h and c lies side by side."""
+    """What it makes of the output and the next state lies side by side."""
 
+    cell: str
     shape: tuple[int, ...]
-    names = ("gates", "cell")
+    names = ("gates", "state")
 
     def __str__(self):
-        return f"step {self.shape}"
+        return f"{self.cell} {self.shape}"
 
     def shapes(self):
         return (*self.shape[:-1], 4 * self.shape[-1]), self.shape
 
-    def fused(self, gates, cell):
-        return torch.cat(OPS.lstm_cell(gates, cell), -1)
+    def fused(self, gates, state):
+        return torch.cat(getattr(OPS, f"{self.cell}_step")(gates, state), -1)
 
-    def stock(self, gates, cell):
-        i, f, g, o = gates.chunk(4, -1)
-        next_cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
-        return torch.cat([o.sigmoid() * next_cell.tanh(), next_cell], -1)
+    def stock(self, gates, state):
+        return torch.cat(reference.recurrent_step(self.cell, gates, state), -1)
 
     reference = stock
 
     def calls(self, operands):
-        gates, cell = operands.inputs
         grads = operands.grad_output.chunk(2, -1)
-        yield Call("lstm_cell", (gates, cell))
-        yield Call("lstm_cell_backward", (*grads, gates, cell))
-        yield Call("lstm_cell_double_backward", (*operands.grad_grads, *grads, gates, cell))
+        yield Call(f"{self.cell}_step", tuple(operands.inputs))
+        yield Call(f"{self.cell}_step_backward", (*grads, *operands.inputs))
+        yield Call(f"{self.cell}_step_double_backward", (*operands.grad_grads, *grads, *operands.inputs))
 
     def same_bits(self, operands):
         return False  # Products and sums are contracted in one way in whole vectors and in another in a rest.
@@ -53,31 +53,40 @@ class Step(Case):
         return replace(self, shape=(300, 512))
 
 
-CASES = [Step((3, 5)), Step((2, 3, 97)), Step((2, 2)), Step((0, 3)), Step((4, 0))]
+CASES = [
+    *(Step(cell, shape) for cell in ("lstm", "gru") for shape in [(2, 3, 97), (2, 2)]),
+    *(Step("lstm", shape) for shape in [(0, 3), (4, 0)]),
+]
 
 
 class TestStep(OpContract):
     cases = CASES
-    traced = ("step (2, 2)",)
+    traced = ("lstm (2, 2)", "gru (2, 2)")
     outlived = 2
-    random_cases = st.builds(Step, st.lists(st.integers(0, 9), min_size=1, max_size=3).map(tuple))
-    schemas = """
-        lstm_cell(Tensor gates, Tensor cell) -> (Tensor hidden, Tensor next_cell);
-        lstm_cell_backward(Tensor grad_hidden, Tensor grad_next_cell, Tensor gates, Tensor cell) ->
-            (Tensor grad_gates, Tensor grad_cell);
-        lstm_cell_double_backward(Tensor grad_grad_gates, Tensor grad_grad_cell, Tensor grad_hidden,
-            Tensor grad_next_cell, Tensor gates, Tensor cell) -> (Tensor grad_grad_hidden,
-            Tensor grad_grad_next_cell, Tensor grad_gates, Tensor grad_cell)
-    """
+    random_cases = st.builds(
+        Step,
+        st.sampled_from(["lstm", "gru"]),
+        st.lists(st.integers(0, 9), min_size=1, max_size=3).map(tuple),
+    )
+    schemas = ";".join(
+        f"""
+        {cell}_step(Tensor gates, Tensor state) -> (Tensor hidden, Tensor next_state);
+        {cell}_step_backward(Tensor grad_hidden, Tensor grad_next_state, Tensor gates, Tensor state) ->
+            (Tensor grad_gates, Tensor grad_state);
+        {cell}_step_double_backward(Tensor grad_grad_gates, Tensor grad_grad_state, Tensor grad_hidden,
+            Tensor grad_next_state, Tensor gates, Tensor state) -> (Tensor grad_grad_hidden,
+            Tensor grad_grad_next_state, Tensor grad_gates, Tensor grad_state)"""
+        for cell in ("lstm", "gru")
+    )
 
     def bad(self):
-        gates, cell = torch.randn(3, 8), torch.randn(3, 2)
-        yield lambda: OPS.lstm_cell(gates[:, 1:], cell), ValueError, "four times the columns of cell"
-        yield lambda: OPS.lstm_cell(gates.double(), cell), TypeError, "cell to have the dtype of gates"
+        gates, state = torch.randn(3, 8), torch.randn(3, 2)
+        yield lambda: OPS.lstm_step(gates[:, 1:], state), ValueError, "four times the columns of state"
+        yield lambda: OPS.gru_step(gates.double(), state), TypeError, "state to have the dtype of gates"
         yield (
-            lambda: OPS.lstm_cell_backward(cell[:2], cell, gates, cell),
+            lambda: OPS.lstm_step_backward(state[:2], state, gates, state),
             ValueError,
-            "grad_hidden to have the shape of cell",
+            "grad_hidden to have the shape of state",
         )
 
 
@@ -85,7 +94,7 @@ def gradients(module, inputs, order=2):
     """Of a penalty on the gradients by all inputs, by inputs and parameters; and the outputs."""
     leaves = [t.detach().requires_grad_() for t in inputs]
     x, *state = leaves
-    results = module(x, tuple(state)) if state else module(x)
+    results = module(x, *([tuple(state)] if len(state) == 2 else state))
     outputs = [results[0], *results[1]] if isinstance(results[1], tuple) else list(results)
     total = sum((k + 1) * t.sin().sum() for k, t in enumerate(outputs))
     wanted = [*leaves, *module.parameters()]
@@ -101,37 +110,53 @@ def assert_as_stock(module, inputs, order=2):
         assert_close(gradients(module, inputs, order), expected)
 
 
-@pytest.mark.parametrize("options", [{}, {"bias": False}, {"batch_first": True}, {"num_layers": 2}], ids=str)
+NETWORKS = {
+    "lstm": nn.LSTM,
+    "gru": nn.GRU,
+    "tanh": nn.RNN,
+    "relu": functools.partial(nn.RNN, nonlinearity="relu"),
+}
+each_network = pytest.mark.parametrize("kind", NETWORKS)
+
+
+def draw(*shape):
+    return torch.randn(shape, dtype=torch.float64)
+
+
+@each_network
+@pytest.mark.parametrize("options", [{"batch_first": True}, {"bias": False}, {"num_layers": 2}], ids=str)
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["", "bidirectional"])
 @pytest.mark.parametrize("has_state", [False, True], ids=["zeros", "state"])
-def test_layers(options, bidirectional, has_state):
-    lstm = nn.LSTM(3, 4, bidirectional=bidirectional, **options).double()
-    x = torch.randn(5, 2, 3, dtype=torch.float64)
-    batch = 5 if lstm.batch_first else 2
-    state = torch.randn(2, lstm.num_layers * (1 + bidirectional), batch, 4, dtype=torch.float64)
-    assert_as_stock(lstm, [x, *state] if has_state else [x])
+def test_networks(kind, options, bidirectional, has_state):
+    network = NETWORKS[kind](3, 4, bidirectional=bidirectional, **options).double()
+    batch = 5 if network.batch_first else 2
+    shape = network.num_layers * (1 + bidirectional), batch, 4
+    states = [draw(*shape) for _ in range(2 if kind == "lstm" else 1)] if has_state else []
+    assert_as_stock(network, [draw(5, 2, 3), *states])
 
 
+@each_network
 @pytest.mark.parametrize("shape", [(1, 2, 3), (4, 3)], ids=["one step", "not batched"])
-def test_shapes(shape):
-    assert_as_stock(nn.LSTM(3, 4).double(), [torch.randn(shape, dtype=torch.float64)])
+def test_shapes(kind, shape):
+    assert_as_stock(NETWORKS[kind](3, 4).double(), [draw(*shape)])
 
 
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
 @pytest.mark.parametrize("order", [3, 4])
-def test_higher_orders(order):
-    assert_as_stock(nn.LSTM(2, 3).double(), [torch.randn(3, 2, 2, dtype=torch.float64)], order)
+def test_higher_orders(kind, order):
+    assert_as_stock(NETWORKS[kind](2, 3).double(), [draw(3, 2, 2)], order)
 
 
 def test_a_cell():
     cell = nn.LSTMCell(3, 4).double()
-    assert_as_stock(cell, [torch.randn(2, n, dtype=torch.float64) for n in (3, 4, 4)])
-    assert_as_stock(nn.LSTMCell(3, 4, bias=False).double(), [torch.randn(2, 3, dtype=torch.float64)], order=3)
+    assert_as_stock(cell, [draw(2, n) for n in (3, 4, 4)])
+    assert_as_stock(nn.LSTMCell(3, 4, bias=False).double(), [draw(2, 3)], order=3)
 
 
 @pytest.mark.parametrize("wanted", range(3), ids=["output", "hidden", "cell"])
 def test_gradients_of_one_result(wanted):
     lstm = nn.LSTM(3, 4).double()
-    x = torch.randn(5, 2, 3, dtype=torch.float64, requires_grad=True)
+    x = draw(5, 2, 3).requires_grad_()
 
     def second(switch, needed):
         with gk.set_fused_double_backward(switch):
@@ -147,7 +172,7 @@ def test_a_frozen_input_or_weight():
     lstm = nn.LSTM(3, 4).double()
     lstm.weight_hh_l0.requires_grad_(False)
     lstm.bias_ih_l0.requires_grad_(False)
-    x = torch.randn(5, 2, 3, dtype=torch.float64)
+    x = draw(5, 2, 3)
 
     def of_parameters(switch, order):
         wanted = [p for p in lstm.parameters() if p.requires_grad]
@@ -161,18 +186,19 @@ def test_a_frozen_input_or_weight():
         assert_close(of_parameters(True, order), of_parameters(False, order))
 
 
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
 @pytest.mark.parametrize("batch_first", [False, True])
-def test_an_output_changed_in_place(batch_first):
-    lstm = nn.LSTM(3, 4, batch_first=batch_first).double()
-    x = torch.randn(5, 2, 3, dtype=torch.float64, requires_grad=True)
+def test_an_output_changed_in_place(kind, batch_first):
+    network = NETWORKS[kind](3, 4, batch_first=batch_first).double()
+    x = draw(5, 2, 3).requires_grad_()
     with gk.set_fused_double_backward(True):
-        output, state = lstm(x)
+        output, state = network(x)
         with torch.no_grad():
             output[0].zero_()
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             output.sum().backward()
         # Of the last ones nothing is kept.
-        output, state = lstm(x)
+        output, state = network(x)
         expected = torch.autograd.grad(output.sum(), x, retain_graph=True)
         with torch.no_grad():
             for last in state:
@@ -186,7 +212,7 @@ def test_hessian_is_symmetric():
     def loss(weight):
         return torch.func.functional_call(lstm, {"weight_hh_l0": weight}, x)[0].sin().sum()
 
-    x = torch.randn(4, 2, 2, dtype=torch.float64)
+    x = draw(4, 2, 2)
     with gk.set_fused_double_backward(True):
         hessian = torch.autograd.functional.hessian(loss, lstm.weight_hh_l0.detach()).view(16, 16)
     assert_close(hessian, hessian.mT)
@@ -195,7 +221,7 @@ def test_hessian_is_symmetric():
 
 def test_dropout_draws_what_stock_draws():
     lstm = nn.LSTM(3, 4, num_layers=3, dropout=0.5).double()
-    x = torch.randn(5, 2, 3, dtype=torch.float64)
+    x = draw(5, 2, 3)
 
     def run(switch):
         torch.manual_seed(1)
@@ -216,24 +242,24 @@ def test_dropout_draws_what_stock_draws():
     ids=["projections", "packed", "no gradient", "empty batch"],
 )
 def test_others_stay_pytorchs(change):
-    lstm, x = change(nn.LSTM(3, 4).double(), torch.randn(5, 2, 3, dtype=torch.float64))
+    lstm, x = change(nn.LSTM(3, 4).double(), draw(5, 2, 3))
     expected = lstm(x)[1]
     with Calls() as calls, gk.set_fused_double_backward(True):
         results = lstm(x)[1]
     assert_close(results, expected)
-    assert "lstm_cell" not in calls.names
+    assert "lstm_step" not in calls.names
 
 
 def test_a_cell_under_autocast_stays_pytorchs():
     cell, x = nn.LSTMCell(3, 4), torch.randn(2, 3, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16), gk.set_fused_double_backward(True), Calls() as calls:
         cell(x)
-    assert "lstm_cell" not in calls.names
+    assert "lstm_step" not in calls.names
 
 
 def test_transforms_are_right():
     lstm = nn.LSTM(2, 3).double()
-    x = torch.randn(3, 2, 2, dtype=torch.float64)
+    x = draw(3, 2, 2)
 
     def loss(x):
         return lstm(x)[0].sin().sum()
@@ -244,8 +270,9 @@ def test_transforms_are_right():
     assert_close(by_func, by_autograd)
 
 
-def test_a_step_of_time_is_a_product_and_a_kernel():
-    lstm = nn.LSTM(3, 4)
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_a_step_of_time_is_a_product_and_a_kernel(kind):
+    network = NETWORKS[kind](3, 4)
     x = torch.randn(16, 2, 3, requires_grad=True)
 
     def counted(run):
@@ -253,14 +280,16 @@ def test_a_step_of_time_is_a_product_and_a_kernel():
             result = run()
         return result, {name: calls.names.count(name) for name in {*calls.names, "mm", "addmm"}}
 
-    output, forward = counted(lambda: lstm(x)[0])
+    output, forward = counted(lambda: network(x)[0])
     first, backward = counted(lambda: torch.autograd.grad(output.sum(), x, create_graph=True)[0])
-    _, last = counted(lambda: torch.autograd.grad(first.square().sum(), lstm.parameters(), allow_unused=True))
+    _, last = counted(
+        lambda: torch.autograd.grad(first.square().sum(), network.parameters(), allow_unused=True)
+    )
     # Beside them there is what all steps have in common: the input's products and the weights' gradients.
-    assert forward["lstm_cell"] == 16
+    assert forward[f"{kind}_step"] == 16
     assert forward["addmm"] == 17
-    assert backward["lstm_cell_backward"] == 16
+    assert backward[f"{kind}_step_backward"] == 16
     assert backward["mm"] == 17
-    assert last["lstm_cell_double_backward"] == 16
-    assert last["lstm_cell_backward"] == 15
+    assert last[f"{kind}_step_double_backward"] == 16
+    assert last[f"{kind}_step_backward"] == 15
     assert last["mm"] + last["addmm"] <= 16 + 16 + 5
