@@ -27,7 +27,7 @@ class set_fused_double_backward(ContextDecorator):  # noqa: N801 - the idiom of 
     sequences, with projections or under autocast) are fused from the forward on, as is the first backward of
     sine, cosine and grouped-query attention. What PyTorch gets wrong, or NaN, is right: weight normalisation,
     which it differentiates with the norm held constant; the norm, and so ``F.normalize`` and cosine
-    similarity, of rows of zeros; sinc at 0; the third order of transposed convolutions with an output padding.
+    similarity, of rows of zeros; sinc at 0; the third order of transposed convolutions with output padding.
 
     Under ``torch.func`` transforms, forward-mode AD and in graphs that are captured for a compiler, layer,
     batch and instance normalisation, softmax, its logarithm, attention, Mish and hard sigmoid are plain ops,
