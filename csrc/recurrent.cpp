@@ -1,5 +1,5 @@
 // Recurrent networks: the CPU, meta and composite implementations of a cell's step, how it and a layer's
-// recurrence are differentiated, and the overrides of PyTorch's lstm, gru, rnn_tanh, rnn_relu and lstm_cell.
+// recurrence are differentiated, and the overrides of PyTorch's lstm, gru and lstm_cell.
 //
 // A layer's steps are a_t = x_t + h_{t-1} W^T, with x_t all that does not depend on h, and (h_t, c_t) =
 // step(a_t, c_{t-1}). Its backward goes through time once, a product and a step's backward each time;
@@ -429,30 +429,38 @@ struct OfLayerBackward {
   }
 };
 
+// The gradients of a layer's input, first h, first c and weight. run: the gates, outputs and states of its
+// forward; input may be anything that has its place in the graph.
+template <class Cell>
+variable_list layer_backward(
+    const variable_list& grads, const Tensor& input, const variable_list& run, const Tensor& weight,
+    const Tensor& first_hidden, const Tensor& first_state, bool needs_weight) {
+  return record<OfLayerBackward<Cell>>(
+      {input, grads[0], grads[1], grads[2], first_hidden, first_state, weight}, {},
+      [&](variable_list& saved) -> variable_list {
+        const auto steps = Steps::of(run[0], run[2], first_hidden, run[1]);
+        const BackwardRun<Cell> first(grads[0], grads[1], grads[2], steps, weight);
+        saved = {steps.gates, steps.hidden, steps.state, weight,      first_hidden, first_state,
+                 grads[0],    grads[1],     grads[2],    first.gates, first.hidden, first.state};
+        return {
+            first.gates, first.first_hidden, first.first_state,
+            needs_weight ? product_of_steps(first.gates, steps.hidden) : Tensor()};
+      });
+}
+
 template <class Cell>
 struct OfLayer {
   using Settings = std::tuple<>;
 
   static variable_list backward(
       const variable_list& grads, const variable_list& saved, Needs needs, const Settings&) {
-    const Tensor &weight = saved[3], &first_hidden = saved[4], &first_state = saved[5];
+    const auto &gates = saved[0], &weight = saved[3], &first_hidden = saved[4], &first_state = saved[5];
     Tensor input;
     if (c10::GradMode::is_enabled()) {
       at::AutoDispatchBelowADInplaceOrView guard;
-      input = in_place_of_first(at::empty({1}, saved[0].options()).expand_symint(saved[0].sym_sizes()));
+      input = in_place_of_first(at::empty({1}, gates.options()).expand_symint(gates.sym_sizes()));
     }
-    return record<OfLayerBackward<Cell>>(
-        {input, grads[0], grads[1], grads[2], first_hidden, first_state, weight}, {},
-        [&](variable_list& kept) -> variable_list {
-          const auto steps = Steps::of(saved[0], saved[2], first_hidden, saved[1]);
-          const BackwardRun<Cell> run(grads[0], grads[1], grads[2], steps, weight);
-          kept = saved;
-          kept[1] = steps.hidden;
-          kept.insert(kept.end(), {grads[0], grads[1], grads[2], run.gates, run.hidden, run.state});
-          return {
-              run.gates, run.first_hidden, run.first_state,
-              needs[3] ? product_of_steps(run.gates, steps.hidden) : Tensor()};
-        });
+    return layer_backward<Cell>(grads, input, saved, weight, first_hidden, first_state, needs[3]);
   }
 };
 
@@ -536,13 +544,117 @@ struct Network {
   }
 };
 
+// oneDNN's LSTM, which ATen takes for a layer in one direction: its forward and first backward, and ours
+// where the latter is differentiated.
+struct OneDnn {
+  const Tensor &input, &w_ih, &w_hh, &b_ih,
+      &b_hh;  // input (T, B, input); biases that are none may be anything
+  const Tensor &hx, &cx;
+  bool reverse;
+  at::IntArrayRef batch_sizes;  // of packed sequences
+  int64_t mode, hidden_size, num_layers;
+  bool has_biases, bidirectional, batch_first, train;
+
+  // As it is kept between the passes.
+  using Settings = std::tuple<bool, int64_t, int64_t, int64_t, bool, bool, bool, bool>;
+  Settings settings() const {
+    return {reverse, mode, hidden_size, num_layers, has_biases, bidirectional, batch_first, train};
+  }
+  static OneDnn of(const variable_list& saved, const Settings& settings) {
+    const auto& [reverse, mode, hidden_size, num_layers, has_biases, bidirectional, batch_first, train] =
+        settings;
+    return {saved[0], saved[1], saved[2],    saved[3],   saved[4],   saved[5],      saved[6],    reverse,
+            {},       mode,     hidden_size, num_layers, has_biases, bidirectional, batch_first, train};
+  }
+
+  Tensor ordered(const Tensor& sequence) const {
+    return reverse && sequence.defined() ? sequence.flip(0) : sequence;
+  }
+  auto forward() const {
+    const c10::AutoGradMode with_workspace(true);
+    return at::mkldnn_rnn_layer(
+        input, w_ih, w_hh, b_ih, b_hh, hx, cx, reverse, batch_sizes, mode, hidden_size, num_layers,
+        has_biases, bidirectional, batch_first, train);
+  }
+  // results: the forward's, the last of them oneDNN's workspace.
+  variable_list backward(const variable_list& grads, at::TensorList results) const {
+    return to_list(
+        at::mkldnn_rnn_layer_backward(
+            input, w_ih, w_hh, b_ih, b_hh, hx, cx, results[0], results[1], results[2], optional(grads[0]),
+            optional(grads[1]), optional(grads[2]), reverse, mode, hidden_size, num_layers, has_biases, train,
+            bidirectional, batch_sizes, batch_first, results[3]));
+  }
+  variable_list differentiable_backward(const variable_list& grads, Needs needs) const {
+    const Tensor x = ordered(input);
+    const Tensor sums = at::linear(x, w_ih, has_biases ? std::optional<Tensor>(b_ih + b_hh) : std::nullopt);
+    variable_list again;
+    {
+      at::AutoDispatchBelowADInplaceOrView guard;
+      const Run<Lstm> run(sums, hx, cx, w_hh);
+      again = {run.gates, run.output, run.states};
+    }
+    const auto of =
+        layer_backward<Lstm>({ordered(grads[0]), grads[1], grads[2]}, sums, again, w_hh, hx, cx, needs[2]);
+    const Tensor of_bias = has_biases ? of[0].sum({0, 1}) : Tensor();
+    return {
+        ordered(at::matmul(of[0], w_ih)),
+        needs[1] ? product_of_steps(of[0], x) : Tensor(),
+        of[3],
+        of_bias,
+        of_bias,
+        of[1],
+        of[2]};
+  }
+};
+
+struct OfOneDnn {
+  using Settings = OneDnn::Settings;
+  static constexpr size_t differentiable_results = 3;
+
+  static variable_list backward(
+      const variable_list& grads, const variable_list& saved, Needs needs, const Settings& settings) {
+    const auto layer = OneDnn::of(saved, settings);
+    return c10::GradMode::is_enabled() ? layer.differentiable_backward(grads, needs)
+                                       : layer.backward(grads, at::TensorList(saved).slice(7));
+  }
+};
+
+struct AtenOneDnn : Override<AtenOneDnn> {
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> autograd(
+      c10::DispatchKeySet keys, const Tensor& input, const Tensor& w_ih, const Tensor& w_hh,
+      const Tensor& b_ih, const Tensor& b_hh, const Tensor& hx, const Tensor& cx, bool reverse,
+      at::IntArrayRef batch_sizes, int64_t mode, int64_t hidden_size, int64_t num_layers, bool has_biases,
+      bool bidirectional, bool batch_first, bool train) {
+    constexpr int64_t lstm = 2;
+    if (mode != lstm || !batch_sizes.empty() || !is_covered_step(input, {hx, cx}, {w_ih, w_hh, b_ih, b_hh})) {
+      return stock(
+          keys, input, w_ih, w_hh, b_ih, b_hh, hx, cx, reverse, batch_sizes, mode, hidden_size, num_layers,
+          has_biases, bidirectional, batch_first, train);
+    }
+    const OneDnn layer{input,      w_ih,          w_hh,        b_ih, b_hh,        hx,
+                       cx,         reverse,       batch_sizes, mode, hidden_size, num_layers,
+                       has_biases, bidirectional, batch_first, train};
+    const auto bias = [&](const Tensor& b) { return has_biases ? b : Tensor(); };
+    return to_tuple<4>(record<OfOneDnn>(
+        {input, w_ih, w_hh, bias(b_ih), bias(b_hh), hx, cx}, layer.settings(), [&](variable_list& saved) {
+          const auto results = to_list(layer.forward());
+          saved = {input, w_ih, w_hh, b_ih, b_hh, hx, cx};
+          saved.insert(saved.end(), results.begin(), results.end());
+          return results;
+        }));
+  }
+};
+
+// ATen takes it to pieces. Where these are layers of oneDNN's, it is left to.
 struct AtenLstm : Override<AtenLstm> {
   static TensorTriple autograd(
       c10::DispatchKeySet keys, const Tensor& input, at::TensorList hx, at::TensorList params,
       bool has_biases, int64_t num_layers, double dropout, bool train, bool bidirectional, bool batch_first) {
     const Network network{input,   hx,    params,        has_biases, num_layers,
                           dropout, train, bidirectional, batch_first};
-    if (hx.size() != 2 || !network.is_covered()) {
+    const bool is_oneDnns = input.is_cpu() && input.scalar_type() != at::kDouble &&
+                            at::globalContext().hasMKLDNN() && at::globalContext().userEnabledMkldnn();
+    if (is_oneDnns || hx.size() != 2 || !network.is_covered()) {
       return stock(
           keys, input, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first);
     }
@@ -552,55 +664,31 @@ struct AtenLstm : Override<AtenLstm> {
   }
 };
 
-// Those whose state is their output.
-template <class Self>
-struct OfOneState : Override<Self> {
+// The two sums that make n stay apart: h has no part in the first, and x none in the second but its bias.
+struct AtenGru : Override<AtenGru> {
   static TensorPair autograd(
       c10::DispatchKeySet keys, const Tensor& input, const Tensor& hx, at::TensorList params, bool has_biases,
       int64_t num_layers, double dropout, bool train, bool bidirectional, bool batch_first) {
     const Network network{input,   hx,    params,        has_biases, num_layers,
                           dropout, train, bidirectional, batch_first};
     if (!network.is_covered()) {
-      return Override<Self>::stock(
+      return stock(
           keys, input, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first);
     }
-    const auto [output, h, state] =
-        network.run([&](const Tensor& x, int64_t place, at::TensorList p) -> TensorTriple {
-          return Self::layer(network, x, hx[place], p);
-        });
-    return {output, h};
-  }
-};
-
-// The two sums that make n stay apart: h has no part in the first, and x none in the second but its bias.
-struct AtenGru : OfOneState<AtenGru> {
-  static TensorTriple layer(const Network& network, const Tensor& x, const Tensor& first, at::TensorList p) {
-    const auto features = first.size(-1);
-    const auto zeros = [&](at::IntArrayRef sizes) { return at::zeros(sizes, first.options()); };
+    const auto features = hx.size(-1);
+    const Tensor zeros = at::zeros({features}, hx.options());
     const auto of_gates = [&](const Tensor& t) { return t.narrow(0, 0, 2 * features); };
     const auto of_new = [&](const Tensor& t) { return t.narrow(0, 2 * features, features); };
-    std::optional<Tensor> bias;
-    Tensor of_hidden = zeros({features});
-    if (network.has_biases) {
-      bias = p[2] + at::cat({of_gates(p[3]), zeros({features})});
-      of_hidden = of_new(p[3]);
-    }
-    const Tensor sums = at::linear(x, p[0], bias);
-    const Tensor input = at::cat({sums, of_hidden.expand({x.size(0), x.size(1), features})}, -1);
-    const Tensor weight = at::cat({of_gates(p[1]), zeros({features, features}), of_new(p[1])});
-    return recurrent::layer<Gru>(input, first, first, weight);
-  }
-};
-
-template <Tensor (*act)(const Tensor&)>
-struct AtenRnn : OfOneState<AtenRnn<act>> {
-  static TensorTriple layer(const Network& network, const Tensor& x, const Tensor& first, at::TensorList p) {
-    Tensor h = first;
-    std::vector<Tensor> outputs;
-    for (const auto& sums : network.of_input(x, p).unbind()) {
-      outputs.push_back(h = act(at::addmm(sums, h, p[1].t())));
-    }
-    return {at::stack(outputs), h, h};
+    const auto [output, hidden, state] = network.run([&](const Tensor& x, int64_t place, at::TensorList p) {
+      const auto bias =
+          has_biases ? std::optional<Tensor>(p[2] + at::cat({of_gates(p[3]), zeros})) : std::nullopt;
+      const Tensor of_hidden = has_biases ? of_new(p[3]) : zeros;
+      const Tensor sums = at::linear(x, p[0], bias);
+      const Tensor all = at::cat({sums, of_hidden.expand({x.size(0), x.size(1), features})}, -1);
+      const Tensor weight = at::cat({of_gates(p[1]), zeros.expand({features, features}), of_new(p[1])});
+      return layer<Gru>(all, hx[place], hx[place], weight);
+    });
+    return {output, hidden};
   }
 };
 
@@ -622,10 +710,9 @@ struct AtenLstmCell : Override<AtenLstmCell> {
 };
 
 const StockOverride override_aten([](AtenAutograd& aten) {
+  AtenOneDnn::install(aten, "mkldnn_rnn_layer");
   AtenLstm::install_whole(aten, "lstm.input");
   AtenGru::install_whole(aten, "gru.input");
-  AtenRnn<&at::tanh>::install_whole(aten, "rnn_tanh.input");
-  AtenRnn<&at::relu>::install_whole(aten, "rnn_relu.input");
   AtenLstmCell::install_whole(aten, "lstm_cell");
 });
 

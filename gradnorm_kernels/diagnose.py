@@ -71,7 +71,7 @@ _WRONG = {
 _WITHOUT_DERIVATIVE = {"CudnnRnn", "EmbeddingBag"}
 _REMEDIES = {
     "CompiledFunction": "compile the whole step, or differentiate the module as it was before torch.compile",
-    "CudnnRnn": f"{SWITCH}, or torch.backends.cudnn.flags(enabled=False)",
+    "CudnnRnn": f"{SWITCH} for LSTMs and GRUs, or torch.backends.cudnn.flags(enabled=False)",
     "EmbeddingBag": "torch.nn.functional.embedding, then the sum or mean",
     "Hardsigmoid": FUSE,
     "NativeBatchNorm": FUSE,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from dataclasses import dataclass, replace
 
 import pytest
@@ -110,12 +109,7 @@ def assert_as_stock(module, inputs, order=2):
         assert_close(gradients(module, inputs, order), expected)
 
 
-NETWORKS = {
-    "lstm": nn.LSTM,
-    "gru": nn.GRU,
-    "tanh": nn.RNN,
-    "relu": functools.partial(nn.RNN, nonlinearity="relu"),
-}
+NETWORKS = {"lstm": nn.LSTM, "gru": nn.GRU}
 each_network = pytest.mark.parametrize("kind", NETWORKS)
 
 
@@ -141,10 +135,25 @@ def test_shapes(kind, shape):
     assert_as_stock(NETWORKS[kind](3, 4).double(), [draw(*shape)])
 
 
-@pytest.mark.parametrize("kind", ["lstm", "gru"])
+@each_network
 @pytest.mark.parametrize("order", [3, 4])
 def test_higher_orders(kind, order):
     assert_as_stock(NETWORKS[kind](2, 3).double(), [draw(3, 2, 2)], order)
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"bidirectional": True, "num_layers": 2}], ids=str)
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_onednns_layers(options, order):
+    """Float32's, whose forward and first backward stay as they are."""
+    lstm = nn.LSTM(3, 4, **options)
+    inputs = [draw(5, 2, 3), *(draw(lstm.num_layers * (1 + lstm.bidirectional), 2, 4) for _ in range(2))]
+    exact = gradients(copy.deepcopy(lstm).double(), inputs, order)
+    with gk.set_fused_double_backward(True), Calls() as calls:
+        results = gradients(lstm, [t.float() for t in inputs], order)
+    for a, e in zip(results, exact, strict=True):
+        torch.testing.assert_close(a.double(), e, rtol=1e-4, atol=1e-4 * max(e.abs().max().item(), 1))
+    assert ("lstm_step" in calls.names) == (order > 1)
+    assert {"mkldnn_rnn_layer", "mkldnn_rnn_layer_backward"} <= {*calls.names}
 
 
 def test_a_cell():
@@ -186,11 +195,12 @@ def test_a_frozen_input_or_weight():
         assert_close(of_parameters(True, order), of_parameters(False, order))
 
 
-@pytest.mark.parametrize("kind", ["lstm", "gru"])
+@each_network
 @pytest.mark.parametrize("batch_first", [False, True])
-def test_an_output_changed_in_place(kind, batch_first):
-    network = NETWORKS[kind](3, 4, batch_first=batch_first).double()
-    x = draw(5, 2, 3).requires_grad_()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_an_output_changed_in_place(kind, batch_first, dtype):
+    network = NETWORKS[kind](3, 4, batch_first=batch_first).to(dtype)
+    x = draw(5, 2, 3).to(dtype).requires_grad_()
     with gk.set_fused_double_backward(True):
         output, state = network(x)
         with torch.no_grad():
@@ -270,10 +280,10 @@ def test_transforms_are_right():
     assert_close(by_func, by_autograd)
 
 
-@pytest.mark.parametrize("kind", ["lstm", "gru"])
+@each_network
 def test_a_step_of_time_is_a_product_and_a_kernel(kind):
-    network = NETWORKS[kind](3, 4)
-    x = torch.randn(16, 2, 3, requires_grad=True)
+    network = NETWORKS[kind](3, 4).double()
+    x = draw(16, 2, 3).requires_grad_()
 
     def counted(run):
         with gk.set_fused_double_backward(True), Calls() as calls:
