@@ -17,17 +17,18 @@ def is_fused_double_backward_enabled() -> bool:
 class set_fused_double_backward(ContextDecorator):  # noqa: N801 - the idiom of torch.set_grad_enabled
     """Replaces the double-backward formulas of PyTorch's own ops with fused ones, or restores them.
 
-    Code that is not touched at all (a WGAN-GP, a PINN, a force field, ``torch.nn.GELU``) then
-    differentiates twice at fused speed. Only the double backward changes: forward and first backward stay
-    PyTorch's. Covered, in place too: the activations (GELU, SiLU, Mish, Softplus, ELU and its kin, tanh,
-    sigmoid, log-sigmoid, hard sigmoid, hard swish, GLU, ReLU, ReLU6, leaky ReLU, sine and cosine; not
-    softsign, which PyTorch makes of several ops), layer, batch, group and instance normalisation, softmax and
-    its logarithm, every convolution, and scaled dot-product attention, whose fused kernels PyTorch cannot
-    differentiate twice; LSTM and GRU networks, but for packed sequences, projections and autocast. RMS
-    normalisation, cross-entropy, GRUs and LSTMs that are not oneDNN's are fused from the forward on, as is
-    the first backward of sine, cosine and grouped-query attention. What PyTorch gets wrong, or NaN, is right: weight normalisation,
-    which it differentiates with the norm held constant; the norm, and so ``F.normalize`` and cosine
-    similarity, of rows of zeros; sinc at 0; the third order of transposed convolutions with output padding.
+    Code that is not touched at all (a WGAN-GP, a PINN, a force field, ``torch.nn.GELU``) then differentiates
+    twice at fused speed. Only the double backward changes: forward and first backward stay PyTorch's.
+    Covered, in place too: the activations (GELU, SiLU, Mish, Softplus, ELU and its kin, tanh, sigmoid,
+    log-sigmoid, hard sigmoid, hard swish, GLU, ReLU, ReLU6, leaky ReLU, sine and cosine; not softsign, which
+    PyTorch makes of several ops), layer, batch, group and instance normalisation, softmax and its logarithm,
+    every convolution, and scaled dot-product attention, whose fused kernels PyTorch cannot differentiate
+    twice; LSTM and GRU networks, but for packed sequences, projections and autocast. RMS normalisation,
+    cross-entropy, GRUs and LSTMs that are not oneDNN's are fused from the forward on, as is the first
+    backward of sine, cosine and grouped-query attention. What PyTorch gets wrong, or NaN, is right: weight
+    normalisation, which it differentiates with the norm held constant; the norm, and so ``F.normalize`` and
+    cosine similarity, of rows of zeros; sinc at 0; the third order of transposed convolutions with output
+    padding.
 
     Under ``torch.func`` transforms, forward-mode AD and in graphs that are captured for a compiler, layer,
     batch and instance normalisation, softmax, its logarithm, attention, Mish and hard sigmoid are plain ops,
