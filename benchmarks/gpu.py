@@ -32,6 +32,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from gradnorm_kernels.kernels import FAMILIES
+
 from .measure import Budget, heading, line, option_parser, parse, start, write_json
 from .report import RESULTS, ROOT
 
@@ -44,7 +46,6 @@ MODELS = (
     *("swin_tiny_patch4_window7_224", "vit_tiny_patch16_224", "resnet50", "convnext_atto"),
     "efficientnet_b0",
 )
-FAMILIES = ("attention", "layer_norm", "batch_norm", "activation", "group_norm", "softmax", "gated")
 LARGE = ("swin_base_patch4_window7_224", "resnet50", "vit_base_patch16_224", "convnext_base")
 # The same, the largest graphs last.
 COMPILED = ("resnet50", "vit_base_patch16_224", "swin_base_patch4_window7_224", "convnext_base")

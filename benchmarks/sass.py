@@ -22,10 +22,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from gradnorm_kernels.kernels import FAMILIES
+
 from .measure import Columns, describe_machine, heading, line, write_json
 
 TESTS = Path(__file__).parents[1] / "tests"
-FAMILIES = ("activation", "attention", "batch_norm", "gated", "group_norm", "layer_norm", "softmax")
 # The constants whose product is a tile's elements: the first of these that a kernel has.
 TILES = (
     ("row_block", "key_block"),

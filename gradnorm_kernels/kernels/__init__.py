@@ -18,8 +18,16 @@ import torch
 
 from . import composite
 
-# The ops that each module here implements, under their own names.
+# The ops that each module here implements, under their own names; the longest to test first.
 _OPS = {
+    "attention": (
+        "_attention_fwd",
+        "_attention_bwd",
+        "_attention_bwd_bwd",
+        "_attention_softmax",
+        "_attention_softmax_backward",
+        "_attention_softmax_double_backward",
+    ),
     "batch_norm": (
         "batch_norm_backward",
         "batch_norm_double_backward",
@@ -56,20 +64,13 @@ _OPS = {
     ),
     "gated": ("gated_unit", "gated_unit_backward", "gated_unit_double_backward"),
     "group_norm": ("group_norm_double_backward",),
+    "permute_rows": ("permute_rows",),
     "recurrent": (
         *("lstm_step", "lstm_step_backward", "lstm_step_double_backward"),
         *("gru_step", "gru_step_backward", "gru_step_double_backward"),
     ),
-    "attention": (
-        "_attention_fwd",
-        "_attention_bwd",
-        "_attention_bwd_bwd",
-        "_attention_softmax",
-        "_attention_softmax_backward",
-        "_attention_softmax_double_backward",
-    ),
 }
-
+FAMILIES = tuple(_OPS)
 
 # That of torch 2.11.
 _OLDEST_TRITON = (3, 6)

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import ACTIVATIONS, Activation
-from .common import FP_FUSION, contiguous, gpu, load, load_parameter, opmath
+from .common import FP_FUSION, at_most_128_registers, contiguous, load, load_parameter, opmath
 
 
 @triton.jit
@@ -658,10 +658,11 @@ def batch_norm_double_backward(
     with torch.cuda.device_of(x):
         if training:
             partial_sums = x.new_empty((layout.grid[1], 5, channels), dtype=dtype_of_sums)
-            # Left to itself, ptxas spills five sums a thread for the sake of one more program at a time.
-            options = _OPTIONS | ({"maxnreg": 128} if gpu(x.device).backend == "cuda" else {})
             batch_norm_sums_kernel[layout.grid](
-                v, g, x, mean, partial_sums, *layout.sizes, **layout.constants, **options
+                *(v, g, x, mean, partial_sums, *layout.sizes),
+                **layout.constants,
+                **_OPTIONS,
+                **at_most_128_registers(x.device),
             )
             per_channel = partial_sums.sum(0)
             grad_weight = x.new_empty(channels, dtype=dtype)

@@ -148,6 +148,11 @@ def gpu(device: torch.device) -> Gpu:
     return Gpu(target.backend, capability, properties["max_shared_mem"], properties["multiprocessor_count"])
 
 
+def at_most_128_registers(device: torch.device) -> dict[str, int]:
+    """An option of a launch: left to itself, ptxas spills some for the sake of one more program at a time."""
+    return {"maxnreg": 128} if gpu(device).backend == "cuda" else {}
+
+
 def contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(None if t is None else t.contiguous() for t in tensors)
 
@@ -165,8 +170,21 @@ def on_meta(op: str, tensors: tuple[Tensor, ...], *settings: Any, **options: Any
         if tensor.device != device:
             devices = f"{names[-1]} ({device}), got {tensor.device}"
             raise RuntimeError(f"{op}: expected {name} to be on the device of {devices}")
-    meta = (torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in tensors)
-    return overload(*meta, *settings, **options)
+    layouts = tuple((tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors)
+    return _results_on_meta(overload, layouts, settings, tuple(options.items()))
+
+
+@functools.lru_cache(maxsize=4096)
+def _results_on_meta(
+    overload: Any,
+    layouts: tuple[tuple[torch.Size, tuple[int, ...], torch.dtype], ...],
+    settings: tuple[Any, ...],
+    options: tuple[tuple[str, Any], ...],
+) -> Any:
+    meta = (
+        torch.empty_strided(shape, strides, dtype=dtype, device="meta") for shape, strides, dtype in layouts
+    )
+    return overload(*meta, *settings, **dict(options))
 
 
 def check_operands(

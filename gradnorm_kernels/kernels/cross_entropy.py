@@ -121,16 +121,17 @@ def cross_entropy_kernel(
     if order != 0:
         g = tl.where(is_there, load(grad_output_ptr, own, in_rows), float("nan"))
         g = tl.where(is_counted, g, 0.0)
-        from_e = g * mass / e_sum
+        of_e = mass / e_sum
         for start in range(0, n_cols, block_cols):
             cols = start + tl.arange(0, block_cols)[None, :]
             mask = in_rows & (cols < n_cols)
             offsets = rows + cols.to(tl.int64) * col_stride
-            grad = from_e * tl.exp(load(input_ptr, offsets, mask) - largest)
+            p = of_e * tl.exp(load(input_ptr, offsets, mask) - largest)
             if order == 1:
-                grad -= g * _load_target(target_ptr, label, offsets, cols, mask, zero, keep, floor, soft)
+                q = _load_target(target_ptr, label, offsets, cols, mask, zero, keep, floor, soft)
+                grad = g * (p - q)
             else:
-                grad *= load(grad_grad_input_ptr, offsets, mask) - ev_sum / e_sum
+                grad = g * p * (load(grad_grad_input_ptr, offsets, mask) - ev_sum / e_sum)
             tl.store(grad_input_ptr + offsets, grad, mask=mask)
 
 

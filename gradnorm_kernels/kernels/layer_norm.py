@@ -7,6 +7,9 @@ A kernel sees its tensors as groups of rows of columns, `row_stride` and `column
 one group where the columns are the last dimensions; an image is a group of height * width rows where they are
 the channels. A program takes tiles of neighbouring rows and keeps them in registers, if a row is whole: in
 one block of columns. RMS norm's kernels are the same, without a mean.
+
+A tile is (pieces, rows, columns of a piece). Where a piece is what a warp reads at once, Triton gives each
+warp rows of its own, and no sum over a row waits for another warp; otherwise a row is one piece.
 """
 
 # mypy: allow-untyped-defs
@@ -27,6 +30,7 @@ from .common import (
     DTYPES,
     FP_FUSION,
     add_terms,
+    at_most_128_registers,
     check_operands,
     contiguous,
     empty_like,
@@ -48,7 +52,7 @@ def _rows_of_tile(tile, rows, columns, row_stride, block_rows: tl.constexpr):
     tiles = tl.cdiv(rows, block_rows)
     group = tl.cast(tile // tiles, tl.int64)
     first = tl.cast(tile % tiles, tl.int64) * block_rows
-    row = tl.arange(0, block_rows)[:, None]
+    row = tl.arange(0, block_rows)[None, :, None]
     return (
         group * rows + first + row,
         first + row < rows,
@@ -66,10 +70,20 @@ def _columns_offsets(column, column_stride, wide: tl.constexpr):
 
 
 @triton.jit
-def _place(tile, first, columns, column_stride, wide: tl.constexpr, block_columns: tl.constexpr):
+def _columns(first, shape: tl.constexpr, in_warps: tl.constexpr):
+    """Which columns a tile has. What is read at them is laid out like the tile only if it has its rows."""
+    piece = tl.arange(0, shape[0])[:, None, None] * shape[2]
+    column = first + piece + tl.arange(0, shape[2])[None, None, :]
+    return tl.broadcast_to(column, shape) if in_warps else column
+
+
+@triton.jit
+def _place(
+    tile, first, columns, column_stride, wide: tl.constexpr, shape: tl.constexpr, in_warps: tl.constexpr
+):
     """Of a tile's columns from first on: their offsets and mask; which columns they are, and a mask."""
     _, row_mask, start, offsets = tile
-    column = (first + tl.arange(0, block_columns))[None, :]
+    column = _columns(first, shape, in_warps)
     offsets += _columns_offsets(column, column_stride, wide)
     return (start, offsets, row_mask & (column < columns)), (column, column < columns)
 
@@ -99,7 +113,7 @@ def _sum(a):
     if a is None:
         return 0.0
     else:
-        return tl.sum(a, axis=1, keep_dims=True)
+        return tl.sum(tl.sum(a, axis=0, keep_dims=True), axis=2, keep_dims=True)
 
 
 @triton.jit
@@ -118,17 +132,17 @@ def layer_norm_fwd_kernel(
     eps: tl.constexpr,
     whole: tl.constexpr,
     wide: tl.constexpr,
-    block_rows: tl.constexpr,
-    block_columns: tl.constexpr,
+    shape: tl.constexpr,
+    in_warps: tl.constexpr,
 ):
     """output = weight * h + bias, and the statistics.
 
     Moves 2N elements: reads 1, writes 1. Rows that are not whole, as RMS norm's may be, are read twice: 3N.
     """
-    tile = _rows_of_tile(tl.program_id(0), rows, columns, row_stride, block_rows)
+    tile = _rows_of_tile(tl.program_id(0), rows, columns, row_stride, shape[1])
     row, row_mask = tile[0], tile[1]
     if whole:
-        place, _ = _place(tile, 0, columns, column_stride, wide, block_columns)
+        place, _ = _place(tile, 0, columns, column_stride, wide, shape, in_warps)
         x = _load_at(input_ptr, place)
         if mean_ptr is not None:
             mean = _sum(x) / columns
@@ -137,15 +151,15 @@ def layer_norm_fwd_kernel(
         squares = _sum(x * x)
     else:
         tl.static_assert(mean_ptr is None)
-        squares = tl.zeros([block_rows, 1], rstd_ptr.dtype.element_ty)
-        for first in range(0, columns, block_columns):
-            place, _ = _place(tile, first, columns, column_stride, wide, block_columns)
+        squares = tl.zeros([1, shape[1], 1], rstd_ptr.dtype.element_ty)
+        for first in range(0, columns, shape[2]):
+            place, _ = _place(tile, first, columns, column_stride, wide, shape, in_warps)
             x = _load_at(input_ptr, place)
             squares += _sum(x * x)
     rstd = 1 / tl.sqrt(squares / columns + eps)
     tl.store(rstd_ptr + row, rstd, mask=row_mask)
-    for first in range(0, block_columns if whole else columns, block_columns):
-        place, column = _place(tile, first, columns, column_stride, wide, block_columns)
+    for first in range(0, shape[2] if whole else columns, shape[2]):
+        place, column = _place(tile, first, columns, column_stride, wide, shape, in_warps)
         if not whole:
             x = _load_at(input_ptr, place)
         weight = load_parameter(weight_ptr, column[0], column[1], 1.0)
@@ -173,10 +187,10 @@ def _operands(pointers, mean, rstd, place, column):
 def _store_partial(ptr, term, columns, first, adds):
     """The sum of a term over rows, in the program's part of the sums; or added to it, where a tile adds."""
     if ptr is not None:
-        column = first + tl.arange(0, term.shape[1])
+        column = _columns(first, (term.shape[0], 1, term.shape[2]), False)
         ptrs = ptr + tl.program_id(0).to(tl.int64) * columns + column
         before = tl.load(ptrs, mask=adds & (column < columns), other=0.0)
-        tl.store(ptrs, before + tl.sum(term, axis=0), mask=column < columns)
+        tl.store(ptrs, before + tl.sum(term, axis=1, keep_dims=True), mask=column < columns)
 
 
 @triton.jit
@@ -196,8 +210,8 @@ def layer_norm_bwd_kernel(
     column_stride,
     whole: tl.constexpr,
     wide: tl.constexpr,
-    block_rows: tl.constexpr,
-    block_columns: tl.constexpr,
+    shape: tl.constexpr,
+    in_warps: tl.constexpr,
 ):
     """grad_input = rstd * P(weight * grad_output), and each program's part of the sums over the rows of
     grad_output * h and grad_output.
@@ -206,31 +220,31 @@ def layer_norm_bwd_kernel(
     twice: 5N.
     """
     centred: tl.constexpr = mean_ptr is not None
-    weight_sum = tl.zeros([block_rows, block_columns], rstd_ptr.dtype.element_ty)
+    weight_sum = tl.zeros(shape, rstd_ptr.dtype.element_ty)
     bias_sum = weight_sum
     if whole:
-        every = tl.arange(0, block_columns)[None, :]
+        every = _columns(0, shape, in_warps)
         w = load_parameter(weight_ptr, every, every < columns, 1.0)
     first_tile = tl.program_id(0)
-    for index in range(first_tile, groups * tl.cdiv(rows, block_rows), tl.num_programs(0)):
-        tile = _rows_of_tile(index, rows, columns, row_stride, block_rows)
+    for index in range(first_tile, groups * tl.cdiv(rows, shape[1]), tl.num_programs(0)):
+        tile = _rows_of_tile(index, rows, columns, row_stride, shape[1])
         row, row_mask = tile[0], tile[1]
         rstd = load(rstd_ptr, row, row_mask)
         mean = load_parameter(mean_ptr, row, row_mask, None)
         if whole:
-            place, column = _place(tile, 0, columns, column_stride, wide, block_columns)
+            place, column = _place(tile, 0, columns, column_stride, wide, shape, in_warps)
             g, h = _load_at(grad_output_ptr, place), _normalized(input_ptr, place, mean, rstd)
             a_sum, ah_sum = _sum(w * g if centred else None), _sum(w * g * h)
         else:
             a_sum, ah_sum = tl.zeros_like(rstd), tl.zeros_like(rstd)
-            for first in range(0, columns, block_columns):
-                place, column = _place(tile, first, columns, column_stride, wide, block_columns)
+            for first in range(0, columns, shape[2]):
+                place, column = _place(tile, first, columns, column_stride, wide, shape, in_warps)
                 g, h = _load_at(grad_output_ptr, place), _normalized(input_ptr, place, mean, rstd)
                 w = load_parameter(weight_ptr, column[0], column[1], 1.0)
                 a_sum += _sum(w * g if centred else None)
                 ah_sum += _sum(w * g * h)
-        for first in range(0, block_columns if whole else columns, block_columns):
-            place, column = _place(tile, first, columns, column_stride, wide, block_columns)
+        for first in range(0, shape[2] if whole else columns, shape[2]):
+            place, column = _place(tile, first, columns, column_stride, wide, shape, in_warps)
             if not whole:
                 g, h = _load_at(grad_output_ptr, place), _normalized(input_ptr, place, mean, rstd)
                 w = load_parameter(weight_ptr, column[0], column[1], 1.0)
@@ -274,8 +288,8 @@ def layer_norm_bwd_bwd_kernel(
     column_stride,
     whole: tl.constexpr,
     wide: tl.constexpr,
-    block_rows: tl.constexpr,
-    block_columns: tl.constexpr,
+    shape: tl.constexpr,
+    in_warps: tl.constexpr,
 ):
     """grad_grad_output, grad_input, and each program's part of grad_weight.
 
@@ -291,27 +305,27 @@ def layer_norm_bwd_bwd_kernel(
         input_ptr,
         weight_ptr,
     )
-    weight_sum = tl.zeros([block_rows, block_columns], rstd_ptr.dtype.element_ty)
+    weight_sum = tl.zeros(shape, rstd_ptr.dtype.element_ty)
     first_tile = tl.program_id(0)
-    for index in range(first_tile, groups * tl.cdiv(rows, block_rows), tl.num_programs(0)):
-        tile = _rows_of_tile(index, rows, columns, row_stride, block_rows)
+    for index in range(first_tile, groups * tl.cdiv(rows, shape[1]), tl.num_programs(0)):
+        tile = _rows_of_tile(index, rows, columns, row_stride, shape[1])
         row, row_mask = tile[0], tile[1]
         rstd = load(rstd_ptr, row, row_mask)
         mean = load_parameter(mean_ptr, row, row_mask, None)
         if whole:
-            place, column = _place(tile, 0, columns, column_stride, wide, block_columns)
+            place, column = _place(tile, 0, columns, column_stride, wide, shape, in_warps)
             v, g, h, w, u, t = _operands(pointers, mean, rstd, place, column)
             sums = _sums(v, g, h, w, u, centred)
         else:
             zero = tl.zeros_like(rstd)
             sums = (zero, zero, zero, zero, zero, zero, zero)
-            for first in range(0, columns, block_columns):
-                place, column = _place(tile, first, columns, column_stride, wide, block_columns)
+            for first in range(0, columns, shape[2]):
+                place, column = _place(tile, first, columns, column_stride, wide, shape, in_warps)
                 v, g, h, w, u, t = _operands(pointers, mean, rstd, place, column)
                 sums = add_terms(sums, _sums(v, g, h, w, u, centred))
         means = [sum * (1.0 / tl.cast(columns, rstd.dtype)) for sum in sums]
-        for first in range(0, block_columns if whole else columns, block_columns):
-            place, column = _place(tile, first, columns, column_stride, wide, block_columns)
+        for first in range(0, shape[2] if whole else columns, shape[2]):
+            place, column = _place(tile, first, columns, column_stride, wide, shape, in_warps)
             if not whole:
                 v, g, h, w, u, t = _operands(pointers, mean, rstd, place, column)
             grad_grad_output, grad_input, term = normalization_double_backward(means, v, g, h, rstd, w, u, t)
@@ -378,7 +392,11 @@ def _constants(
     most = _MOST_COLUMNS[dtype]
     double_backward = kernel is layer_norm_bwd_bwd_kernel
     block_columns = triton.next_power_of_2(rows.columns)
-    if rows.column_stride == 1:
+    # So many that a thread has at most 16 elements of a row, or 8 of float64.
+    in_warps = rows.column_stride == 1 and block_columns * opmath(dtype).itemsize <= 2048
+    if in_warps:
+        wanted = 4
+    elif rows.column_stride == 1:
         block_columns = min(block_columns, most // 2 if parameters else most)
         wanted = 1
     elif double_backward:
@@ -393,17 +411,24 @@ def _constants(
     # Neighbouring columns are counted in 64 bits by Triton itself where their number needs them.
     wide = rows.column_stride > 1 and rows.columns * rows.column_stride > 2**31
     whole = rows.columns <= block_columns
-    constants = {"whole": whole, "wide": wide, "block_rows": block_rows, "block_columns": block_columns}
+    # 32 accesses of 16 bytes.
+    width = min(block_columns, 512 // dtype.itemsize) if in_warps else block_columns
+    shape = (block_columns // width, block_rows, width)
+    constants = {"whole": whole, "wide": wide, "shape": shape, "in_warps": in_warps}
     elements_in_thread = 8 if block_rows == 1 else 4
-    num_warps = min(max(block_rows * block_columns // (32 * elements_in_thread), 1), 16)
+    num_warps = min(max(block_rows * block_columns // (32 * elements_in_thread), 1), 4 if in_warps else 16)
     return constants, {"num_warps": num_warps, **FP_FUSION}
 
 
-def _programs(rows: Rows, block_rows: int, num_warps: int, device: torch.device) -> int:
-    """As many as fill the device, as long as their partial sums are small beside the tensors."""
-    tiles = rows.groups * -(-rows.rows // block_rows)
+def _programs(rows: Rows, shape: tuple[int, int, int], num_warps: int, device: torch.device) -> int:
+    """As many as fill the device, as long as their partial sums are small beside the tensors: a row of sums
+    for 16 of these at least."""
+    tiles = rows.groups * -(-rows.rows // shape[1])
+    # About 10 registers for each element of a thread's were compiled, of 65,536.
+    elements = math.prod(shape) // (32 * num_warps)
+    warps = min(32, 2048 // (10 * max(elements, 1)))
     sms = gpu(device).multiprocessors
-    return min(tiles, max(sms, min(sms * (32 // num_warps), tiles // 16)))
+    return min(tiles, max(sms, min(sms * (warps // num_warps), rows.groups * rows.rows // 16)))
 
 
 def _check_channels(op: str, input: Tensor, others: dict[str, Tensor], **parameters: Tensor | None) -> None:
@@ -434,7 +459,7 @@ def _forward(
         return output
     rows = _rows(input, rstd)
     constants, options = _constants(layer_norm_fwd_kernel, rows, input.dtype)
-    grid = (rows.groups * -(-rows.rows // constants["block_rows"]),)
+    grid = (rows.groups * -(-rows.rows // constants["shape"][1]),)
     tensors = (*contiguous(input, weight, bias), output, mean, rstd)
     with torch.cuda.device_of(input):  # does nothing for a CPU tensor (Triton's interpreter)
         layer_norm_fwd_kernel[grid](*tensors, *rows, eps=eps, **constants, **options)
@@ -458,7 +483,7 @@ def _backward(
     else:
         rows = _rows(input, rstd)
         constants, options = _constants(layer_norm_bwd_kernel, rows, input.dtype)
-        programs = _programs(rows, constants["block_rows"], options["num_warps"], input.device)
+        programs = _programs(rows, constants["shape"], options["num_warps"], input.device)
         partial = rstd.new_empty((of_parameters, programs, columns))
         parts = iter(partial)
         tensors = (
@@ -499,7 +524,9 @@ def _double_backward(
         grad_grad_input = torch.zeros_like(input)
     has_u = grad_grad_weight is not None
     constants, options = _constants(layer_norm_bwd_bwd_kernel, rows, input.dtype, has_u)
-    programs = _programs(rows, constants["block_rows"], options["num_warps"], input.device)
+    if has_u and not constants["whole"]:
+        options = options | at_most_128_registers(input.device)
+    programs = _programs(rows, constants["shape"], options["num_warps"], input.device)
     partial = None if like_weight is None else rstd.new_empty((1, programs, rows.columns))
     tensors = (
         *contiguous(

@@ -22,13 +22,13 @@ TESTS = Path(__file__).parent
 
 
 @pytest.mark.skipif(INTERPRET, reason="this is the process that it starts")
-@pytest.mark.parametrize("family", sorted(p.stem for p in TESTS.glob("test_*_kernels.py")))
+@pytest.mark.parametrize("family", kernels.FAMILIES)
 def test_values_without_a_gpu(family: str, request: pytest.FixtureRequest) -> None:
     """Runs the tests of a family's file that are marked for the interpreter, in it."""
     slow = ["--run-slow"] if request.config.getoption("--run-slow") else []
     child = subprocess.run(
         [
-            *(sys.executable, "-m", "pytest", TESTS / f"{family}.py", "-k", "interpreter"),
+            *(sys.executable, "-m", "pytest", TESTS / f"test_{family}_kernels.py", "-k", "interpreter"),
             *("-q", "--no-header", *slow),
         ],
         check=False,
@@ -39,6 +39,11 @@ def test_values_without_a_gpu(family: str, request: pytest.FixtureRequest) -> No
     )
     if child.returncode != 0 or not re.search(r"\b[1-9]\d* passed", child.stdout):
         pytest.fail(f"in the interpreter:\n{child.stdout}\n{child.stderr}", pytrace=False)
+
+
+def test_every_family_has_its_tests() -> None:
+    files = {file.name for file in TESTS.glob("test_*_kernels.py")}
+    assert files == {f"test_{family}_kernels.py" for family in kernels.FAMILIES}
 
 
 def test_triton_is_imported_late() -> None:
