@@ -6,6 +6,7 @@ are right and lose nothing to cancellation. Nothing here casts.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -279,6 +280,47 @@ def scaled_dot_product_attention(
 def qkv_attention(qkv: Tensor, attn_mask: Tensor | None = None, scale: float | None = None) -> Tensor:
     query, key, value = qkv.transpose(-4, -2).unbind(-3)
     return scaled_dot_product_attention(query, key, value, attn_mask, scale).transpose(-3, -2)
+
+
+def grid_sample(
+    input: Tensor,
+    grid: Tensor,
+    mode: str = "bilinear",
+    padding_mode: str = "zeros",
+    align_corners: bool = False,
+) -> Tensor:
+    """Sums over the corners of the cell that a point is in: 0 outside of the input."""
+    cells = []
+    for size, g in zip(reversed(input.shape[2:]), grid.unbind(-1), strict=True):
+        span = size - 1 if align_corners else size
+        first = 0.0 if align_corners else -0.5
+        x = (g + 1) * (span / 2) + first
+        if padding_mode == "reflection":
+            way = torch.where(x < first, first - x, x - first)
+            way = way - 2 * span * (way.detach() / max(2 * span, 1)).floor()
+            x = first + torch.where(way > span, 2 * span - way, way)
+        if padding_mode != "zeros":
+            moves = (x > 0) & (x < size - 1)
+            x = x.detach().clamp(0, size - 1) + moves * (x - x.detach())
+        if mode == "nearest":
+            lower, t = x.detach().round(), torch.where(torch.zeros_like(x, dtype=torch.bool), x, 0)
+        else:
+            lower, t = x.detach().floor(), x - x.detach().floor()
+        cells.append((size, lower, t))
+    pixels = torch.cat([input.flatten(2), torch.zeros_like(input.flatten(2)[..., :1])], -1)
+    output = 0
+    for corner in itertools.product((0, 1), repeat=len(cells) if mode == "bilinear" else 0):
+        corner = corner or (0,) * len(cells)
+        weight, index, stride, inside = 1, 0, 1, True
+        for (size, lower, t), upper in zip(cells, corner, strict=True):
+            weight = weight * (t if upper else 1 - t)
+            place = lower + upper
+            inside = inside & (place >= 0) & (place < size)
+            index, stride = index + stride * place, stride * size
+        index = torch.where(inside, index, stride).long().flatten(1).unsqueeze(1)
+        corners = pixels.gather(2, index.expand(-1, input.shape[1], -1))
+        output = output + corners.unflatten(2, grid.shape[1:-1]) * weight.unsqueeze(1)
+    return output
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

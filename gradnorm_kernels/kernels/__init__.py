@@ -56,6 +56,7 @@ _OPS = {
     ),
     "gated": ("gated_unit", "gated_unit_backward", "gated_unit_double_backward"),
     "group_norm": ("group_norm_double_backward",),
+    "grid_sample": ("grid_sample_double_backward",),
     "attention": (
         "_attention_fwd",
         "_attention_bwd",
