@@ -391,9 +391,8 @@ struct OfForward {
 
 struct Forward {
   static constexpr auto schema =
-      "grid_sample(Tensor input, Tensor grid, int interpolation_mode, int padding_mode, bool align_corners) "
-      "-> "
-      "Tensor";
+      "grid_sample(Tensor input, Tensor grid, int interpolation_mode, int padding_mode, "
+      "bool align_corners) -> Tensor";
   const Tensor &input, &grid;
   int64_t interpolation_mode, padding_mode;
   bool align_corners;

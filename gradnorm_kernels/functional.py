@@ -696,9 +696,8 @@ def grid_sample(
     regions compiled by ``torch.compile``.
 
     Args:
-        input: (N, C, H, W) or (N, C, D, H, W), any strides; float32 or float64, and float16 where PyTorch's
-            own takes it (bfloat16, too, on CUDA). The double backward's arithmetic is done in float32
-            (float64 for float64).
+        input: (N, C, H, W) or (N, C, D, H, W), any strides; float16, bfloat16, float32 or float64. The double
+            backward's arithmetic is done in float32 (float64 for float64).
         grid: (N, ..., 2) or (N, ..., 3), of ``input``'s dtype: x, y and z between -1 and 1, and beyond.
         mode: ``"bilinear"``, ``"nearest"`` or ``"bicubic"``.
         padding_mode: what is outside of the input: ``"zeros"``, ``"border"`` or ``"reflection"``.

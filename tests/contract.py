@@ -98,7 +98,7 @@ class Case:
     constants: Sequence[str] = ()
     # Whether its second derivative by an input is anything but zeros.
     curved = True
-    # Which of an Operands' tensors() PyTorch's own does not take NaN or infinity in.
+    # Which of an Operands' tensors() may not hold NaN or infinity.
     finite: Sequence[int] = ()
     # How many of the inputs have a dtype of their own: the last ones.
     parameters = 0

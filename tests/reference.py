@@ -302,24 +302,26 @@ def grid_sample(
         if padding_mode != "zeros":
             moves = (x > 0) & (x < size - 1)
             x = x.detach().clamp(0, size - 1) + moves * (x - x.detach())
-        if mode == "nearest":
-            lower, t = x.detach().round(), torch.where(torch.zeros_like(x, dtype=torch.bool), x, 0)
-        else:
-            lower, t = x.detach().floor(), x - x.detach().floor()
-        cells.append((size, lower, t))
+        lower = x.detach().round() if mode == "nearest" else x.detach().floor()
+        cells.append((size, lower, x - lower))
     pixels = torch.cat([input.flatten(2), torch.zeros_like(input.flatten(2)[..., :1])], -1)
-    output = 0
-    for corner in itertools.product((0, 1), repeat=len(cells) if mode == "bilinear" else 0):
-        corner = corner or (0,) * len(cells)
-        weight, index, stride, inside = 1, 0, 1, True
-        for (size, lower, t), upper in zip(cells, corner, strict=True):
-            weight = weight * (t if upper else 1 - t)
-            place = lower + upper
-            inside = inside & (place >= 0) & (place < size)
-            index, stride = index + stride * place, stride * size
+
+    def corner(upper: Sequence[int]) -> Tensor:
+        index, stride, inside = 0, 1, True
+        for (size, lower, _), place in zip(cells, upper, strict=True):
+            inside = inside & (lower + place >= 0) & (lower + place < size)
+            index, stride = index + stride * (lower + place), stride * size
         index = torch.where(inside, index, stride).long().flatten(1).unsqueeze(1)
-        corners = pixels.gather(2, index.expand(-1, input.shape[1], -1))
-        output = output + corners.unflatten(2, grid.shape[1:-1]) * weight.unsqueeze(1)
+        return pixels.gather(2, index.expand(-1, input.shape[1], -1)).unflatten(2, grid.shape[1:-1])
+
+    if mode == "nearest":
+        # Zeros that are a function of the grid, as PyTorch's gradient of it is.
+        nothing = torch.where(torch.zeros_like(grid, dtype=torch.bool), grid, 0).sum(-1)
+        return corner((0,) * len(cells)) + nothing.unsqueeze(1)
+    output = 0
+    for upper in itertools.product((0, 1), repeat=len(cells)):
+        weights = [t if place else 1 - t for (_, _, t), place in zip(cells, upper, strict=True)]
+        output = output + corner(upper) * math.prod(weights).unsqueeze(1)
     return output
 
 

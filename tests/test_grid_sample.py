@@ -26,6 +26,8 @@ class GridSample(Case):
     padding: str = "zeros"
     align_corners: bool = False
     names = ("input", "grid")
+    # Of points that are NaN, PyTorch's kernels differ, and its backward may read outside of the input.
+    finite = (1,)
     # PyTorch's own has no forward mode where nothing requires a gradient.
     wrong_in_pytorch = ("jvp", "reverse over jvp")
 
@@ -33,20 +35,15 @@ class GridSample(Case):
     def curved(self):
         return self.mode == "bilinear"
 
-    @property
-    def finite(self):
-        # At points that are NaN PyTorch's backward reads outside of the input, and crashes.
-        return () if self.padding == "zeros" else (1,)
-
     def shapes(self):
         return self.image, (self.image[0], *self.points, len(self.points))
 
     def draw(self, dtype=torch.float64, *dtypes):
         operands = super().draw(dtype, *dtypes)
         x, grid = operands.inputs
-        # Odd eighths: coordinates that every dtype holds, and none at a pixel. The last is inside.
+        # Odd eighths: coordinates that every dtype holds, and none at a pixel. The last point is inside.
         grid = ((4 * grid.double()).floor() + 0.5) / 4
-        grid.view(-1)[-1:] = 0.125
+        grid.view(-1, len(self.points))[-1:] = 0.125
         return Operands([x, grid.to(x.dtype)], operands.grad_output, operands.grad_grads)
 
     def fused(self, x, grid):
@@ -77,8 +74,13 @@ class GridSample(Case):
 
     def passes(self, switch):
         aten = f"grid_sampler_{len(self.points)}d"
-        first = [aten, f"{aten}_backward"] if switch else ["grid_sample", "grid_sample_backward"]
-        return [([first[0]], None), ([first[1]], None), *[(["grid_sample_double_backward"], None)] * 2]
+        double_backward = ["grid_sample_double_backward"], None
+        return [
+            ([aten if switch else "grid_sample"], None),
+            ([f"{aten}_backward"], None),
+            double_backward,
+            double_backward,
+        ]
 
 
 CASES = [
@@ -87,12 +89,10 @@ CASES = [
         for mode, padding, align in itertools.product(("bilinear", "nearest"), PADDINGS, (False, True))
     ),
     GridSample("several blocks", (2, 11, 6, 5), (9, 17), padding="border"),
-    GridSample("one pixel", (2, 2, 1, 1), (2, 3), padding="reflection", align_corners=True),
+    GridSample("one pixel", (2, 40, 1, 1), (2, 3), padding="reflection", align_corners=True),
     GridSample("no images", (0, 2, 3, 4), (2, 3)),
-    GridSample("no channels", (2, 0, 3, 4), (2, 3)),
     GridSample("no points", (2, 2, 3, 4), (0, 3)),
     GridSample("small", (1, 2, 3, 3), (2, 2)),
-    GridSample("small border", (2, 1, 2, 3), (1, 3), padding="border"),
     GridSample("small reflection", (1, 2, 3, 3), (2, 2), padding="reflection", align_corners=True),
     GridSample("small nearest", (1, 2, 3, 3), (2, 2), "nearest"),
     *(
@@ -100,7 +100,6 @@ CASES = [
         for mode, padding in itertools.product(("bilinear", "nearest"), PADDINGS)
     ),
     GridSample("small 3D", (1, 1, 2, 2, 3), (1, 1, 2)),
-    GridSample("small 3D reflection", (1, 2, 2, 2, 2), (1, 2, 1), padding="reflection"),
 ]
 
 
@@ -117,7 +116,7 @@ def random_cases(draw):
 
 class TestGridSample(OpContract):
     cases = CASES
-    traced = ("small", "small border", "small 3D")
+    traced = ("small", "small 3D")
     kernels = ("bilinear zeros False", "bilinear reflection True", "several blocks", "3D bilinear border")
     random_cases = random_cases()
     outlived = 1
@@ -180,6 +179,12 @@ def test_points_that_are_nowhere(bad):
         assert grad_grad_output[:, :, 1:].isfinite().all() and grad_grid[:, 1:].isfinite().all()
         if padding != "zeros":
             assert grad_grad_output.isfinite().all() and grad_grid.isfinite().all()
+
+
+def test_no_channels():
+    case = GridSample("", (2, 0, 3, 4), (2, 3))
+    operands = case.draw()
+    assert_close(flat(operands.orders(case.fused)), flat(operands.orders(case.reference)))
 
 
 def test_zeros_go_no_further_than_they_are_asked_for():

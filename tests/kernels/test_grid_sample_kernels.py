@@ -60,16 +60,14 @@ def derived(v: Tensor, u: Tensor, g: Tensor, x: Tensor, grid: Tensor, padding: i
 
 SHAPES = [
     ((2, 3, 5, 4), (9, 17)),
-    ((3, 2, 1, 7), (2, 3)),
-    ((2, 3, 3, 4, 5), (2, 3, 4)),
-    ((1, 2, 1, 3, 1), (2, 2, 2)),
+    ((2, 2, 3, 4, 5), (2, 3, 4)),
+    ((1, 1, 1, 3, 1), (2, 2, 2)),
 ]
 
 
 @on_every_device
 @in_every_dtype
-@pytest.mark.parametrize("align_corners", [False, True])
-@pytest.mark.parametrize("padding", range(3), ids=PADDINGS)
+@pytest.mark.parametrize(("padding", "align_corners"), [(0, False), (1, True), (2, False), (2, True)])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_values(shape: Any, padding: int, align_corners: bool, dtype: torch.dtype, device: str) -> None:
     tensors = operands(*shape, dtype, device)
