@@ -59,7 +59,7 @@ def derived(v: Tensor, u: Tensor, g: Tensor, x: Tensor, grid: Tensor, padding: i
 
 
 SHAPES = [
-    ((2, 3, 5, 4), (9, 17)),
+    ((2, 2, 5, 4), (3, 43)),  # in two blocks
     ((2, 2, 3, 4, 5), (2, 3, 4)),
     ((1, 1, 1, 3, 1), (2, 2, 2)),
 ]
@@ -69,6 +69,7 @@ SHAPES = [
 @in_every_dtype
 @pytest.mark.parametrize(("padding", "align_corners"), [(0, False), (1, True), (2, False), (2, True)])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 def test_values(shape: Any, padding: int, align_corners: bool, dtype: torch.dtype, device: str) -> None:
     tensors = operands(*shape, dtype, device)
     before = [t.clone() for t in tensors]
@@ -89,7 +90,7 @@ def test_values(shape: Any, padding: int, align_corners: bool, dtype: torch.dtyp
 
 @on_every_device
 def test_masks_strides_and_nearest(device: str) -> None:
-    tensors = operands((2, 3, 5, 4), (3, 7), torch.float32, device)
+    tensors = operands((2, 1, 5, 4), (3, 2), torch.float32, device)
     settings = 0, 0, False
     full = run(*tensors, *settings, [True] * 3)
     for mask in harness.each_mask(3):
