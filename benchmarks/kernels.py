@@ -155,6 +155,9 @@ class Case:
         made = {name: torch.randn(size, device=device) for name, size in self.leaves(shape).items()}
         if "running_var" in made:
             made["running_var"].abs_().add_(0.5)
+        if "grid" in made:  # of an image that is deformed a little
+            pixels = F.affine_grid(torch.eye(len(shape) - 2, len(shape) - 1)[None], [1, *shape[1:]], False)
+            made["grid"].mul_(0.02).add_(pixels.to(device))
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         return {
             name: leaf.to(dtype, memory_format=layout if leaf.ndim == 4 else torch.contiguous_format)
@@ -217,6 +220,12 @@ _LOGITS = {
 }  # ImageNet, a language model
 _WINDOWS = {"cpu": ((512, 3, 49, 32),), "cuda": ((4096, 4, 49, 32),)}  # Swin-T, Swin-B
 _SEQUENCES = {"cpu": ((4, 12, 197, 64),), "cuda": ((64, 12, 197, 64),)}  # ViT-B
+_GRID: dict[str, Any] = {
+    "leaves": lambda shape: {"input": shape, "grid": (shape[0], *shape[2:], len(shape) - 2)},
+    "inputs": ("input", "grid"),
+    "saved": ("input", "grid"),
+    "options": {"align_corners": False},
+}
 _BATCH = {"running_mean": None, "running_var": None, "training": True}
 _RUNNING = ("running_mean", "running_var")
 
@@ -301,6 +310,8 @@ CASES = [
         constants=_RUNNING,
         options={"activation": "silu"},
     ),
+    Case("grid_sample", "2D", cpu=((8, 64, 56, 56),), cuda=((64, 64, 56, 56),), **_GRID),
+    Case("grid_sample", "3D", cpu=((2, 16, 24, 24, 24),), cuda=((8, 32, 48, 48, 48),), **_GRID),
     Case("scaled_dot_product_attention", "window", **_WINDOWS, **_heads(mask=True)),
     Case("scaled_dot_product_attention", "vit", **_SEQUENCES, **_heads(mask=False)),
     *_both_layouts("conv2d", "depthwise 7x7", cpu=((8, 128, 56, 56),), cuda=_WIDE["cuda"], **_filters(7)),

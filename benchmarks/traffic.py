@@ -77,6 +77,11 @@ SEVERAL_PASSES: dict[str, Callable[[dict[str, Any]], tuple[int, dict[str, int]]]
     # Rows, then a sum of partial sums for the weight.
     "gradnorm_kernels::layer_norm_double_backward": lambda a: (2, {}),
     "gradnorm_kernels::layer_norm_2d_backward": lambda a: (2, {}),
+    # Points, then channels of the input.
+    "gradnorm_kernels::grid_sample_double_backward": lambda a: (
+        2,
+        {"grad_output": 2, "grid": 2, "grad_grad_grid": 2},
+    ),
     # Groups that no block holds are read twice.
     "gradnorm_kernels::group_norm_double_backward": lambda a: (3, _TWICE),
     **{

@@ -41,6 +41,7 @@ __all__ = [
     "geglu",
     "gelu",
     "glu",
+    "grid_sample",
     "group_norm",
     "hardsigmoid",
     "hardswish",
@@ -676,6 +677,49 @@ def cross_entropy(
     return torch.ops.gradnorm_kernels.cross_entropy_loss(
         input, target, weight, torch.nn._reduction.get_enum(reduction), ignore_index, label_smoothing
     )
+
+
+def grid_sample(
+    input: Tensor,
+    grid: Tensor,
+    mode: str = "bilinear",
+    padding_mode: str = "zeros",
+    align_corners: bool = False,
+) -> Tensor:
+    r"""Samples of an image or a volume at the points of a grid, as :func:`torch.nn.functional.grid_sample`.
+
+    :math:`\sum_k w_k x_k` over the corners :math:`k` of the cell of pixels that a point is in, bilinear or
+    trilinear (Jaderberg et al. 2015, arXiv:1506.02025). Forward and first backward are PyTorch's kernels. The
+    double backward computes the gradients of ``grad_output``, ``input`` and ``grid`` from those of both first
+    gradients at once, reading each corner once. The third order and ``torch.func`` transforms, forward mode
+    among them, are exact, through plain ATen ops. PyTorch's own ops compute the rest: ``"bicubic"``, and
+    regions compiled by ``torch.compile``.
+
+    Args:
+        input: (N, C, H, W) or (N, C, D, H, W), any strides; float16, bfloat16, float32 or float64. The double
+            backward's arithmetic is done in float32 (float64 for float64).
+        grid: (N, ..., 2) or (N, ..., 3), of ``input``'s dtype: x, y and z between -1 and 1, and beyond.
+        mode: ``"bilinear"``, ``"nearest"`` or ``"bicubic"``.
+        padding_mode: what is outside of the input: ``"zeros"``, ``"border"`` or ``"reflection"``.
+        align_corners: whether -1 and 1 are the centres of the first and the last pixel, else their edges.
+
+    Returns:
+        (N, C, ...), with the points' dimensions of ``grid``; float32 in a region of ``torch.autocast`` on the
+        CPU.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: for an unknown mode, and shapes, dtypes or devices that do not
+            match.
+    """
+    if mode not in ("bilinear", "nearest") or padding_mode not in _PADDINGS or torch.compiler.is_compiling():
+        return torch.nn.functional.grid_sample(input, grid, mode, padding_mode, align_corners)
+    return torch.ops.gradnorm_kernels.grid_sample(
+        input, grid, int(mode == "nearest"), _PADDINGS.index(padding_mode), align_corners
+    )
+
+
+# In the order of ATen's enumeration.
+_PADDINGS = ("zeros", "border", "reflection")
 
 
 def scaled_dot_product_attention(

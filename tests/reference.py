@@ -6,6 +6,7 @@ are right and lose nothing to cancellation. Nothing here casts.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -279,6 +280,49 @@ def scaled_dot_product_attention(
 def qkv_attention(qkv: Tensor, attn_mask: Tensor | None = None, scale: float | None = None) -> Tensor:
     query, key, value = qkv.transpose(-4, -2).unbind(-3)
     return scaled_dot_product_attention(query, key, value, attn_mask, scale).transpose(-3, -2)
+
+
+def grid_sample(
+    input: Tensor,
+    grid: Tensor,
+    mode: str = "bilinear",
+    padding_mode: str = "zeros",
+    align_corners: bool = False,
+) -> Tensor:
+    """Sums over the corners of the cell that a point is in: 0 outside of the input."""
+    cells = []
+    for size, g in zip(reversed(input.shape[2:]), grid.unbind(-1), strict=True):
+        span = size - 1 if align_corners else size
+        first = 0.0 if align_corners else -0.5
+        x = (g + 1) * (span / 2) + first
+        if padding_mode == "reflection":
+            way = torch.where(x < first, first - x, x - first)
+            way = way - 2 * span * (way.detach() / max(2 * span, 1)).floor()
+            x = first + torch.where(way > span, 2 * span - way, way)
+        if padding_mode != "zeros":
+            moves = (x > 0) & (x < size - 1)
+            x = x.detach().clamp(0, size - 1) + moves * (x - x.detach())
+        lower = x.detach().round() if mode == "nearest" else x.detach().floor()
+        cells.append((size, lower, x - lower))
+    pixels = torch.cat([input.flatten(2), torch.zeros_like(input.flatten(2)[..., :1])], -1)
+
+    def corner(upper: Sequence[int]) -> Tensor:
+        index, stride, inside = 0, 1, True
+        for (size, lower, _), place in zip(cells, upper, strict=True):
+            inside = inside & (lower + place >= 0) & (lower + place < size)
+            index, stride = index + stride * (lower + place), stride * size
+        index = torch.where(inside, index, stride).long().flatten(1).unsqueeze(1)
+        return pixels.gather(2, index.expand(-1, input.shape[1], -1)).unflatten(2, grid.shape[1:-1])
+
+    if mode == "nearest":
+        # Zeros that are a function of the grid, as PyTorch's gradient of it is.
+        nothing = torch.where(torch.zeros_like(grid, dtype=torch.bool), grid, 0).sum(-1)
+        return corner((0,) * len(cells)) + nothing.unsqueeze(1)
+    output = 0
+    for upper in itertools.product((0, 1), repeat=len(cells)):
+        weights = [t if place else 1 - t for (_, _, t), place in zip(cells, upper, strict=True)]
+        output = output + corner(upper) * math.prod(weights).unsqueeze(1)
+    return output
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

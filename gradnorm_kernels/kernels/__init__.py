@@ -64,6 +64,7 @@ _OPS = {
     ),
     "gated": ("gated_unit", "gated_unit_backward", "gated_unit_double_backward"),
     "group_norm": ("group_norm_double_backward",),
+    "grid_sample": ("grid_sample_double_backward",),
     "permute_rows": ("permute_rows",),
     "recurrent": (
         *("lstm_step", "lstm_step_backward", "lstm_step_double_backward"),
