@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,14 +22,15 @@ TESTS = Path(__file__).parent
 
 
 @pytest.mark.skipif(INTERPRET, reason="this is the process that it starts")
-@pytest.mark.parametrize("family", kernels.FAMILIES)
-def test_values_without_a_gpu(family: str, request: pytest.FixtureRequest) -> None:
-    """Runs the tests of a family's file that are marked for the interpreter, in it."""
+# In three processes: each imports torch, and none may come near a test's time limit on a busy machine.
+@pytest.mark.parametrize("families", [kernels.FAMILIES[first::3] for first in range(3)], ids=", ".join)
+def test_values_without_a_gpu(families: Sequence[str], request: pytest.FixtureRequest) -> None:
+    """Runs the tests of these families' files that are marked for the interpreter, in it."""
     slow = ["--run-slow"] if request.config.getoption("--run-slow") else []
     child = subprocess.run(
         [
-            *(sys.executable, "-m", "pytest", TESTS / f"test_{family}_kernels.py", "-k", "interpreter"),
-            *("-q", "--no-header", *slow),
+            *(sys.executable, "-m", "pytest", "-k", "interpreter", "-rp", "--no-header", *slow),
+            *(TESTS / f"test_{family}_kernels.py" for family in families),
         ],
         check=False,
         env=os.environ | {"TRITON_INTERPRET": "1"},
@@ -37,7 +38,8 @@ def test_values_without_a_gpu(family: str, request: pytest.FixtureRequest) -> No
         capture_output=True,
         text=True,
     )
-    if child.returncode != 0 or not re.search(r"\b[1-9]\d* passed", child.stdout):
+    have_passed = all(f"PASSED test_{family}_kernels.py" in child.stdout for family in families)
+    if child.returncode != 0 or not have_passed:
         pytest.fail(f"in the interpreter:\n{child.stdout}\n{child.stderr}", pytrace=False)
 
 
