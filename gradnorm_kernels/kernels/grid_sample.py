@@ -151,7 +151,7 @@ def grid_sample_double_backward(
     v, u = grad_grad_input, grad_grad_grid
     tensors = (input if v is None else v, grid if u is None else u, grad_output, input, grid)
     # Their shapes and dtypes; or it raises.
-    on_meta_device = on_meta(op, tensors, *settings, output_mask)
+    on_meta_device = on_meta(op, tensors, *settings, tuple(output_mask))
     if u is None or interpolation_mode == 1 or grad_output.numel() == 0:
         # Derivatives of first order.
         zeros = [None if t is None else torch.zeros_like(t, device=input.device) for t in on_meta_device]

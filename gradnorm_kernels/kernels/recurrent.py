@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -196,21 +197,22 @@ def _run(op: str, order: int, cell: Any, tensors: tuple[Tensor, ...]) -> Any:
     of_gates, of_state = (None, None) if order == FORWARD else (empty_like(gates), empty_like(state))
     if state.numel() > 0:
         block_size = 256
-        step_kernel[(triton.cdiv(state.numel(), block_size),)](
-            *[None] * (6 - len(tensors)),
-            *contiguous(*tensors),
-            of_hidden,
-            of_next,
-            of_gates,
-            of_state,
-            state.numel(),
-            state.shape[-1],
-            cell=cell,
-            order=order,
-            block_size=block_size,
-            num_warps=4,
-            **FP_FUSION,
-        )
+        with torch.cuda.device_of(state):  # does nothing for a CPU tensor (Triton's interpreter)
+            step_kernel[(triton.cdiv(state.numel(), block_size),)](
+                *[None] * (6 - len(tensors)),
+                *contiguous(*tensors),
+                of_hidden,
+                of_next,
+                of_gates,
+                of_state,
+                state.numel(),
+                state.shape[-1],
+                cell=cell,
+                order=order,
+                block_size=block_size,
+                num_warps=4,
+                **FP_FUSION,
+            )
     return tuple(result for result in (of_hidden, of_next, of_gates, of_state) if result is not None)
 
 
