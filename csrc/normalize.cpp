@@ -13,6 +13,7 @@
 #include <ATen/ExpandUtils.h>
 #include <ATen/WrapDimUtilsMulti.h>
 
+#include "hooks.h"
 #include "normalization.h"
 
 namespace gradnorm_kernels::normalize {
@@ -273,21 +274,37 @@ std::vector<int64_t> reduced_dims(const Tensor& input, at::OptionalIntArrayRef d
   return dims;
 }
 
-// Of grad_output, of the shape of input with 1 in the place of the dimensions from first to last, and input.
+// Of grad_output, of the shape of input with 1 in the place of the dimensions from first to last, input and
+// the norm itself, past which its gradient goes to input.
 struct OfNormBackward {
   using Settings = std::tuple<int64_t, int64_t>;  // first, last
 
   static variable_list backward(
       const variable_list& grads, const variable_list& saved, Needs, const Settings& settings) {
     const auto [first, last] = settings;
-    const Tensor &grad_output = saved[0], &input = saved[1];
-    // Which one dimension stands for.
-    const Tensor v = grads[0].flatten(first, last), g = grad_output.flatten(first, last);
-    const auto [grad_grad_output, grad_input] =
-        call(NormDoubleBackward{v, g, input.flatten(first, last), first});
+    const Tensor &grad_output = saved[0], &input = saved[1], &norm = saved[2];
+    // One dimension stands for those.
+    const auto as_one = [first = first, last = last](const Tensor& t) {
+      c10::SymDimVector sizes(t.sym_sizes());
+      for (auto dim = last; dim > first; --dim) {
+        sizes[first] *= sizes[dim];
+        sizes.erase(sizes.begin() + dim);
+      }
+      return t.reshape_symint(sizes);
+    };
+    const Tensor v = as_one(grads[0]), g = as_one(grad_output), x = as_one(input);
+    if (has_hooks(norm)) {
+      const Tensor n = norm.reshape_symint(g.sym_sizes()), is_zero = n == 0;
+      const Tensor r = n.masked_fill(is_zero, 1).reciprocal().masked_fill(is_zero, 0);
+      const Tensor along_y = (v * x).sum(first, /*keepdim=*/true) * r;
+      return {
+          along_y.reshape_symint(grad_output.sym_sizes()), (g * r * v).reshape_symint(input.sym_sizes()),
+          (-g * r * along_y).reshape_symint(norm.sym_sizes())};
+    }
+    const auto [grad_grad_output, grad_input] = call(NormDoubleBackward{v, g, x, first});
     return {
         grad_grad_output.reshape_symint(grad_output.sym_sizes()),
-        grad_input.reshape_symint(input.sym_sizes())};
+        grad_input.reshape_symint(input.sym_sizes()), Tensor()};
   }
 };
 
@@ -297,26 +314,26 @@ struct OfNorm {
   static variable_list backward(
       const variable_list& grads, const variable_list& saved, Needs, const Settings& settings) {
     const auto& [dims, keepdim] = settings;
-    Tensor grad = grads[0], norm = saved[1];
-    const Tensor& input = saved[0];
+    const Tensor &input = saved[0], &norm = saved[1];
+    Tensor grad = grads[0], divisor = norm;
     if (!keepdim) {
       for (const auto dim : dims) {
         grad = grad.unsqueeze(dim);
-        norm = norm.unsqueeze(dim);
+        divisor = divisor.unsqueeze(dim);
       }
     }
     const auto value = [&] {
-      const Tensor is_zero = norm == 0;
       // With the bits of PyTorch's, which divides by the norm of zeros and then fills in 0.
-      return grad.masked_fill(is_zero, 0) * (input / norm.masked_fill(is_zero, 1));
+      const Tensor is_zero = divisor == 0;
+      return grad.masked_fill(is_zero, 0) * (input / divisor.masked_fill(is_zero, 1));
     };
     const int64_t first = dims.empty() ? 0 : dims.front(), last = dims.empty() ? 0 : dims.back();
     const bool are_adjacent = last - first < std::max<int64_t>(1, dims.size());
     if (needs_composite(grad, input) || !are_adjacent) {
       return {value()};
     }
-    return record<OfNormBackward>({grad, input}, {first, last}, [&](variable_list& to_save) {
-      to_save = {grad, input};
+    return record<OfNormBackward>({grad, input, norm}, {first, last}, [&](variable_list& to_save) {
+      to_save = {grad, input, norm};
       return variable_list{value()};
     });
   }

@@ -120,7 +120,6 @@ CASES = [
     Normalize("a row of zeros, across", (4, 30, 6), shorten=0.0),
     Normalize("small", (4, 5)),
     Normalize("small, across", (2, 3, 2), dim=-2),
-    Normalize("small, zeros", (4, 5), shorten=0.0, eps=0.5),
     Normalize("small, shorter than eps", (2, 3, 2), shorten=0.01, eps=0.2),
     VectorNorm("norms", (40, 197)),
     VectorNorm("norm, long", (3, 9001), keepdim=False),
@@ -237,10 +236,9 @@ def test_pairwise_distance(ours, switch, keepdim):
     assert_close(ours(x1, x2), F.pairwise_distance(x1, x2))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_rows_of_zeros_have_finite_derivatives_where_pytorchs_are_not(dtype):
+def test_rows_of_zeros_have_finite_derivatives_where_pytorchs_are_not():
     case = Normalize("", (4, 5))
-    operands = case.draw(dtype)
+    operands = case.draw(torch.float32)
     operands.inputs[0][1] = 0
     stock, ours = (contract.flat(operands.orders(f)) for f in (case.stock, case.fused))
     assert stock[-1].isnan().any() and all(t.isfinite().all() for t in ours)
@@ -267,14 +265,14 @@ def test_norms_that_stay_pytorchs_under_the_switch():
         with gk.set_fused_double_backward(True):
             result = function()
         assert torch.equal(result, expected)
-        assert "gradnorm" not in str(result.grad_fn)
+        assert result.grad_fn is None or "gradnorm" not in result.grad_fn.name()
 
 
 def test_a_norm_in_a_wider_dtype():
     x = torch.randn(3, 4).bfloat16().requires_grad_()
     with gk.set_fused_double_backward(True):
         norm = torch.linalg.vector_norm(x, dim=1, dtype=torch.float32)
-        assert norm.dtype == torch.float32 and "gradnorm" in str(norm.grad_fn)
+        assert norm.dtype == torch.float32 and "gradnorm" in norm.grad_fn.name()
         with pytest.raises(RuntimeError, match="narrowing"):
             torch.linalg.vector_norm(x.double(), dim=1, dtype=torch.float32)
     assert torch.equal(norm, torch.linalg.vector_norm(x.float(), dim=1))

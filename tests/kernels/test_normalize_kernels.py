@@ -47,7 +47,7 @@ def run(v: Tensor, g: Tensor, x: Tensor, dim: int, eps: float = EPS) -> list[Ten
 
 
 def of_rows(g: Tensor, dim: int) -> Tensor:
-    return g if g.ndim == 0 else g.sum(dim, keepdim=True)
+    return g if g.ndim == 0 else g.contiguous().sum(dim, keepdim=True)
 
 
 def derived(v: Tensor, g: Tensor, x: Tensor, dim: int, eps: float) -> list[Tensor]:
@@ -79,6 +79,7 @@ ROWS = [
 @pytest.mark.parametrize(("shape", "dim"), ROWS, ids=str)
 def test_values(shape: tuple[int, ...], dim: int, zeros: bool, dtype: torch.dtype, device: str) -> None:
     v, g, x = (normal(*shape, dtype=dtype, device=device) for _ in range(3))
+    x += x.sign()  # Of one short number all that is left is rounding, times the square of its inverse.
     if zeros and x.numel():
         (x.movedim(dim, -1) if x.ndim else x)[(0,) * (x.ndim - 1)] = 0
     eps = 0.5 if zeros else EPS
