@@ -25,7 +25,6 @@ from benchmarks.opinfo import OPS, samples_of  # noqa: E402
 FUSED = [
     "_native_batch_norm_legit",
     "cos",
-    "linalg.vector_norm",
     "log_softmax",
     "log_softmax.with_dtype",
     "masked.log_softmax",
@@ -55,8 +54,6 @@ FUSED = [
     "nn.functional.leaky_relu",
     "nn.functional.logsigmoid",
     "nn.functional.mish",
-    "nn.functional.normalize",
-    "nn.functional.pairwise_distance",
     "nn.functional.relu",
     "nn.functional.relu6",
     "nn.functional.rms_norm",
