@@ -110,13 +110,10 @@ CASES = [
     Normalize("short rows", (700, 3)),
     # A vector across neighbouring rows, whole and partly filled.
     Normalize("across", (3, 50, 71)),
-    Normalize("channels", (2, 3, 4, 5)),
     Normalize("first of all", (33, 5), dim=0),
     Normalize("one column", (5, 1)),
     Normalize("scalar", (), dim=0),
-    Normalize("no rows", (0, 4)),
     Normalize("no columns", (4, 0)),
-    Normalize("a row of zeros", (12, 30), shorten=0.0),
     Normalize("a row of zeros, across", (4, 30, 6), shorten=0.0),
     Normalize("small", (4, 5)),
     Normalize("small, across", (2, 3, 2), dim=-2),
@@ -128,12 +125,9 @@ CASES = [
     VectorNorm("norm of the last", (7, 9, 11), dim=(2, 1), keepdim=False),
     VectorNorm("norm of the first and the last", (7, 9, 11), dim=(0, -1)),
     VectorNorm("norm of a scalar", (), dim=0),
-    VectorNorm("norm of no rows", (0, 4)),
     VectorNorm("norm of no columns", (4, 0)),
     VectorNorm("norm of zeros", (12, 30), shorten=0.0),
-    VectorNorm("norm of zeros, across", (4, 30, 6), shorten=0.0),
     VectorNorm("small norm", (4, 5)),
-    VectorNorm("small norms across", (2, 3, 2), dim=-2),
     VectorNorm("small norm of the first", (2, 3, 2), dim=(0, 1), keepdim=False),
 ]
 
@@ -154,7 +148,7 @@ class TestNormalize(OpContract):
     traced = ("small, across", "small norm")
     kernels = (
         *("tokens", "long", "short rows", "across", "first of all", "scalar", "a row of zeros, across"),
-        *("norms", "norms across", "norm of zeros, across"),
+        *("norms", "norms across", "norm of zeros"),
     )
     outlived = 3
     random_cases = random_cases()
