@@ -93,7 +93,7 @@ def _batch_norm_act(*args: Any, activation: str, **options: Any) -> Tensor:
 STOCK = SimpleNamespace(**vars(F))
 STOCK.hardsigmoid, STOCK.layer_norm_2d, STOCK.swiglu = _hardsigmoid, _layer_norm_2d, _swiglu
 STOCK.quick_gelu, STOCK.squared_relu, STOCK.sin = _quick_gelu, _squared_relu, _sin
-STOCK.cos = torch.cos
+STOCK.cos, STOCK.vector_norm = torch.cos, torch.linalg.vector_norm
 STOCK.scaled_dot_product_attention, STOCK.batch_norm_act = _attention, _batch_norm_act
 
 
@@ -218,6 +218,7 @@ _LOGITS = {
     "cpu": ((1024, 1000), (128, 32000)),
     "cuda": ((8192, 1000), (8192, 32000)),
 }  # ImageNet, a language model
+_EMBEDDINGS = {"cpu": ((8192, 768),), "cuda": ((65536, 768),)}
 _WINDOWS = {"cpu": ((512, 3, 49, 32),), "cuda": ((4096, 4, 49, 32),)}  # Swin-T, Swin-B
 _SEQUENCES = {"cpu": ((4, 12, 197, 64),), "cuda": ((64, 12, 197, 64),)}  # ViT-B
 _GRID: dict[str, Any] = {
@@ -270,6 +271,8 @@ CASES = [
             {"target": _classes(*leaves["input"].shape, leaves["input"].device), "reduction": "none"}
         ),
     ),
+    Case("normalize", "", **_EMBEDDINGS, options={"dim": -1}),
+    Case("vector_norm", "", **_EMBEDDINGS, options={"dim": -1}),
     Case(
         "layer_norm",
         "",

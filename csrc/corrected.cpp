@@ -40,56 +40,6 @@ struct AtenWeightNormBackward : Override<AtenWeightNormBackward> {
   }
 };
 
-// The norm of a row of zeros has the subgradient 0, and so has that; PyTorch divides 0 by the norm.
-struct OfVectorNorm {
-  using Settings = std::tuple<std::vector<int64_t>, bool>;
-
-  static variable_list backward(
-      const variable_list& grads, const variable_list& saved, Needs, const Settings& settings) {
-    const auto& [dims, keepdim] = settings;
-    Tensor grad = grads[0], norm = saved[1];
-    if (!keepdim) {
-      for (const auto dim : dims) {
-        grad = grad.unsqueeze(dim);
-        norm = norm.unsqueeze(dim);
-      }
-    }
-    const Tensor is_zero = norm == 0;
-    return {saved[0] * (grad * norm.masked_fill(is_zero, 1).reciprocal().masked_fill(is_zero, 0))};
-  }
-};
-
-struct AtenVectorNorm : Override<AtenVectorNorm> {
-  static Tensor autograd(
-      c10::DispatchKeySet keys, const Tensor& self, const at::Scalar& ord, at::OptionalIntArrayRef dim,
-      bool keepdim, std::optional<at::ScalarType> dtype) {
-    if (!is_real(self) || ord.isComplex() || ord.toDouble() != 2 ||
-        dtype.value_or(self.scalar_type()) != self.scalar_type() ||
-        !(torch::autograd::compute_requires_grad(self) || self._fw_grad(/*level=*/0).defined())) {
-      return stock(keys, self, ord, dim, keepdim, dtype);
-    }
-    if (needs_composite(self)) {
-      const Tensor is_zero = at::linalg_vector_norm(self.detach(), ord, dim, /*keepdim=*/true) == 0;
-      const Tensor norm = stock(keys, self.masked_fill(is_zero, 1), ord, dim, keepdim, dtype);
-      return norm.masked_fill(is_zero.view_as(norm), 0);
-    }
-    std::vector<int64_t> dims;
-    if (dim && !dim->empty()) {
-      const auto reduced = at::dim_list_to_bitset(dim, self.dim());
-      for (int64_t i = 0; i < self.dim(); ++i) {
-        if (reduced[i]) {
-          dims.push_back(i);
-        }
-      }
-    }
-    return record<OfVectorNorm>({self}, {dims, keepdim}, [&](variable_list& saved) {
-      const Tensor norm = at::linalg_vector_norm(self, ord, dim, keepdim, dtype);
-      saved = {self, norm};
-      return variable_list{norm};
-    })[0];
-  }
-};
-
 // c[0] + c[1] x + c[2] x^2 + ...
 template <size_t N>
 Tensor polynomial(const Tensor& x, const std::array<double, N>& coefficients) {
@@ -152,7 +102,6 @@ struct AtenSinc : Override<AtenSinc> {
 const StockOverride override_aten([](AtenAutograd& aten) {
   AtenWeightNorm::install(aten, "_weight_norm_interface");
   AtenWeightNormBackward::install_whole(aten, "_weight_norm_differentiable_backward");
-  AtenVectorNorm::install(aten, "linalg_vector_norm");
   AtenSinc::install(aten, "sinc");
 });
 

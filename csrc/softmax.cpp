@@ -7,8 +7,8 @@
 
 #include <ATen/ExpandUtils.h>
 #include <ATen/OpMathType.h>
-#include <torch/csrc/autograd/graph_task.h>
 
+#include "hooks.h"
 #include "op.h"
 
 namespace gradnorm_kernels::softmax {
@@ -115,21 +115,6 @@ struct Backward {
   }
   Tensor recorded(const Tensor& edge, Tensor (*value)(const Backward&)) const;
 };
-
-// True if somebody wants the gradient of this very tensor: by a hook, retain_grad or autograd.grad.
-bool has_hooks(const Tensor& tensor) {
-  const auto& node = tensor.grad_fn();
-  if (!node->pre_hooks().empty() || !node->tensor_pre_hooks().empty() ||
-      !node->retains_grad_hooks().empty() || !node->post_hooks().empty()) {
-    return true;
-  }
-  const auto* execution = torch::autograd::get_current_graph_task_exec_info();
-  if (!execution) {
-    return false;
-  }
-  const auto found = execution->find(node.get());
-  return found != execution->end() && found->second.captures_;
-}
 
 // Of grad_output, output and, if there is one, the edge to the softmax's input: output's gradient then goes
 // there, past the softmax's backward.

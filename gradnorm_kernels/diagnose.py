@@ -52,7 +52,7 @@ _TRAFFIC: dict[str, tuple[float, float, str | None]] = {
     "Cumprod": (4534, 5, None),
     "GridSampler2D": (103, 5, SWITCH),
     "GridSampler3D": (294, 5, SWITCH),
-    "LinalgVectorNorm": (29, 3, None),
+    "LinalgVectorNorm": (29, 3, SWITCH),
     "LogSigmoid": (17, 5, FUSE),
     "LogSoftmax": (19, 5, FUSE),
     "Logsumexp": (21, 3, None),

@@ -36,6 +36,7 @@ __all__ = [
     "conv_transpose2d",
     "conv_transpose3d",
     "cos",
+    "cosine_similarity",
     "cross_entropy",
     "elu",
     "geglu",
@@ -53,6 +54,8 @@ __all__ = [
     "log_softmax",
     "logsigmoid",
     "mish",
+    "normalize",
+    "pairwise_distance",
     "qkv_attention",
     "quick_gelu",
     "relu",
@@ -69,6 +72,7 @@ __all__ = [
     "squared_relu",
     "swiglu",
     "tanh",
+    "vector_norm",
     "weight_norm",
 ]
 
@@ -625,6 +629,84 @@ def log_softmax(
     if torch.compiler.is_compiling():
         return torch.nn.functional.log_softmax(input, dim, dtype=dtype)
     return torch.ops.gradnorm_kernels.log_softmax(input, dim, dtype)
+
+
+def normalize(
+    input: Tensor,
+    p: float = 2.0,
+    dim: int | tuple[int, ...] = 1,
+    eps: float = 1e-12,
+    out: Tensor | None = None,
+) -> Tensor:
+    r"""Division by the Euclidean norm along ``dim``, as :func:`torch.nn.functional.normalize`.
+
+    :math:`y = x / \max(\lVert x \rVert, \epsilon)`. Where a row is shorter than ``eps`` this is
+    :math:`x / \epsilon`, linear: all derivatives of a row of zeros are finite, where those of PyTorch's are
+    NaN.
+
+    With :math:`P a = a - \langle a, y \rangle y` the backward is :math:`P g / \lVert x \rVert` and reads two
+    tensors and writes one; the double backward reads three and writes two. Only ``input`` is saved. The third
+    order, ``torch.func`` transforms and compiled regions are exact, through plain ATen ops. PyTorch's own
+    function computes the rest: another ``p`` than 2, several dimensions, an ``eps`` that is not positive,
+    ``out``.
+
+    Args:
+        input: any shape and strides; float16, bfloat16, float32 or float64. Arithmetic is done in float32
+            (float64 for float64).
+        dim: whose elements are a row.
+        eps: the least number that is divided by.
+
+    Returns:
+        A contiguous tensor of ``input``'s shape and dtype; float32 in a region of ``torch.autocast`` for
+        CUDA.
+
+    Raises:
+        TypeError: if ``input``'s dtype is none of the four.
+        IndexError: if ``input`` has no dimension ``dim``.
+    """
+    if p != 2 or not isinstance(dim, int) or not eps > 0 or out is not None:
+        return torch.nn.functional.normalize(input, p, dim, eps, out)  # type: ignore[arg-type]
+    return torch.ops.gradnorm_kernels.normalize(input, dim, eps)
+
+
+def cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
+    r"""The sum of the products of ``x1`` and ``x2``, each divided by its norm as by :func:`normalize`, along
+    ``dim``, as :func:`torch.nn.functional.cosine_similarity`.
+
+    Args:
+        x1, x2: of shapes that broadcast; float16, bfloat16, float32 or float64.
+
+    Raises:
+        TypeError: if a dtype is none of the four.
+        ValueError: if ``eps`` is not positive.
+        RuntimeError: if the shapes do not broadcast.
+        IndexError: if the inputs have no dimension ``dim``.
+    """
+    y1, y2 = (torch.ops.gradnorm_kernels.normalize(x, dim, eps) for x in torch.broadcast_tensors(x1, x2))
+    return (y1 * y2).sum(dim)
+
+
+def vector_norm(input: Tensor, dim: int | tuple[int, ...] | None = None, keepdim: bool = False) -> Tensor:
+    r"""The Euclidean norm, as :func:`torch.linalg.vector_norm` with ``ord=2``, over ``dim`` or, if that is
+    ``None``, all dimensions.
+
+    Forward and first backward, :math:`g\,x / \lVert x \rVert`, are PyTorch's. The double backward reads two
+    tensors and writes one, if the dimensions are neighbours. At a row of zeros all derivatives are 0, where
+    PyTorch's second one is NaN. Otherwise as :func:`normalize`.
+    """
+    return torch.ops.gradnorm_kernels.vector_norm(input, (dim,) if isinstance(dim, int) else dim, keepdim)
+
+
+def pairwise_distance(
+    x1: Tensor, x2: Tensor, p: float = 2.0, eps: float = 1e-6, keepdim: bool = False
+) -> Tensor:
+    r"""The norm of ``x1 - x2 + eps`` along the last dimension, as
+    :func:`torch.nn.functional.pairwise_distance`, which computes it for another ``p`` than 2. Otherwise as
+    :func:`vector_norm`.
+    """
+    if p != 2:
+        return torch.nn.functional.pairwise_distance(x1, x2, p, eps, keepdim)
+    return vector_norm(x1 - x2 + eps, -1, keepdim)
 
 
 def cross_entropy(

@@ -41,16 +41,16 @@ def fuse(model: Model, *, dry_run: bool = False) -> Model:
     kernel, an attention's ``softmax`` and ``attn_drop``, a gated unit's ``act``, stay where they are and are
     no longer called, so that hooks on them do not fire.
 
-    Swapped are ``torch.nn``'s BatchNorm, CELU, Conv, CrossEntropyLoss, ELU, GELU, GLU, GroupNorm,
-    Hardsigmoid, Hardswish, InstanceNorm, LayerNorm, LeakyReLU, LogSigmoid, LogSoftmax, Mish,
-    MultiheadAttention, RMSNorm, ReLU, ReLU6, SELU, SiLU, Sigmoid, Softmax, Softplus, Softsign, Tanh and its
-    weight normalisation by ``parametrizations``, pools, reflect and replicate pads, Hardtanh, Threshold and
-    the shrinks (whose input gets no zeros for a second derivative), and timm's own activations,
-    ``LayerNorm``, ``LayerNorm2d``, ``LayerNormFp32``, ``RmsNorm``, ``RmsNorm2d``, ``RmsNormFp32``,
-    ``RmsNorm2dFp32``, ``GroupNorm``, ``GroupNorm1``, ``GroupNormAct``, ``BatchNormAct2d``, ``Conv2dSame``,
-    ``GluMlp``, ``SwiGLU``, ``Attention``, Swin's ``WindowAttention`` and ``ResNet`` with its blocks. Other
-    attention modules of timm have ``fused_attn`` set to False, because PyTorch's fused attention cannot be
-    differentiated twice.
+    Swapped are ``torch.nn``'s BatchNorm, CELU, Conv, CosineSimilarity, CrossEntropyLoss, ELU, GELU, GLU,
+    GroupNorm, Hardsigmoid, Hardswish, InstanceNorm, LayerNorm, LeakyReLU, LogSigmoid, LogSoftmax, Mish,
+    MultiheadAttention, PairwiseDistance, RMSNorm, ReLU, ReLU6, SELU, SiLU, Sigmoid, Softmax, Softplus,
+    Softsign, Tanh and its weight normalisation by ``parametrizations``, pools, reflect and replicate pads,
+    Hardtanh, Threshold and the shrinks (whose input gets no zeros for a second derivative), and timm's own
+    activations, ``LayerNorm``, ``LayerNorm2d``, ``LayerNormFp32``, ``RmsNorm``, ``RmsNorm2d``,
+    ``RmsNormFp32``, ``RmsNorm2dFp32``, ``GroupNorm``, ``GroupNorm1``, ``GroupNormAct``, ``BatchNormAct2d``,
+    ``Conv2dSame``, ``GluMlp``, ``SwiGLU``, ``Attention``, Swin's ``WindowAttention`` and ``ResNet`` with its
+    blocks. Other attention modules of timm have ``fused_attn`` set to False, because PyTorch's fused
+    attention cannot be differentiated twice.
 
     Args:
         model: any module; itself included in the search.

@@ -26,6 +26,7 @@ __all__ = [
     "FusedConv1d",
     "FusedConv2d",
     "FusedConv3d",
+    "FusedCosineSimilarity",
     "FusedCrossEntropyLoss",
     "FusedELU",
     "FusedGLU",
@@ -43,6 +44,7 @@ __all__ = [
     "FusedLogSoftmax",
     "FusedMish",
     "FusedMultiheadAttention",
+    "FusedPairwiseDistance",
     "FusedQuickGELU",
     "FusedRMSNorm",
     "FusedReLU",
@@ -241,6 +243,20 @@ class FusedCrossEntropyLoss(nn.CrossEntropyLoss):
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
         )
+
+
+class FusedCosineSimilarity(nn.CosineSimilarity):
+    """:class:`torch.nn.CosineSimilarity` with fused passes, finite for rows of zeros."""
+
+    def forward(self, x1: Tensor, x2: Tensor) -> Tensor:
+        return functional.cosine_similarity(x1, x2, self.dim, self.eps)
+
+
+class FusedPairwiseDistance(nn.PairwiseDistance):
+    """:class:`torch.nn.PairwiseDistance` with a fused double backward, finite for rows of zeros."""
+
+    def forward(self, x1: Tensor, x2: Tensor) -> Tensor:
+        return functional.pairwise_distance(x1, x2, self.norm, self.eps, self.keepdim)
 
 
 class FusedLayerNorm(nn.LayerNorm):
@@ -560,6 +576,7 @@ REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
         FusedConv1d,
         FusedConv2d,
         FusedConv3d,
+        FusedCosineSimilarity,
         FusedCrossEntropyLoss,
         FusedELU,
         FusedGLU,
@@ -577,6 +594,7 @@ REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
         FusedLogSoftmax,
         FusedMish,
         FusedMultiheadAttention,
+        FusedPairwiseDistance,
         FusedRMSNorm,
         FusedReLU,
         FusedReLU6,

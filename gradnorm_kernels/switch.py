@@ -22,12 +22,13 @@ class set_fused_double_backward(ContextDecorator):  # noqa: N801 - the idiom of 
     Covered, in place too: the activations (GELU, SiLU, Mish, Softplus, ELU and its kin, tanh, sigmoid,
     log-sigmoid, hard sigmoid, hard swish, GLU, ReLU, ReLU6, leaky ReLU, sine and cosine; not softsign, which
     PyTorch makes of several ops), layer, batch, group and instance normalisation, softmax and its logarithm,
-    every convolution, grid sampling that is not bicubic, and scaled dot-product attention, whose fused
-    kernels PyTorch cannot differentiate twice; LSTM and GRU networks, but for packed sequences, projections
-    and autocast. RMS normalisation, cross-entropy, GRUs and LSTMs that are not oneDNN's are fused from the
-    forward on, as is the first backward of sine, cosine and grouped-query attention. What PyTorch gets wrong,
-    or NaN, is right: weight normalisation, which it differentiates with the norm held constant; the norm, and
-    so ``F.normalize`` and cosine similarity, of rows of zeros; sinc at 0; the third order of transposed
+    the Euclidean norm (in ``F.normalize`` and ``F.pairwise_distance`` too), every convolution, grid sampling
+    that is not bicubic, and scaled dot-product attention, whose fused kernels PyTorch cannot differentiate
+    twice; LSTM and GRU networks, but for packed sequences, projections and autocast. RMS normalisation,
+    cosine similarity, cross-entropy, GRUs and LSTMs that are not oneDNN's are fused from the forward on, as
+    is the first backward of sine, cosine and grouped-query attention. What PyTorch gets wrong, or NaN, is
+    right: weight normalisation, which it differentiates with the norm held constant; the norm, and so
+    ``F.normalize`` and cosine similarity, of rows of zeros; sinc at 0; the third order of transposed
     convolutions with output padding.
 
     Under ``torch.func`` transforms, forward-mode AD and in graphs that are captured for a compiler, layer,

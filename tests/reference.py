@@ -259,6 +259,21 @@ def cross_entropy(
     return losses.sum() / counted.sum() if reduction == "mean" else losses.sum()
 
 
+def normalize(input: Tensor, dim: int, eps: float = 1e-12) -> Tensor:
+    """Of rows shorter than ``eps`` a quotient by it."""
+    is_short = input.detach().square().sum(dim, keepdim=True).sqrt() < eps
+    long_rows = input.masked_fill(is_short, 1)
+    norm = long_rows.square().sum(dim, keepdim=True).sqrt()
+    return torch.where(is_short, input / eps, long_rows / norm)
+
+
+def vector_norm(input: Tensor, dim: int | tuple[int, ...] | None = None, keepdim: bool = False) -> Tensor:
+    """With derivatives of 0 at rows of zeros."""
+    is_zero = input.detach().square().sum(dim, keepdim=True) == 0
+    norm = input.masked_fill(is_zero, 1).square().sum(dim, keepdim).sqrt()
+    return norm.masked_fill(is_zero.view_as(norm), 0)
+
+
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,

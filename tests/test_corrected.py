@@ -58,6 +58,11 @@ CASES = {
         lambda x, y: (x * y).sum(1) / (plain_norm(x, 1, False) * plain_norm(y.expand_as(x), 1, False)),
         (random(5, 4), random(5, 1)),
     ),
+    "pairwise_distance": (
+        F.pairwise_distance,
+        lambda x, y: plain_norm(x - y + 1e-6, 1, False),
+        (random(5, 4), random(5, 1)),
+    ),
     "sinc": (
         torch.sinc,
         lambda x: torch.sin(math.pi * x) / (math.pi * x),

@@ -44,6 +44,10 @@ _OPS = {
     ),
     "softmax": ("softmax_double_backward", "softmax_with_bias"),
     "cross_entropy": ("cross_entropy", "cross_entropy_backward", "cross_entropy_double_backward"),
+    "normalize": (
+        *("normalize", "normalize_backward", "normalize_double_backward"),
+        "vector_norm_double_backward",
+    ),
     "activation": tuple(
         name + suffix
         for names, suffixes in (

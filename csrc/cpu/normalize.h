@@ -1,0 +1,30 @@
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include "dispatch.h"
+
+namespace gradnorm_kernels {
+
+// Rows along dim, which is not negative. All tensors of a call are contiguous, of one dtype and of one shape;
+// in the double backward of the norm grad_output and its gradient have an element a row.
+struct NormalizeKernels {
+  // Moves 2N elements.
+  void (*forward)(const at::Tensor& output, const at::Tensor& input, int64_t dim, double eps);
+  // Moves 3N elements.
+  void (*backward)(
+      const at::Tensor& grad_input, const at::Tensor& grad_output, const at::Tensor& input, int64_t dim,
+      double eps);
+  // Moves 5N elements.
+  void (*double_backward)(
+      const at::Tensor& grad_grad_output, const at::Tensor& grad_input, const at::Tensor& grad_grad_input,
+      const at::Tensor& grad_output, const at::Tensor& input, int64_t dim, double eps);
+  // Moves 3N elements.
+  void (*norm_double_backward)(
+      const at::Tensor& grad_grad_output, const at::Tensor& grad_input, const at::Tensor& grad_grad_input,
+      const at::Tensor& grad_output, const at::Tensor& input, int64_t dim);
+};
+
+GRADNORM_DECLARE_KERNELS(NormalizeKernels, normalize_kernels)
+
+}  // namespace gradnorm_kernels

@@ -1,0 +1,193 @@
+"""The Triton kernel of division by the Euclidean norm, and of that norm's double backward.
+
+A program takes a tile of whole rows if they fit, else it walks along its rows twice, block by block.
+csrc/normalize.cpp has the mathematics.
+"""
+
+# mypy: allow-untyped-defs
+# Triton types the arguments of a kernel when it is called.
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import DTYPES, load, on_meta, opmath_of
+from .softmax import launch, rows_plan
+
+FORWARD, BACKWARD, DOUBLE_BACKWARD, NORM_DOUBLE_BACKWARD = range(4)
+
+
+@triton.jit
+def _load_operands(input_ptr, grad_output_ptr, grad_grad_input_ptr, offsets, mask, order: tl.constexpr):
+    """The input, grad_output and grad_grad_input; for what the pass does not read, the input again."""
+    x = load(input_ptr, offsets, mask)
+    g = x
+    v = x
+    if order == 1 or order == 2:
+        g = load(grad_output_ptr, offsets, mask)
+    if order >= 2:
+        v = load(grad_grad_input_ptr, offsets, mask)
+    return x, g, v
+
+
+@triton.jit
+def _sum(t):
+    return tl.sum(t, axis=1, keep_dims=True)
+
+
+@triton.jit
+def _unless(is_short, value):
+    return tl.where(is_short, 0.0, value)
+
+
+@triton.jit
+def _along_y(xx, gx, vx, vg, eps: tl.constexpr, order: tl.constexpr):
+    """Of a row's sums: its r, <g, y>, <v, y> and <v, g> - 3 <g, y> <v, y>."""
+    norm = tl.sqrt(xx)
+    if order == 3:
+        is_short = norm == 0.0
+        r = _unless(is_short, 1.0 / norm)
+    else:
+        is_short = norm < eps
+        r = tl.where(is_short, 1.0 / eps, 1.0 / norm)
+    g_y = _unless(is_short, r * gx)
+    v_y = _unless(is_short, r * vx)
+    return r, g_y, v_y, _unless(is_short, vg) - 3.0 * g_y * v_y
+
+
+@triton.jit
+def _store(first_ptr, second_ptr, offsets, mask, x, g, v, r, g_y, v_y, of_y, order: tl.constexpr):
+    y = r * x
+    if order == 0:
+        tl.store(first_ptr + offsets, y, mask=mask)
+    elif order == 1:
+        tl.store(first_ptr + offsets, r * (g - y * g_y), mask=mask)
+    elif order == 2:
+        tl.store(first_ptr + offsets, r * (v - y * v_y), mask=mask)
+        # r is large where a row is short: it multiplies the sum, whose terms cancel.
+        tl.store(second_ptr + offsets, -r * (r * (of_y * y + (g_y * v + v_y * g))), mask=mask)
+    else:
+        tl.store(second_ptr + offsets, g * r * (v - y * v_y), mask=mask)
+
+
+@triton.jit
+def normalize_kernel(
+    input_ptr,
+    grad_output_ptr,
+    grad_grad_input_ptr,
+    first_ptr,
+    second_ptr,
+    n_rows,
+    n_cols,
+    row_stride,
+    col_stride,
+    eps: tl.constexpr,
+    order: tl.constexpr,
+    block_rows: tl.constexpr,
+    block_cols: tl.constexpr,
+    looped: tl.constexpr,
+):
+    """With x = input, g = grad_output and v = grad_grad_input, by order: first = output; first = grad_input;
+    first = grad_grad_output and second = grad_input; or that of the norm, of which grad_output and first have
+    an element a row.
+
+    Moves 2N, 3N, 5N or 3N elements: reads 1, 2, 3 or 2, writes 1, 1, 2 or 1. If looped, reads twice.
+    """
+    blocks = tl.cdiv(n_rows, block_rows)
+    matrix = (tl.program_id(0) // blocks).to(tl.int64)
+    row = (tl.program_id(0) % blocks).to(tl.int64) * block_rows + tl.arange(0, block_rows)[:, None]
+    in_rows = row < n_rows
+    # 64-bit before the products: a tensor may have more than 2^31 elements.
+    rows = matrix * n_rows * n_cols + row * row_stride
+    own = matrix * n_rows + row
+    of_norm: tl.constexpr = order == 3
+    if looped:
+        xx = tl.zeros([block_rows, 1], opmath_of(input_ptr))
+        gx = xx
+        vx = xx
+        vg = xx
+        for start in range(0, n_cols, block_cols):
+            cols = start + tl.arange(0, block_cols)[None, :]
+            mask = in_rows & (cols < n_cols)
+            offsets = rows + cols.to(tl.int64) * col_stride
+            x, g, v = _load_operands(input_ptr, grad_output_ptr, grad_grad_input_ptr, offsets, mask, order)
+            xx += _sum(x * x)
+            gx += _sum(g * x)
+            vx += _sum(v * x)
+            vg += _sum(v * g)
+        r, g_y, v_y, of_y = _along_y(xx, gx, vx, vg, eps, order)
+        for start in range(0, n_cols, block_cols):
+            cols = start + tl.arange(0, block_cols)[None, :]
+            mask = in_rows & (cols < n_cols)
+            offsets = rows + cols.to(tl.int64) * col_stride
+            x, g, v = _load_operands(input_ptr, grad_output_ptr, grad_grad_input_ptr, offsets, mask, order)
+            if of_norm:
+                g = load(grad_output_ptr, own, in_rows)
+            _store(first_ptr, second_ptr, offsets, mask, x, g, v, r, g_y, v_y, of_y, order)
+    else:
+        cols = tl.arange(0, block_cols)[None, :]
+        mask = in_rows & (cols < n_cols)
+        offsets = rows + cols.to(tl.int64) * col_stride
+        x, g, v = _load_operands(input_ptr, grad_output_ptr, grad_grad_input_ptr, offsets, mask, order)
+        r, g_y, v_y, of_y = _along_y(_sum(x * x), _sum(g * x), _sum(v * x), _sum(v * g), eps, order)
+        if of_norm:
+            g = load(grad_output_ptr, own, in_rows)
+        _store(first_ptr, second_ptr, offsets, mask, x, g, v, r, g_y, v_y, of_y, order)
+    if of_norm:
+        tl.store(first_ptr + own, v_y, mask=in_rows)
+
+
+def _run(op: str, order: int, tensors: tuple[Tensor, ...], dim: int, *eps: float) -> Any:
+    """The tensors are the op's: the input comes last, the gradients before it."""
+    *grads, input = tensors
+    ndim = max(input.ndim, 1)
+    of_norm = order == NORM_DOUBLE_BACKWARD
+    shapes = [input.shape] * len(grads)
+    if of_norm and -ndim <= dim < ndim and input.ndim:
+        shapes[1] = torch.Size(1 if k == dim % ndim else n for k, n in enumerate(input.shape))
+    if (
+        input.dtype not in DTYPES
+        or not -ndim <= dim < ndim
+        or any(not e > 0 for e in eps)
+        or any((t.dtype, t.device) != (input.dtype, input.device) for t in grads)
+        or [t.shape for t in grads] != shapes
+    ):
+        on_meta(op, tensors, dim, *eps)
+    results = [torch.empty_like(input, memory_format=torch.contiguous_format)]
+    if order == DOUBLE_BACKWARD:
+        results.append(torch.empty_like(results[0]))
+    elif of_norm:
+        # The sum of no elements is 0.
+        results.insert(0, (input.new_empty if input.numel() else input.new_zeros)(shapes[1]))
+    if input.numel() > 0:
+        plan = rows_plan(input.shape, dim % ndim, input.itemsize, eps=eps[0] if eps else 0.0, order=order)
+        operands: list[Tensor | None] = [None] * (2 - len(grads))
+        operands += [tensor.contiguous() for tensor in tensors]
+        v, g, x = operands
+        launch(normalize_kernel, plan, x, g, v, *results, *[None] * (2 - len(results)))
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+def normalize(input: Tensor, dim: int, eps: float) -> Any:
+    return _run("normalize", FORWARD, (input,), dim, eps)
+
+
+def normalize_backward(grad_output: Tensor, input: Tensor, dim: int, eps: float) -> Any:
+    return _run("normalize_backward", BACKWARD, (grad_output, input), dim, eps)
+
+
+def normalize_double_backward(
+    grad_grad_input: Tensor, grad_output: Tensor, input: Tensor, dim: int, eps: float
+) -> Any:
+    tensors = grad_grad_input, grad_output, input
+    return _run("normalize_double_backward", DOUBLE_BACKWARD, tensors, dim, eps)
+
+
+def vector_norm_double_backward(grad_grad_input: Tensor, grad_output: Tensor, input: Tensor, dim: int) -> Any:
+    tensors = grad_grad_input, grad_output, input
+    return _run("vector_norm_double_backward", NORM_DOUBLE_BACKWARD, tensors, dim)
