@@ -44,7 +44,6 @@ FUSED = [
     "nn.functional.cosine_similarity",
     "nn.functional.elu",
     "nn.functional.gelu",
-    "nn.functional.grid_sample",
     "nn.functional.group_norm",
     "nn.functional.hardshrink",
     "nn.functional.hardsigmoid",
