@@ -283,6 +283,28 @@ KNOWN = {
 test_compiles_without_spills = harness.compilation_test(calls, known=KNOWN, by_device=True)
 
 
+@pytest.mark.skipif(INTERPRET, reason="the interpreter does not compile")
+def test_swins_stages_share_their_kernels() -> None:
+    """Swin-B's at batch 64: in all of them windows are of 49 tokens, and heads of 32 columns."""
+    found: list[harness.Launch] = []
+    for windows, heads in ((64, 4), (16, 8), (4, 16), (1, 32)):
+        plain = ((1, 64 * windows, heads), (1, 1, heads))
+        shifted = ((64, windows, heads), (1, windows, heads))
+        for batch, mask in (plain, shifted) if windows > 1 else (plain,):
+            o = Operands((batch, 49, 49, 32, 32, mask), torch.bfloat16, "meta")
+            o.mask = o.mask[0].unsqueeze(0)
+            tiles = torch.Size(mask).numel()
+            parts = min(2048 // tiles, torch.Size(batch).numel() // tiles)
+            results = [o.empty(t) for t in (o.query, o.key, o.value)]
+            tensors = (o.grad_output, o.query, o.key, o.value, o.mask, SCALE, *results, None)
+            for step in ((run_kernels, o, False, parts), (attention._attention_bwd, *tensors)):
+                found += [launch for launch in harness.recorded(*step) if launch not in found]
+    assert {launch.kernel.__name__ for launch in found} == {
+        *("attention_fwd_kernel", "window_attention_bwd_kernel", "window_attention_bwd_bwd_kernel")
+    }
+    assert len(found) <= 8
+
+
 def launches(case: Any, precision: str, target: Any) -> list[harness.Launch]:
     """Of all passes in float32, on such a device."""
     with allow_tf32(precision == "tf32"):

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import NotCoveredError
-from ..common import DTYPES, FP_FUSION, contiguous, widen
+from ..common import DTYPES, FP_FUSION, at_most_128_registers, contiguous, widen
 from .primitives import split, start_of
 
 
@@ -126,9 +126,11 @@ def _launch(kernel: Any, scores: Tensor, scale: float, *arguments: Any) -> None:
     batch = (1, 1, *scores.shape[:-2])[-2:]
     block = max(16, triton.next_power_of_2(keys))
     warps = min(max(block // 256, 1), 16)
+    is_last = kernel is attention_rows_bwd_bwd_kernel
+    options = FP_FUSION | (at_most_128_registers(scores.device) if is_last else {})
     with torch.cuda.device_of(scores):  # does nothing for a CPU tensor (Triton's interpreter)
         kernel[(scores.numel() // keys,)](
-            *arguments, scale, rows, keys, *batch, block=block, num_warps=warps, **FP_FUSION
+            *arguments, scale, rows, keys, *batch, block=block, num_warps=warps, **options
         )
 
 

@@ -26,7 +26,7 @@ def _place(size, batch_1, batch_2, block: tl.constexpr):
     return number, split(number, batch_1, batch_2), tl.program_id(0) % blocks * block
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("batch_1", "batch_2"))
 def attention_fwd_kernel(
     query, key, value, mask, output, scale, rows, keys, batch_1, batch_2,
     columns: tl.constexpr, value_columns: tl.constexpr,

@@ -14,6 +14,9 @@ import triton.language as tl
 
 from .primitives import dot, highest_of, indices, load, load_mask, make_scores, split, store
 
+# One kernel for all of a model's windows, whatever their numbers.
+_COUNTS = ("row_count", "batch_1", "batch_2", "tiles", "parts", "repeats")
+
 
 @triton.jit
 def _softmax(scores, first, rows):
@@ -34,7 +37,7 @@ def _accumulate(ptr, program, first, value, is_first, rows: tl.constexpr):
     tl.store(ptr + offsets, before + value, mask=i < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def window_attention_bwd_kernel(
     grad_output, query, key, value, mask, grad_query, grad_key, grad_value, mask_sums_ptr,
     scale, row_count, batch_1, batch_2, tiles, parts, repeats,
@@ -79,7 +82,7 @@ def window_attention_bwd_kernel(
             tl.debug_barrier()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def window_attention_bwd_bwd_kernel(
     grad_grad_query, grad_grad_key, grad_grad_value, grad_output, query, key, value, mask,
     grad_grad_output, grad_query, grad_key, grad_value, grad_grad_mask, mask_sums_ptr,
