@@ -126,8 +126,9 @@ def _launch(kernel: Any, scores: Tensor, scale: float, *arguments: Any) -> None:
     batch = (1, 1, *scores.shape[:-2])[-2:]
     block = max(16, triton.next_power_of_2(keys))
     warps = min(max(block // 256, 1), 16)
-    is_last = kernel is attention_rows_bwd_bwd_kernel
-    options = FP_FUSION | (at_most_128_registers(scores.device) if is_last else {})
+    options: dict[str, Any] = dict(FP_FUSION)
+    if kernel is attention_rows_bwd_bwd_kernel and scores.dtype != torch.float64:  # which takes more
+        options |= at_most_128_registers(scores.device)
     with torch.cuda.device_of(scores):  # does nothing for a CPU tensor (Triton's interpreter)
         kernel[(scores.numel() // keys,)](
             *arguments, scale, rows, keys, *batch, block=block, num_warps=warps, **options
