@@ -44,6 +44,9 @@ class Step(Case):
         yield Call(f"{self.cell}_step_backward", (*grads, *operands.inputs))
         yield Call(f"{self.cell}_step_double_backward", (*operands.grad_grads, *grads, *operands.inputs))
 
+    def roundings(self, dtype):
+        return 2  # of sums of several products
+
     def same_bits(self, operands):
         return False  # Products and sums are contracted in one way in whole vectors and in another in a rest.
 
