@@ -112,6 +112,7 @@ def test_epsilon_is_a_multiple_in_training_alone(tmp_path):
     assert [result["eps"] for result in attacked] == [0.1]
 
 
+@pytest.mark.slow
 def test_other_options_make_other_runs(tmp_path):
     options = {"attack": "fgsm", "n": 40, "timed_steps": 1, "only": ["natural"]}
     for lr in (1e-3, 2e-3):

@@ -362,6 +362,7 @@ def test_what_cannot_be_compiled():
         traffic.compiled_traffic(step, torch.ones(3))
 
 
+@pytest.mark.slow
 def test_command_line(tmp_path):
     out, memory = tmp_path / "traffic.json", tmp_path / "memory.json"
     options = "--model resnet18 --act gelu --batch 2 --bn eval --variants natural stock fuse"
