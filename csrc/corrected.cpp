@@ -1,7 +1,5 @@
 // PyTorch's own ops whose second derivatives it gets wrong, or NaN where the function is smooth, under the
 // switch: by formulas of plain ops, which are right to every order.
-#include <ATen/WrapDimUtilsMulti.h>
-
 #include <numbers>
 #include <numeric>
 

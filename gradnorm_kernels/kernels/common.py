@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# Which pass a kernel that serves several of them is launched for.
+FORWARD, BACKWARD, DOUBLE_BACKWARD = range(3)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Fused multiply-add is asked for by name because Triton's default differs between versions.
 FP_FUSION = {"enable_fp_fusion": True}

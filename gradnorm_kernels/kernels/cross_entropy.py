@@ -16,10 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import DTYPES, load, on_meta, opmath_of, widen
+from .common import BACKWARD, DOUBLE_BACKWARD, DTYPES, FORWARD, empty_like, load, on_meta, opmath_of, widen
 from .softmax import launch, rows_plan
-
-FORWARD, BACKWARD, DOUBLE_BACKWARD = range(3)
 
 
 @triton.jit
@@ -153,7 +151,7 @@ def _run(op: str, order: int, tensors: tuple[Tensor, ...], ignore_index: int, la
     ):
         on_meta(op, tensors, ignore_index, label_smoothing)
     values = None if order == BACKWARD else input.new_empty(rows)
-    grad_input = None if order == FORWARD else torch.empty_like(input, memory_format=torch.contiguous_format)
+    grad_input = empty_like(input, order != FORWARD)
     if input.numel() > 0:
         constants = {"ignore_index": ignore_index, "keep": 1 - label_smoothing, "soft": soft, "order": order}
         constants["floor"] = label_smoothing / input.shape[dim]

@@ -16,10 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import DTYPES, load, on_meta, opmath_of
+from .common import BACKWARD, DOUBLE_BACKWARD, DTYPES, FORWARD, empty_like, load, on_meta, opmath_of
 from .softmax import launch, rows_plan
 
-FORWARD, BACKWARD, DOUBLE_BACKWARD, NORM_DOUBLE_BACKWARD = range(4)
+NORM_DOUBLE_BACKWARD = DOUBLE_BACKWARD + 1
 
 
 @triton.jit
@@ -158,9 +158,9 @@ def _run(op: str, order: int, tensors: tuple[Tensor, ...], dim: int, *eps: float
         or [t.shape for t in grads] != shapes
     ):
         on_meta(op, tensors, dim, *eps)
-    results = [torch.empty_like(input, memory_format=torch.contiguous_format)]
+    results = [empty_like(input)]
     if order == DOUBLE_BACKWARD:
-        results.append(torch.empty_like(results[0]))
+        results.append(empty_like(input))
     elif of_norm:
         # The sum of no elements is 0.
         results.insert(0, (input.new_empty if input.numel() else input.new_zeros)(shapes[1]))

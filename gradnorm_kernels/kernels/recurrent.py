@@ -18,9 +18,17 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import expm1, logistic, tile
-from .common import DTYPES, FP_FUSION, contiguous, empty_like, load, on_meta
-
-FORWARD, BACKWARD, DOUBLE_BACKWARD = range(3)
+from .common import (
+    BACKWARD,
+    DOUBLE_BACKWARD,
+    DTYPES,
+    FORWARD,
+    FP_FUSION,
+    contiguous,
+    empty_like,
+    load,
+    on_meta,
+)
 
 
 @triton.jit
@@ -193,8 +201,8 @@ def _run(op: str, order: int, cell: Any, tensors: tuple[Tensor, ...]) -> Any:
     ):
         on_meta(op, tensors)
 
-    of_hidden, of_next = (None, None) if order == BACKWARD else (empty_like(state), empty_like(state))
-    of_gates, of_state = (None, None) if order == FORWARD else (empty_like(gates), empty_like(state))
+    of_hidden, of_next = (empty_like(state, order != BACKWARD) for _ in range(2))
+    of_gates, of_state = (empty_like(t, order != FORWARD) for t in (gates, state))
     if state.numel() > 0:
         block_size = 256
         with torch.cuda.device_of(state):  # does nothing for a CPU tensor (Triton's interpreter)
