@@ -137,7 +137,8 @@ def random_cases(draw):
     shape = draw(st.lists(st.integers(1, 9), min_size=1, max_size=5))
     shape[-1] = draw(st.integers(1, 70))
     dim = draw(st.integers(-len(shape), len(shape) - 1))
-    if draw(st.booleans()):
+    # Of a vector of few elements the terms of the derivatives may cancel, of one element they do.
+    if shape[dim] > 3 and draw(st.booleans()):
         return Normalize("", tuple(shape), dim)
     dims = draw(st.sets(st.integers(0, len(shape) - 1)))
     return VectorNorm("", tuple(shape), draw(st.sampled_from([dim, tuple(dims)])), draw(st.booleans()))
