@@ -318,11 +318,10 @@ struct ActivationOps<Definition, Act (*)(Params...)> {
 
     static variable_list backward(
         const variable_list& grads, const variable_list& saved, Needs, const Settings& settings) {
-      const auto given = [&](const Tensor& grad) { return grad.defined() ? grad : at::zeros_like(saved[2]); };
       return to_list(
           with_settings<TripleBackward>(
-              settings, &call<TripleBackward>, given(grads[0]), given(grads[1]), saved[0], saved[1],
-              saved[2]));
+              settings, &call<TripleBackward>, or_zeros(grads[0], saved[2]), or_zeros(grads[1], saved[2]),
+              saved[0], saved[1], saved[2]));
     }
   };
 

@@ -117,10 +117,6 @@ struct Softmax {
   }
 };
 
-// Undefined is zero.
-Tensor plus(const Tensor& a, const Tensor& b) {
-  return !a.defined() ? b : !b.defined() ? a : a + b;
-}
 Tensor centred(const Tensor& probabilities, const Tensor& x) {
   return probabilities * (x - (probabilities * x).sum(-1, true));
 }

@@ -47,9 +47,6 @@ struct Problem {
   Tensor empty_rows() const {
     return at::empty_symint(row_sizes(), input.options());
   }
-  Tensor empty_input() const {
-    return at::empty_like(input, LEGACY_CONTIGUOUS_MEMORY_FORMAT);
-  }
   Tensor narrow(const Tensor& result) const {
     return result.to(input.scalar_type());
   }
@@ -152,7 +149,7 @@ struct DoubleBackward {
   }
   TensorPair meta() const {
     check();
-    return {of.empty_rows(), of.empty_input()};
+    return {of.empty_rows(), empty_contiguous(of.input)};
   }
 };
 
@@ -189,7 +186,7 @@ struct Backward {
   }
   Tensor meta() const {
     of.check(name_of<Backward>(), grad_output);
-    return of.empty_input();
+    return empty_contiguous(of.input);
   }
   Tensor autograd() const {
     if (needs_composite(grad_output, of.input, of.target) || of.target.requires_grad()) {

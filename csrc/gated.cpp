@@ -82,10 +82,7 @@ struct OfBackward {
 
   static variable_list backward(
       const variable_list& grads, const variable_list& saved, Needs, const Settings& settings) {
-    const auto or_zeros = [&](const Tensor& grad) {
-      return grad.defined() ? grad : at::zeros_like(saved[1]);
-    };
-    const Tensor v = or_zeros(grads[0]), u = or_zeros(grads[1]);
+    const Tensor v = or_zeros(grads[0], saved[1]), u = or_zeros(grads[1], saved[1]);
     return to_list(call(DoubleBackward{v, u, saved[0], saved[1], saved[2], std::get<0>(settings)}));
   }
 };

@@ -361,10 +361,7 @@ struct Backward {
   }
   TensorPair meta() const {
     checked();
-    const auto like = [](const Tensor& t, bool wanted) {
-      return wanted ? at::empty_like(t, LEGACY_CONTIGUOUS_MEMORY_FORMAT) : Tensor();
-    };
-    return {like(input, output_mask[0]), like(grid, output_mask[1])};
+    return {empty_contiguous(input, output_mask[0]), empty_contiguous(grid, output_mask[1])};
   }
   TensorPair recorded() const {
     const Settings settings{interpolation_mode, padding_mode, align_corners};

@@ -135,10 +135,6 @@ inline Tensor parameter_or_stand_in(const Tensor& weight, const Tensor& input, a
                           : at::empty({}, input.options().dtype(dtype)).expand_symint({input.sym_size(1)});
 }
 
-inline Tensor empty_contiguous(const Tensor& like, bool wanted = true) {
-  return wanted ? at::empty_like(like, at::MemoryFormat::Contiguous) : Tensor();
-}
-
 inline at::TensorOptions arithmetic_options(const Tensor& tensor) {
   return tensor.options().dtype(at::toOpMathType(tensor.scalar_type()));
 }

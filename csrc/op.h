@@ -60,6 +60,18 @@ inline std::optional<Tensor> optional(const Tensor& tensor) {
   return tensor.defined() ? std::optional<Tensor>(tensor) : std::nullopt;
 }
 
+inline Tensor empty_contiguous(const Tensor& like, bool wanted = true) {
+  return wanted ? at::empty_like(like, at::MemoryFormat::Contiguous) : Tensor();
+}
+
+// Gradients, of which an undefined one is zero.
+inline Tensor or_zeros(const Tensor& grad, const Tensor& like) {
+  return grad.defined() ? grad : at::zeros_like(like);
+}
+inline Tensor plus(const Tensor& a, const Tensor& b) {
+  return !a.defined() ? b : !b.defined() ? a : a + b;
+}
+
 namespace detail {
 
 // The types of a member of an op, as the dispatcher passes it.

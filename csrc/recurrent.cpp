@@ -57,13 +57,6 @@ at::TensorIterator step_iterator(const std::vector<Tensor>& outputs, const std::
   return config.resize_outputs(false).build();
 }
 
-Tensor new_like(const Tensor& tensor) {
-  return at::empty_like(tensor, LEGACY_CONTIGUOUS_MEMORY_FORMAT);
-}
-Tensor or_zeros(const Tensor& grad, const Tensor& like) {
-  return grad.defined() ? grad : at::zeros_like(like);
-}
-
 // The step by plain ops.
 template <class Cell>
 auto by_parts(const Tensor& gates, const Tensor& state) {
@@ -120,7 +113,7 @@ struct DoubleBackward {
   }
   Result meta() const {
     check();
-    return {new_like(state), new_like(state), new_like(gates), new_like(state)};
+    return {empty_contiguous(state), empty_contiguous(state), empty_contiguous(gates), empty_contiguous(state)};
   }
 };
 
@@ -170,7 +163,7 @@ struct Backward {
   }
   TensorPair meta() const {
     check();
-    return {new_like(gates), new_like(state)};
+    return {empty_contiguous(gates), empty_contiguous(state)};
   }
   TensorPair autograd() const {
     if (needs_composite(grad_hidden, grad_next_state, gates, state)) {
@@ -223,7 +216,7 @@ struct Forward {
   }
   TensorPair meta() const {
     check();
-    return {new_like(state), new_like(state)};
+    return {empty_contiguous(state), empty_contiguous(state)};
   }
   TensorPair autograd() const {
     if (needs_composite(gates, state)) {
@@ -287,9 +280,6 @@ Tensor zeros_like_step(const Tensor& sequence) {
 Tensor product_of_steps(const Tensor& a, const Tensor& b) {
   return at::mm(a.flatten(0, 1).t(), b.flatten(0, 1));
 }
-Tensor sum(const Tensor& a, const Tensor& b) {
-  return a.defined() && b.defined() ? a + b : a.defined() ? a : b;
-}
 
 // What a layer's steps were given, its output, and the last h and c; differentiable as far as the step
 // is.
@@ -328,7 +318,7 @@ struct BackwardRun {
     const Tensor zeros = zeros_like_step(steps.state);
     Tensor dh = grad_hidden, dc = grad_state.defined() ? grad_state : zeros;
     for (int64_t t = steps.count(); t-- > 0;) {
-      dh = sum(dh, grad_output.defined() ? grad_output[t] : Tensor());
+      dh = plus(dh, grad_output.defined() ? grad_output[t] : Tensor());
       of_hidden[t] = dh = dh.defined() ? dh : zeros;
       of_state[t] = dc;
       std::tie(of_gates[t], dc) = call(Backward<Cell>{dh, dc, steps.gates[t], steps.state[t]});
@@ -357,7 +347,7 @@ struct DoubleBackwardRun {
     // Of the gradients of a, before what each step leaves for the next.
     Tensor v = v_gates;
     if (v_weight.defined()) {
-      v = sum(v, at::matmul(steps.hidden, v_weight.t()));
+      v = plus(v, at::matmul(steps.hidden, v_weight.t()));
     }
     std::vector<Tensor> from_hidden(count), of_hidden(count), of_gates(count), of_state(count);
     Tensor p = v_hidden.defined() ? v_hidden : zeros, q = v_state.defined() ? v_state : zeros;

@@ -16,11 +16,6 @@ namespace {
 
 using at::ScalarType;
 
-// Contiguous, as ATen's.
-Tensor empty_output(const Tensor& like) {
-  return at::empty_like(like, LEGACY_CONTIGUOUS_MEMORY_FORMAT);
-}
-
 struct DoubleBackward {
   static constexpr auto schema =
       "softmax_double_backward(Tensor grad_grad_input, Tensor grad_output, Tensor output, int dim, "
@@ -69,7 +64,7 @@ struct DoubleBackward {
   TensorPair cpu() const {
     check();
     const Tensor v = grad_grad_input.to(output.scalar_type()).contiguous();
-    const Tensor grad_grad_output = empty_output(output), grad = empty_output(output);
+    const Tensor grad_grad_output = empty_contiguous(output), grad = empty_contiguous(output);
     GRADNORM_KERNELS(softmax_kernels)
         .double_backward(
             grad_grad_output, grad, v, grad_output.contiguous(), output.contiguous(),
@@ -79,7 +74,7 @@ struct DoubleBackward {
   TensorPair meta() const {
     check();
     at::maybe_wrap_dim(dim, output.dim());
-    return {empty_output(output), empty_output(to_input ? grad_grad_input : output)};
+    return {empty_contiguous(output), empty_contiguous(to_input ? grad_grad_input : output)};
   }
 };
 
@@ -222,7 +217,7 @@ struct Forward {
     if (log || at::maybe_wrap_dim(dim, x.dim()) < x.dim() - 1) {
       return any_device();
     }
-    const Tensor output = empty_output(x);
+    const Tensor output = empty_contiguous(x);
     GRADNORM_KERNELS(softmax_kernels).forward(output, x.contiguous(), Tensor());
     return output;
   }
@@ -278,7 +273,7 @@ struct WithBias {
   }
   Tensor cpu() const {
     const auto result = check();
-    const Tensor x = input.to(result).contiguous(), output = empty_output(x);
+    const Tensor x = input.to(result).contiguous(), output = empty_contiguous(x);
     Tensor b = bias.to(result);
     if (bias.dim() == 0 || bias.size(-1) != x.size(-1)) {
       auto shape = bias.dim() == 0 ? std::vector<int64_t>{1} : bias.sizes().vec();
