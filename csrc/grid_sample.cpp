@@ -297,7 +297,7 @@ struct DoubleBackward {
     const Tensor x = in_opmath(input), points = in_opmath(grid);
     const Tensor grad_grad_output =
         output_mask[0] ? at::empty_symint(of.output_sizes(), x.options()) : Tensor();
-    const Tensor grad_input = output_mask[1] ? at::zeros_like(x) : Tensor();
+    const Tensor grad_input = output_mask[1] ? at::empty_like(x) : Tensor();
     const Tensor grad_grid = output_mask[2] ? at::empty_like(points) : Tensor();
     GRADNORM_KERNELS(grid_sample_kernels)
         .double_backward(

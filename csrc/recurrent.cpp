@@ -113,7 +113,8 @@ struct DoubleBackward {
   }
   Result meta() const {
     check();
-    return {empty_contiguous(state), empty_contiguous(state), empty_contiguous(gates), empty_contiguous(state)};
+    return {
+        empty_contiguous(state), empty_contiguous(state), empty_contiguous(gates), empty_contiguous(state)};
   }
 };
 

@@ -16,7 +16,10 @@ using at::Tensor;
 using at::native::GridSamplerPadding;
 
 constexpr int64_t kPoints = 64;  // located together
-constexpr int64_t kPlanes = 8;   // that one thread adds to
+constexpr int64_t kGroups = 4;   // of channels, that one thread adds to
+
+template <class T>
+using Channels = at::vec::Vectorized<T>;
 
 // A coordinate in pixels, and its derivative.
 template <class T>
@@ -45,11 +48,11 @@ std::pair<T, T> locate(T coordinate, int64_t size, GridSamplerPadding padding, b
 template <class T, int dims>
 struct Call {
   std::array<int64_t, dims> size;  // in the order of the coordinates: the last one first
-  int64_t channels, pixels, points;
+  int64_t groups, pixels, points;
   GridSamplerPadding padding;
   bool align_corners;
-  const T *input, *grid, *grad_grad_input, *grad_grad_grid, *grad_output;
-  T *grad_grad_output, *grad_input, *grad_grid;
+  const T *grid, *grad_grad_grid, *input, *grad_grad_input, *grad_output;
+  T *grad_grid, *grad_grad_output, *grad_input;
 };
 
 // Some points of a sample, and the corners of the cells that they are in: that of number k is the upper one
@@ -117,70 +120,83 @@ struct Cells {
 template <bool has_v, class T, int dims>
 void gather(const Call<T, dims>& call, int64_t sample, int64_t first) {
   using C = Cells<T, dims>;
+  using V = Channels<T>;
   const C cells(call, sample, first);
-  // Over the channels, of the products with the gradient.
-  typename C::template Each<T> x_sums[C::corners] = {}, v_sums[C::corners] = {};
-  for (int64_t channel = 0; channel < call.channels; ++channel) {
-    const int64_t plane = sample * call.channels + channel;
-    const T* const x = call.input + plane * call.pixels;
-    const T* const v = has_v ? call.grad_grad_input + plane * call.pixels : nullptr;
-    const T* const g = call.grad_output + plane * call.points + first;
-    typename C::template Each<T> total = {};
+  // By dimension: the change of a corner's weight and, of the gradient by the grid, that weight.
+  typename C::template Each<T> of_x[dims][C::corners], of_v[dims][C::corners];
+  for (int d = 0; d < dims && call.grad_grid; ++d) {
     for (int k = 0; k < C::corners; ++k) {
       for (int64_t i = 0; i < cells.count; ++i) {
-        const int64_t pixel = cells.pixel[k][i];
-        const T x_k = pixel < 0 ? T(0) : x[pixel];
-        total[i] += x_k * cells.change[k][i];
-        x_sums[k][i] += g[i] * x_k;
-        if constexpr (has_v) {
-          const T v_k = pixel < 0 ? T(0) : v[pixel];
-          total[i] += v_k * cells.weight[k][i];
-          v_sums[k][i] += g[i] * v_k;
-        }
-      }
-    }
-    if (call.grad_grad_output) {
-      std::copy_n(total.data(), cells.count, call.grad_grad_output + plane * call.points + first);
-    }
-  }
-  if (!call.grad_grid) {
-    return;
-  }
-  for (int64_t i = 0; i < cells.count; ++i) {
-    for (int d = 0; d < dims; ++d) {
-      T sum = 0;
-      for (int k = 0; k < C::corners; ++k) {
-        T of_x = 0;
+        T sum = 0;
         for (int other = 0; other < dims; ++other) {
           if (other != d) {
-            of_x += cells.step[other][i] * cells.weight_of(k, 1 << d | 1 << other, i);
+            sum += cells.step[other][i] * cells.weight_of(k, 1 << d | 1 << other, i);
           }
         }
-        sum += x_sums[k][i] * of_x;
+        of_x[d][k][i] = cells.slope[d][i] * sum;
+        of_v[d][k][i] = cells.slope[d][i] * cells.weight_of(k, 1 << d, i);
+      }
+    }
+  }
+  for (int64_t i = 0; i < cells.count; ++i) {
+    const int64_t point = first + i;
+    // Of the products with the gradient.
+    std::array<V, C::corners> x_sums, v_sums;
+    x_sums.fill(V(0));
+    v_sums.fill(V(0));
+    for (int64_t plane = sample * call.groups; plane < (sample + 1) * call.groups; ++plane) {
+      const V g = V::loadu(call.grad_output + (plane * call.points + point) * V::size());
+      V total(0);
+      for (int k = 0; k < C::corners; ++k) {
+        if (cells.pixel[k][i] < 0) {
+          continue;
+        }
+        const int64_t offset = (plane * call.pixels + cells.pixel[k][i]) * V::size();
+        const V x = V::loadu(call.input + offset);
+        total = fmadd(x, V(cells.change[k][i]), total);
+        x_sums[k] = fmadd(g, x, x_sums[k]);
         if constexpr (has_v) {
-          sum += v_sums[k][i] * cells.weight_of(k, 1 << d, i);
+          const V v = V::loadu(call.grad_grad_input + offset);
+          total = fmadd(v, V(cells.weight[k][i]), total);
+          v_sums[k] = fmadd(g, v, v_sums[k]);
         }
       }
-      call.grad_grid[(sample * call.points + first + i) * dims + d] = cells.slope[d][i] * sum;
+      if (call.grad_grad_output) {
+        total.store(call.grad_grad_output + (plane * call.points + point) * V::size());
+      }
+    }
+    for (int d = 0; d < dims && call.grad_grid; ++d) {
+      V sum(0);
+      for (int k = 0; k < C::corners; ++k) {
+        sum = fmadd(x_sums[k], V(of_x[d][k][i]), sum);
+        if constexpr (has_v) {
+          sum = fmadd(v_sums[k], V(of_v[d][k][i]), sum);
+        }
+      }
+      call.grad_grid[(sample * call.points + point) * dims + d] =
+          at::vec::vec_reduce_all<T>(std::plus<>(), sum);
     }
   }
 }
 
-// What several points add to: grad_input, of some channels of a sample.
+// What several points add to: grad_input, of some groups of a sample's channels.
 template <class T, int dims>
-void scatter(const Call<T, dims>& call, int64_t sample, int64_t first_channel) {
-  const int64_t end = std::min(first_channel + kPlanes, call.channels);
+void scatter(const Call<T, dims>& call, int64_t sample, int64_t first_group) {
+  using V = Channels<T>;
+  const int64_t end = std::min(first_group + kGroups, call.groups);
   for (int64_t first = 0; first < call.points; first += kPoints) {
     const Cells<T, dims> cells(call, sample, first);
-    for (int64_t plane = sample * call.channels + first_channel; plane < sample * call.channels + end;
-         ++plane) {
-      const T* const g = call.grad_output + plane * call.points + first;
-      T* const grad = call.grad_input + plane * call.pixels;
+    for (int64_t i = 0; i < cells.count; ++i) {
       for (int k = 0; k < cells.corners; ++k) {
-        for (int64_t i = 0; i < cells.count; ++i) {
-          if (cells.pixel[k][i] >= 0) {
-            grad[cells.pixel[k][i]] += g[i] * cells.change[k][i];
-          }
+        if (cells.pixel[k][i] < 0) {
+          continue;
+        }
+        const V change(cells.change[k][i]);
+        for (int64_t plane = sample * call.groups + first_group; plane < sample * call.groups + end;
+             ++plane) {
+          const V g = V::loadu(call.grad_output + (plane * call.points + first + i) * V::size());
+          T* const grad = call.grad_input + (plane * call.pixels + cells.pixel[k][i]) * V::size();
+          fmadd(g, change, V::loadu(grad)).store(grad);
         }
       }
     }
@@ -202,43 +218,114 @@ void for_each_group(int64_t samples, int64_t n, int64_t size, int64_t cost, cons
 
 template <class T, int dims>
 void run(const Call<T, dims>& call, int64_t samples) {
-  const int64_t cost = Cells<T, dims>::corners * call.channels;  // of a point
+  const int64_t cost = Cells<T, dims>::corners * call.groups * Channels<T>::size();  // of a point
   if (call.grad_grad_output || call.grad_grid) {
     for_each_group(samples, call.points, kPoints, kPoints * cost, [&](int64_t sample, int64_t first) {
       (call.grad_grad_input ? gather<true, T, dims> : gather<false, T, dims>)(call, sample, first);
     });
   }
   if (call.grad_input) {
-    for_each_group(samples, call.channels, kPlanes, call.points * cost, [&](int64_t sample, int64_t first) {
+    for_each_group(samples, call.groups, kGroups, call.points * cost, [&](int64_t sample, int64_t first) {
       scatter(call, sample, first);
     });
   }
 }
+
+// Tensors (N, C, M) of M pixels or points as (N, groups, M, channels of a vector), with zeros where the last
+// group has no channel: so a vector is loaded where a pixel is, and its channels are not gathered.
+template <class T>
+class Grouping {
+ public:
+  explicit Grouping(const Tensor& planes)
+      : samples_(planes.size(0)), channels_(planes.size(1)), groups_((channels_ + lanes - 1) / lanes) {}
+
+  int64_t groups() const {
+    return groups_;
+  }
+  Tensor empty(const Tensor& planes) const {
+    return planes.defined() ? at::empty({samples_, groups_, positions(planes), lanes}, planes.options())
+                            : Tensor();
+  }
+  Tensor group(const Tensor& planes) const {
+    const Tensor grouped = empty(planes);
+    if (planes.defined()) {
+      const T* const from = const_data<T>(planes);
+      T* const to = mutable_data<T>(grouped);
+      each_tile(
+          positions(planes), [=](int64_t in_planes, int64_t in_groups, int64_t n, int filled, int count) {
+            if (filled < lanes) {
+              std::fill_n(to + in_groups, count * lanes, T(0));
+            }
+            at::vec::transpose_mxn<T>(from + in_planes, n, to + in_groups, lanes, filled, count);
+          });
+    }
+    return grouped;
+  }
+  void ungroup(const Tensor& planes, const Tensor& grouped) const {
+    if (planes.defined()) {
+      const T* const from = const_data<T>(grouped);
+      T* const to = mutable_data<T>(planes);
+      each_tile(
+          positions(planes), [=](int64_t in_planes, int64_t in_groups, int64_t n, int filled, int count) {
+            at::vec::transpose_mxn<T>(from + in_groups, lanes, to + in_planes, n, count, filled);
+          });
+    }
+  }
+
+ private:
+  static constexpr int64_t lanes = Channels<T>::size();
+
+  int64_t positions(const Tensor& planes) const {
+    return planes.numel() / (samples_ * channels_);
+  }
+  // tile(offset in planes, offset in groups, positions, channels, positions in the tile)
+  template <class Tile>
+  void each_tile(int64_t n, const Tile& tile) const {
+    for_each_group(samples_ * groups_, n, kPoints, kPoints * lanes, [&](int64_t plane, int64_t first) {
+      const int64_t channel = plane % groups_ * lanes;
+      tile(
+          (plane / groups_ * channels_ + channel) * n + first, (plane * n + first) * lanes, n,
+          static_cast<int>(std::min(lanes, channels_ - channel)),
+          static_cast<int>(std::min(kPoints, n - first)));
+    });
+  }
+
+  int64_t samples_, channels_, groups_;
+};
 
 void double_backward(
     const Tensor& grad_grad_output, const Tensor& grad_input, const Tensor& grad_grid,
     const Tensor& grad_grad_input, const Tensor& grad_grad_grid, const Tensor& grad_output,
     const GridSample& of) {
   const auto run_in = [&]<class T, int dims>() {
+    const Grouping<T> channels(of.input);
+    const Tensor x = channels.group(of.input), v = channels.group(grad_grad_input),
+                 g = channels.group(grad_output);
+    const Tensor to_g = channels.empty(grad_grad_output), to_x = channels.empty(grad_input);
+    if (to_x.defined()) {
+      to_x.zero_();
+    }
     Call<T, dims> call{
-        .channels = of.input.size(1),
+        .groups = channels.groups(),
         .points = grad_grad_grid.numel() / (of.input.size(0) * dims),
         .padding = static_cast<GridSamplerPadding>(of.padding),
         .align_corners = of.align_corners,
-        .input = const_data<T>(of.input),
         .grid = const_data<T>(of.grid),
-        .grad_grad_input = const_data<T>(grad_grad_input),
         .grad_grad_grid = const_data<T>(grad_grad_grid),
-        .grad_output = const_data<T>(grad_output),
-        .grad_grad_output = mutable_data<T>(grad_grad_output),
-        .grad_input = mutable_data<T>(grad_input),
-        .grad_grid = mutable_data<T>(grad_grid)};
+        .input = const_data<T>(x),
+        .grad_grad_input = const_data<T>(v),
+        .grad_output = const_data<T>(g),
+        .grad_grid = mutable_data<T>(grad_grid),
+        .grad_grad_output = mutable_data<T>(to_g),
+        .grad_input = mutable_data<T>(to_x)};
     call.pixels = 1;
     for (int d = 0; d < dims; ++d) {
       call.size[d] = of.input.size(-1 - d);
       call.pixels *= call.size[d];
     }
     run(call, of.input.size(0));
+    channels.ungroup(grad_grad_output, to_g);
+    channels.ungroup(grad_input, to_x);
   };
   AT_DISPATCH_FLOATING_TYPES(of.input.scalar_type(), "gradnorm_kernels", [&] {
     of.input.dim() == 4 ? run_in.template operator()<scalar_t, 2>()

@@ -16,7 +16,7 @@ struct GridSample {
 };
 
 struct GridSampleKernels {
-  // Bilinear. grad_grad_input may be undefined, and so may results; grad_input is added to.
+  // Bilinear. grad_grad_input may be undefined, and so may results.
   void (*double_backward)(
       const at::Tensor& grad_grad_output, const at::Tensor& grad_input, const at::Tensor& grad_grid,
       const at::Tensor& grad_grad_input, const at::Tensor& grad_grad_grid, const at::Tensor& grad_output,
