@@ -39,14 +39,14 @@ void forward_rows(const Tensor& output, const Tensor& input, const Tensor& bias)
       x.store(scratch + i, P::size);
     });
     const P shift(largest.max());
-    P sum;
+    SumOfParts<P> sum;
     row.each([&](int64_t i, int64_t) {
       const P x = P::load(scratch + i, P::size) - shift;
       const P exponential = P::map([](const auto& part) { return exp_nonpositive(part); }, x);
-      sum = sum + exponential;
+      sum.add(exponential);
       exponential.store(scratch + i, P::size);
     });
-    const P scale = P(1) / row.total(sum);
+    const P scale = P(1) / row.total(sum.value());
     row.each(
         [&](int64_t i, auto count) { (P::load(scratch + i, P::size) * scale).store(data[0] + i, count); });
   });
@@ -61,22 +61,20 @@ void double_backward_rows(
   for_each_row<T>(operands, 2, dim, [](const auto& data, const auto& row) {
     T *grad_g_row = data[0], *grad_row = data[1];
     const T *v_row = data[2], *g_row = data[3], *y_row = data[4];
-    P v_mean, g_mean;
+    SumOfParts<P> of_v, of_g, of_product;
     row.each([&](int64_t i, auto count) {
       const P y = P::load(y_row + i, count);
-      v_mean = v_mean + P::load(v_row + i, count) * y;
-      g_mean = g_mean + P::load(g_row + i, count) * y;
+      of_v.add(P::load(v_row + i, count), y);
+      of_g.add(P::load(g_row + i, count), y);
     });
-    v_mean = row.total(v_mean);
-    g_mean = row.total(g_mean);
-    P product_mean;
+    const P v_mean = row.total(of_v.value()), g_mean = row.total(of_g.value());
     if constexpr (to_input) {
       row.each([&](int64_t i, auto count) {
-        const P product = (P::load(v_row + i, count) - v_mean) * (P::load(g_row + i, count) - g_mean);
-        product_mean = product_mean + P::load(y_row + i, count) * product;
+        const P v_centred = P::load(v_row + i, count) - v_mean;
+        of_product.add(P::load(y_row + i, count), v_centred * (P::load(g_row + i, count) - g_mean));
       });
-      product_mean = row.total(product_mean);
     }
+    const P product_mean = to_input ? row.total(of_product.value()) : P();
     row.each([&](int64_t i, auto count) {
       const P v = P::load(v_row + i, count), g = P::load(g_row + i, count), y = P::load(y_row + i, count);
       const P v_centred = v - v_mean, g_centred = g - g_mean;
@@ -102,15 +100,12 @@ void log_double_backward_rows(
   for_each_row<T>(operands, 2, dim, [&](const auto& data, const auto& row) {
     T *grad_g_row = data[0], *grad_row = data[1];
     const T *v_row = data[2], *g_row = data[3], *y_row = data[4];
-    P v_mean;
-    // The terms of the other sum have a factor that makes them small.
-    SumOfParts<P> g_terms;
+    SumOfParts<P> of_v, of_g;
     row.each([&](int64_t i, auto count) {
-      v_mean = v_mean + P::load(v_row + i, count) * exponential(P::load(y_row + i, count));
-      g_terms.add(P::load(g_row + i, count));
+      of_v.add(P::load(v_row + i, count), exponential(P::load(y_row + i, count)));
+      of_g.add(P::load(g_row + i, count));
     });
-    v_mean = row.total(v_mean);
-    const P g_sum = row.total(g_terms.value());
+    const P v_mean = row.total(of_v.value()), g_sum = row.total(of_g.value());
     row.each([&](int64_t i, auto count) {
       const P v = P::load(v_row + i, count), p = exponential(P::load(y_row + i, count));
       const P v_centred = v - v_mean;
