@@ -17,9 +17,36 @@ using at::native::GridSamplerPadding;
 
 constexpr int64_t kPoints = 64;  // located together
 constexpr int64_t kGroups = 4;   // of channels, that one thread adds to
+constexpr int64_t kFew = 4;      // channels, fewer of which are dealt with one by one
 
+// In the place of a vector of channels, where too few of them are there to fill one.
 template <class T>
-using Channels = at::vec::Vectorized<T>;
+struct OneChannel {
+  using value_type = T;
+  T value = 0;
+
+  OneChannel() = default;
+  explicit OneChannel(T value) : value(value) {}
+  static constexpr int64_t size() {
+    return 1;
+  }
+  static OneChannel loadu(const T* data) {
+    return OneChannel(*data);
+  }
+  void store(T* data) const {
+    *data = value;
+  }
+  friend OneChannel fmadd(OneChannel a, OneChannel b, OneChannel c) {
+    return OneChannel(a.value * b.value + c.value);
+  }
+  friend T sum(OneChannel channel) {
+    return channel.value;
+  }
+};
+template <class T>
+T sum(const at::vec::Vectorized<T>& channels) {
+  return at::vec::vec_reduce_all<T>(std::plus<>(), channels);
+}
 
 // A coordinate in pixels, and its derivative.
 template <class T>
@@ -45,8 +72,10 @@ std::pair<T, T> locate(T coordinate, int64_t size, GridSamplerPadding padding, b
   return x < last ? std::pair<T, T>(x, slope) : std::pair<T, T>(last, 0);
 }
 
-template <class T, int dims>
+// V: channels of a pixel or point that are dealt with together.
+template <class V, int dims>
 struct Call {
+  using T = typename V::value_type;
   std::array<int64_t, dims> size;  // in the order of the coordinates: the last one first
   int64_t groups, pixels, points;
   GridSamplerPadding padding;
@@ -79,7 +108,8 @@ struct Cells {
     return product;
   }
 
-  Cells(const Call<T, dims>& call, int64_t sample, int64_t first)
+  template <class V>
+  Cells(const Call<V, dims>& call, int64_t sample, int64_t first)
       : count(std::min(kPoints, call.points - first)) {
     Each<int64_t> lower[dims];
     for (int64_t i = 0; i < count; ++i) {
@@ -117,10 +147,10 @@ struct Cells {
 };
 
 // What is each point's own: grad_grad_output and grad_grid.
-template <bool has_v, class T, int dims>
-void gather(const Call<T, dims>& call, int64_t sample, int64_t first) {
+template <bool has_v, class V, int dims>
+void gather(const Call<V, dims>& call, int64_t sample, int64_t first) {
+  using T = typename V::value_type;
   using C = Cells<T, dims>;
-  using V = Channels<T>;
   const C cells(call, sample, first);
   // By dimension: the change of a corner's weight and, of the gradient by the grid, that weight.
   typename C::template Each<T> of_x[dims][C::corners], of_v[dims][C::corners];
@@ -166,23 +196,22 @@ void gather(const Call<T, dims>& call, int64_t sample, int64_t first) {
       }
     }
     for (int d = 0; d < dims && call.grad_grid; ++d) {
-      V sum(0);
+      V grad(0);
       for (int k = 0; k < C::corners; ++k) {
-        sum = fmadd(x_sums[k], V(of_x[d][k][i]), sum);
+        grad = fmadd(x_sums[k], V(of_x[d][k][i]), grad);
         if constexpr (has_v) {
-          sum = fmadd(v_sums[k], V(of_v[d][k][i]), sum);
+          grad = fmadd(v_sums[k], V(of_v[d][k][i]), grad);
         }
       }
-      call.grad_grid[(sample * call.points + point) * dims + d] =
-          at::vec::vec_reduce_all<T>(std::plus<>(), sum);
+      call.grad_grid[(sample * call.points + point) * dims + d] = sum(grad);
     }
   }
 }
 
 // What several points add to: grad_input, of some groups of a sample's channels.
-template <class T, int dims>
-void scatter(const Call<T, dims>& call, int64_t sample, int64_t first_group) {
-  using V = Channels<T>;
+template <class V, int dims>
+void scatter(const Call<V, dims>& call, int64_t sample, int64_t first_group) {
+  using T = typename V::value_type;
   const int64_t end = std::min(first_group + kGroups, call.groups);
   for (int64_t first = 0; first < call.points; first += kPoints) {
     const Cells<T, dims> cells(call, sample, first);
@@ -216,12 +245,12 @@ void for_each_group(int64_t samples, int64_t n, int64_t size, int64_t cost, cons
   });
 }
 
-template <class T, int dims>
-void run(const Call<T, dims>& call, int64_t samples) {
-  const int64_t cost = Cells<T, dims>::corners * call.groups * Channels<T>::size();  // of a point
+template <class V, int dims>
+void run(const Call<V, dims>& call, int64_t samples) {
+  const int64_t cost = (1 << dims) * call.groups * V::size();  // of a point
   if (call.grad_grad_output || call.grad_grid) {
     for_each_group(samples, call.points, kPoints, kPoints * cost, [&](int64_t sample, int64_t first) {
-      (call.grad_grad_input ? gather<true, T, dims> : gather<false, T, dims>)(call, sample, first);
+      (call.grad_grad_input ? gather<true, V, dims> : gather<false, V, dims>)(call, sample, first);
     });
   }
   if (call.grad_input) {
@@ -233,9 +262,11 @@ void run(const Call<T, dims>& call, int64_t samples) {
 
 // Tensors (N, C, M) of M pixels or points as (N, groups, M, channels of a vector), with zeros where the last
 // group has no channel: so a vector is loaded where a pixel is, and its channels are not gathered.
-template <class T>
+template <class V>
 class Grouping {
  public:
+  using T = typename V::value_type;
+
   explicit Grouping(const Tensor& planes)
       : samples_(planes.size(0)), channels_(planes.size(1)), groups_((channels_ + lanes - 1) / lanes) {}
 
@@ -243,12 +274,13 @@ class Grouping {
     return groups_;
   }
   Tensor empty(const Tensor& planes) const {
-    return planes.defined() ? at::empty({samples_, groups_, positions(planes), lanes}, planes.options())
-                            : Tensor();
+    return lanes == 1         ? planes
+           : planes.defined() ? at::empty({samples_, groups_, positions(planes), lanes}, planes.options())
+                              : Tensor();
   }
   Tensor group(const Tensor& planes) const {
     const Tensor grouped = empty(planes);
-    if (planes.defined()) {
+    if (planes.defined() && lanes > 1) {
       const T* const from = const_data<T>(planes);
       T* const to = mutable_data<T>(grouped);
       each_tile(
@@ -262,7 +294,7 @@ class Grouping {
     return grouped;
   }
   void ungroup(const Tensor& planes, const Tensor& grouped) const {
-    if (planes.defined()) {
+    if (planes.defined() && lanes > 1) {
       const T* const from = const_data<T>(grouped);
       T* const to = mutable_data<T>(planes);
       each_tile(
@@ -273,7 +305,7 @@ class Grouping {
   }
 
  private:
-  static constexpr int64_t lanes = Channels<T>::size();
+  static constexpr int64_t lanes = V::size();
 
   int64_t positions(const Tensor& planes) const {
     return planes.numel() / (samples_ * channels_);
@@ -297,15 +329,16 @@ void double_backward(
     const Tensor& grad_grad_output, const Tensor& grad_input, const Tensor& grad_grid,
     const Tensor& grad_grad_input, const Tensor& grad_grad_grid, const Tensor& grad_output,
     const GridSample& of) {
-  const auto run_in = [&]<class T, int dims>() {
-    const Grouping<T> channels(of.input);
+  const auto run_in = [&]<class V, int dims>() {
+    using T = typename V::value_type;
+    const Grouping<V> channels(of.input);
     const Tensor x = channels.group(of.input), v = channels.group(grad_grad_input),
                  g = channels.group(grad_output);
     const Tensor to_g = channels.empty(grad_grad_output), to_x = channels.empty(grad_input);
     if (to_x.defined()) {
       to_x.zero_();
     }
-    Call<T, dims> call{
+    Call<V, dims> call{
         .groups = channels.groups(),
         .points = grad_grad_grid.numel() / (of.input.size(0) * dims),
         .padding = static_cast<GridSamplerPadding>(of.padding),
@@ -328,8 +361,11 @@ void double_backward(
     channels.ungroup(grad_input, to_x);
   };
   AT_DISPATCH_FLOATING_TYPES(of.input.scalar_type(), "gradnorm_kernels", [&] {
-    of.input.dim() == 4 ? run_in.template operator()<scalar_t, 2>()
-                        : run_in.template operator()<scalar_t, 3>();
+    const auto run_of = [&]<class V>() {
+      of.input.dim() == 4 ? run_in.template operator()<V, 2>() : run_in.template operator()<V, 3>();
+    };
+    of.input.size(1) < kFew ? run_of.template operator()<OneChannel<scalar_t>>()
+                            : run_of.template operator()<at::vec::Vectorized<scalar_t>>();
   });
 }
 
