@@ -102,6 +102,8 @@ class Case:
     finite: Sequence[int] = ()
     # How many of the inputs have a dtype of their own: the last ones.
     parameters = 0
+    # What a value is about as large as. Roundings are of it, where the largest value is smaller.
+    unit = 1.0
 
     def __str__(self) -> str:
         return self.name
@@ -239,7 +241,7 @@ def assert_no_worse_than_stock(
         if a.numel() < exact[0].numel():
             # Terms of a sum may cancel.
             allowed = max(allowed, 1) * math.sqrt(exact[0].numel() / a.numel())
-        tiny = floor + allowed * torch.finfo(a.dtype).eps * max(e.abs().max().item(), 1)
+        tiny = floor + allowed * torch.finfo(a.dtype).eps * max(e.abs().max().item(), case.unit)
         if math.isnan(stock_error):  # whose intermediates overflow in float16
             stock_error = torch.finfo(a.dtype).eps * e.abs().max().item()
         assert error <= 2 * stock_error + tiny, f"{name}: {error:.3e}, stock {stock_error:.3e}"

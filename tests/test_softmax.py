@@ -68,9 +68,12 @@ class Softmax(Case):
         forwards = {"log_softmax"} if self.along_rows else {"log_softmax", "softmax"}
         return call.name in {"softmax_backward", *forwards}
 
+    @property
+    def unit(self):
+        return 1 / max(self.shape[self.dim], 1) if self.shape else 1
+
     def roundings(self, dtype):
-        # Of 1 / n, about what an element is: which of two errors has the greater maximum is luck.
-        return 4 / max(self.shape[self.dim], 1) if self.shape else 0
+        return 4  # which of two errors has the greater maximum is luck
 
     @property
     def large(self):

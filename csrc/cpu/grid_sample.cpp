@@ -178,15 +178,14 @@ void gather(const Call<V, dims>& call, int64_t sample, int64_t first) {
       const V g = V::loadu(call.grad_output + (plane * call.points + point) * V::size());
       V total(0);
       for (int k = 0; k < C::corners; ++k) {
-        if (cells.pixel[k][i] < 0) {
-          continue;
-        }
+        // Nothing is 0, not left out: of a point that is NaN the sum is NaN.
+        const bool is_inside = cells.pixel[k][i] >= 0;
         const int64_t offset = (plane * call.pixels + cells.pixel[k][i]) * V::size();
-        const V x = V::loadu(call.input + offset);
+        const V x = is_inside ? V::loadu(call.input + offset) : V(0);
         total = fmadd(x, V(cells.change[k][i]), total);
         x_sums[k] = fmadd(g, x, x_sums[k]);
         if constexpr (has_v) {
-          const V v = V::loadu(call.grad_grad_input + offset);
+          const V v = is_inside ? V::loadu(call.grad_grad_input + offset) : V(0);
           total = fmadd(v, V(cells.weight[k][i]), total);
           v_sums[k] = fmadd(g, v, v_sums[k]);
         }
