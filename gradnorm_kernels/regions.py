@@ -317,6 +317,8 @@ class _Region:
     def _merge(self, graph: fx.Graph) -> dict[fx.Node, str]:
         """Leaves one node of those that compute the same; returns for each its op and operands.
 
+        Calls that differ in the results that they are asked for become one that is asked for all of them: a
+        double backward gives the gradient of the gradient in one stage, and the others in the next.
         Torch's own elimination of common subexpressions leaves some, of which a matrix product can follow.
         """
         keys: dict[fx.Node, str] = {}
@@ -325,14 +327,18 @@ class _Region:
             if node.op in ("placeholder", "output"):
                 keys[node] = f"{node.op} {i}"
                 continue
-            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda operand: keys[operand])
-            key = f"{node.op} {node.target} {args} {kwargs}"
+            arguments = _named_arguments(node)
+            arguments.pop("output_mask", None)
+            key = f"{node.op} {node.target} {fx.map_arg(arguments, lambda operand: keys[operand])}"
             if _is_random(node):
                 # Told apart by their order.
                 key += f" {sum(map(_is_random, keys))}"
             # A number, because what contains its operands' keys would grow with the depth.
             keys[node] = f"node {self._numbers.setdefault(key, len(self._numbers))}"
-            node.replace_all_uses_with(first.setdefault(keys[node], node))
+            same = first.setdefault(keys[node], node)
+            if same is not node:
+                _add_mask(same, node)
+                node.replace_all_uses_with(same)
         for node in reversed(graph.nodes):
             if node.op == "call_function" and not node.users:
                 graph.erase_node(node)
@@ -406,6 +412,27 @@ def _extract(
         graph.call_function(torch.ops.aten.copy_.default, (copies[placeholder], copies[value]))
     graph.output(tuple(copies[node] for node in outputs))
     return fx.GraphModule(joint.graph, graph), list(used)
+
+
+def _named_arguments(node: fx.Node) -> dict[str, Any]:
+    schema = getattr(node.target, "_schema", None)
+    names = [argument.name for argument in schema.arguments] if schema else map(str, range(len(node.args)))
+    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
+def _add_mask(node: fx.Node, other: fx.Node) -> None:
+    """Asks ``node`` also for the results that ``other``, the same call, is asked for."""
+    arguments = _named_arguments(node)
+    if "output_mask" not in arguments:
+        return
+    masks = arguments["output_mask"], _named_arguments(other)["output_mask"]
+    wanted = [any(pair) for pair in zip(*masks, strict=True)]
+    if "output_mask" in node.kwargs:
+        node.update_kwarg("output_mask", wanted)
+    else:
+        node.update_arg([*arguments].index("output_mask"), wanted)
+    values = zip(node.meta["val"], other.meta["val"], strict=True)
+    node.meta["val"] = tuple(b if a is None else a for a, b in values)
 
 
 def _is_random(node: fx.Node) -> bool:

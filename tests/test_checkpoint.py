@@ -43,6 +43,12 @@ class DropPath(nn.Module):
         return x * x.new_empty(len(x), 1).bernoulli_(0.5) if self.training else x
 
 
+class Attention(nn.Module):
+    def forward(self, x):
+        heads = x.unflatten(-1, (2, -1)).transpose(0, 1)
+        return gk.functional.scaled_dot_product_attention(heads, heads, heads).transpose(0, 1).flatten(1)
+
+
 def spectral():
     return nn.Sequential(nn.Tanh(), spectral_norm(nn.Linear(8, 8)), nn.SiLU())
 
@@ -54,6 +60,7 @@ BLOCKS = {
     "batch_norm": functools.partial(Block, lambda: nn.Sequential(gk.FusedBatchNorm1d(8), nn.Tanh())),
     "stock_batch_norm": functools.partial(Block, lambda: nn.Sequential(nn.BatchNorm1d(8), nn.Tanh())),
     "spectral_norm": functools.partial(Block, spectral),
+    "attention": lambda: Block(Attention),
 }
 WITHOUT_THIRD_ORDER = {"stock_batch_norm"}
 

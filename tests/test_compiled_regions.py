@@ -77,9 +77,10 @@ def test_third_order_through_random_numbers_raises():
         step(compile_modules(make_model("dropout")), 3)
 
 
-def test_matrix_products_of_a_step():
-    """As many as eager's, in which nothing is computed twice."""
-    model = make_model("fused")
+@pytest.mark.parametrize("block", ["fused", "attention"])
+def test_nothing_is_computed_twice(block):
+    """As many matrix products and passes of attention as in an eager step."""
+    model = make_model(block)
     x = torch.randn(5, WIDTH, dtype=torch.float64, requires_grad=True)
 
     def twice(model):
@@ -97,7 +98,11 @@ def test_matrix_products_of_a_step():
             with torch.profiler.profile() as profiler:
                 run(model)
             events = {event.key: event.count for event in profiler.key_averages()}
-            counts.append(sum(events.get(f"aten::{name}", 0) for name in ("mm", "addmm")))
+            products = sum(events.get(f"aten::{name}", 0) for name in ("mm", "addmm"))
+            attention = {
+                key: n for key, n in events.items() if key.startswith("gradnorm_kernels::scaled_dot")
+            }
+            counts.append((products, attention))
         return counts
 
     assert count(compile_modules(copy.deepcopy(model))) == count(model)
