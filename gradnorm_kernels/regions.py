@@ -9,6 +9,7 @@ piece is compiled. The autograd Functions around the pieces are those of `checkp
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
@@ -212,7 +213,7 @@ class _Region:
             module, inputs = _extract(joint, held, outputs, changes)
             place = {node: i for i, node in enumerate(outputs)}
             self._pieces[chain, keep] = _Piece(
-                torch.compile(module.forward, **self._options),
+                _compiled_when_called(module, self._options),
                 inputs,
                 [None if node is None else place[node] for node in results],
                 [place[nodes[key]] for key in kept],
@@ -412,6 +413,16 @@ def _extract(
         graph.call_function(torch.ops.aten.copy_.default, (copies[placeholder], copies[value]))
     graph.output(tuple(copies[node] for node in outputs))
     return fx.GraphModule(joint.graph, graph), list(used)
+
+
+def _compiled_when_called(module: fx.GraphModule, options: dict[str, Any]) -> Callable[..., Sequence[Any]]:
+    @functools.cache
+    def compiled() -> Callable[..., Sequence[Any]]:
+        # While Dynamo captures a region, it marks all code that fx generates as code not to be compiled.
+        module.recompile()
+        return torch.compile(module.forward, **options)
+
+    return lambda *args: compiled()(*args)
 
 
 def _named_arguments(node: fx.Node) -> dict[str, Any]:
