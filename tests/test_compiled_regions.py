@@ -107,6 +107,18 @@ def test_nothing_is_computed_twice(block):
 
 
 @pytest.mark.slow
+def test_every_piece_is_compiled():
+    """The forward, too, which is made while Dynamo captures the region."""
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph
+
+    step(gk.compile_modules(make_model(), backend=backend))
+    assert len(compiled) == 4
+
+
 def test_frozen_parameters_and_an_input_without_gradient():
     model = make_model()
     model[1][1].requires_grad_(False)
