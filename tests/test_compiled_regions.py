@@ -106,7 +106,6 @@ def test_nothing_is_computed_twice(block):
     assert count(compile_modules(copy.deepcopy(model))) == count(model)
 
 
-@pytest.mark.slow
 def test_every_piece_is_compiled():
     """The forward, too, which is made while Dynamo captures the region."""
     compiled = []
@@ -119,6 +118,7 @@ def test_every_piece_is_compiled():
     assert len(compiled) == 4
 
 
+@pytest.mark.slow
 def test_frozen_parameters_and_an_input_without_gradient():
     model = make_model()
     model[1][1].requires_grad_(False)
