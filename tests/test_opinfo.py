@@ -21,9 +21,12 @@ from benchmarks.opinfo import OPS, samples_of  # noqa: E402
 
 # OpInfo's names. Each op is in one table, and no table lets an op pass that belongs in another.
 
-# Differentiated twice by our formulas, without the zeros that PyTorch's write, or right where its are wrong.
+# Differentiated twice by our formulas, without the zeros that PyTorch's write, or right where its are wrong or
+# missing.
 FUSED = [
     "_native_batch_norm_legit",
+    "_segment_reduce.lengths",
+    "_segment_reduce.offsets",
     "cos",
     "log_softmax",
     "log_softmax.with_dtype",
@@ -42,7 +45,9 @@ FUSED = [
     "nn.functional.conv_transpose2d",
     "nn.functional.conv_transpose3d",
     "nn.functional.cosine_similarity",
+    "nn.functional.ctc_loss",
     "nn.functional.elu",
+    "nn.functional.embedding_bag",
     "nn.functional.gelu",
     "nn.functional.group_norm",
     "nn.functional.hardshrink",
@@ -54,6 +59,8 @@ FUSED = [
     "nn.functional.leaky_relu",
     "nn.functional.logsigmoid",
     "nn.functional.mish",
+    "nn.functional.multi_margin_loss",
+    "nn.functional.multilabel_margin_loss",
     "nn.functional.relu",
     "nn.functional.relu6",
     "nn.functional.rms_norm",
@@ -111,6 +118,7 @@ FAST = {
     "nn.functional.conv_transpose1d",
     "nn.functional.conv_transpose2d",
     "nn.functional.conv_transpose3d",
+    "nn.functional.ctc_loss",
     "nn.functional.group_norm",
     "nn.functional.instance_norm",
     "nn.functional.scaled_dot_product_attention",
