@@ -495,10 +495,11 @@ struct Ctc {
   }
 };
 
-// Of numbers that no transform is to take for its own.
+// Its memory is its own: a transform must not take it for a tensor of its level, and a graph may keep it.
 Tensor to_tensor(at::IntArrayRef lengths) {
-  const auto size = static_cast<int64_t>(lengths.size());
-  return at::from_blob(const_cast<int64_t*>(lengths.data()), {size}, at::kLong).clone();
+  auto* const copy = new std::vector<int64_t>(lengths.vec());
+  return at::from_blob(
+      copy->data(), {static_cast<int64_t>(copy->size())}, [copy](void*) { delete copy; }, at::kLong);
 }
 Tensor to_tensor(const Tensor& lengths) {
   return lengths;

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from contract import assert_close
 from test_corrected import curvatures, random, up_to_third_order
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import gradnorm_kernels as gk
 
@@ -334,6 +335,33 @@ def test_gradients_of_several_directions_at_once(name):
         assert_close(
             ours, [torch.stack(pair) for pair in zip(*expected, strict=True)], rtol=1e-12, atol=1e-12
         )
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "embedding_bag, weights",
+        "embedding_bag, max",
+        "multi_margin",
+        "multilabel_margin",
+        "segment_reduce, max, lengths",
+        "ctc_loss",
+    ],
+)
+def test_traced_graphs_are_right(name):
+    function, _, inputs = CASES[name]
+
+    def second(*inputs):
+        firsts = torch.autograd.grad(finite(function(*inputs)).sin().sum(), inputs, create_graph=True)
+        total = sum(first.sin().sum() for first in firsts)
+        return torch.autograd.grad(total, inputs, materialize_grads=True)
+
+    others = [2 * x.detach() for x in inputs]
+    others = [x.requires_grad_() for x in others]
+    with gk.set_fused_double_backward(True):
+        graph = make_fx(second)(*inputs)
+        expected = second(*others)
+    assert_close(graph(*others), expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("create_graph", [False, True])

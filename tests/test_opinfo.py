@@ -21,8 +21,8 @@ from benchmarks.opinfo import OPS, samples_of  # noqa: E402
 
 # OpInfo's names. Each op is in one table, and no table lets an op pass that belongs in another.
 
-# Differentiated twice by our formulas, without the zeros that PyTorch's write, or right where its are wrong or
-# missing.
+# Differentiated twice by our formulas, without the zeros that PyTorch's write, or right where its are wrong
+# or missing.
 FUSED = [
     "_native_batch_norm_legit",
     "_segment_reduce.lengths",
@@ -91,11 +91,13 @@ WRONG_BEFORE = {"native_group_norm": "2.15"}
 
 # Other names of ops that are in the tables, or of what their families' tests take through gradcheck.
 LEFT_TO_TEST_ALL = {
+    "_segment_reduce.offsets",
     "log_softmax.with_dtype",
     "masked.log_softmax",
     "nn.functional.batch_norm.without_cudnn",
     "nn.functional.conv1d",
     "nn.functional.conv_transpose1d",
+    "nn.functional.ctc_loss",
     "nn.functional.relu6",
     "nn.functional.selu",
     "nn.functional.softmin",
@@ -108,6 +110,8 @@ LEFT_TO_TEST_ALL = {
 FAST = {
     "_batch_norm_with_update",
     "_native_batch_norm_legit",
+    "_segment_reduce.lengths",
+    "_segment_reduce.offsets",
     "masked.log_softmax",
     "masked.softmax",
     "native_batch_norm",
