@@ -435,8 +435,10 @@ struct Ctc {
   bool zero_infinity;
 
   // The losses, and the forward variables of Graves et al. (2006) as logarithms. The gradient of the losses
-  // is PyTorch's, which is that of scores whose log_softmax log_probs is: it has exp(log_probs) in it.
-  TensorPair by_parts(const Tensor& log_probs) const {
+  // is PyTorch's, which is that of scores whose log_softmax log_probs is: it has exp(log_probs) in it. In
+  // float64, since the logarithms grow with the number of frames, and their differences do not.
+  TensorPair by_parts(const Tensor& given) const {
+    const Tensor log_probs = given.to(at::kDouble);
     const auto frames = log_probs.size(0), batch = log_probs.size(1);
     const Tensor input_length = input_lengths.to(log_probs.device(), at::kLong).reshape({-1, 1});
     const Tensor length = target_lengths.to(log_probs.device(), at::kLong).reshape({-1, 1});
@@ -468,7 +470,7 @@ struct Ctc {
     const Tensor last = 2 * length;
     const Tensor at_label = alpha.gather(1, (last - 1).clamp_min(0)).masked_fill(length == 0, kUnreached);
     const Tensor at_end = at::cat({alpha.gather(1, last), at_label}, 1).logsumexp(1, /*keepdim=*/true);
-    const Tensor without_frames = at::where(length == 0, 0.0, kUnreached).to(log_probs.scalar_type());
+    const Tensor without_frames = at::where(length == 0, 0.0, kUnreached).to(at::kDouble);
     const Tensor log_likelihood = at::where(input_length == 0, without_frames, at_end).squeeze(1);
 
     const Tensor is_frame = at::arange(frames, integers).unsqueeze(1) < input_length.squeeze(1);
@@ -477,10 +479,11 @@ struct Ctc {
     const Tensor is_impossible = log_likelihood.detach() < kUnreached / 2;
     constexpr auto inf = std::numeric_limits<double>::infinity();
     const Tensor log_alpha = at::stack(alphas, 1).detach();
+    const Tensor result = zero_infinity ? losses.masked_fill(is_impossible, inf)
+                                        : losses * at::ones_like(losses).masked_fill(is_impossible, inf);
     return {
-        zero_infinity ? losses.masked_fill(is_impossible, inf)
-                      : losses * at::ones_like(losses).masked_fill(is_impossible, inf),
-        log_alpha.masked_fill(log_alpha < kUnreached / 2, -inf)};
+        result.to(given.scalar_type()),
+        log_alpha.masked_fill(log_alpha < kUnreached / 2, -inf).to(given.scalar_type())};
   }
 
  private:
