@@ -29,7 +29,9 @@ class set_fused_double_backward(ContextDecorator):  # noqa: N801 - the idiom of 
     is the first backward of sine, cosine and grouped-query attention. What PyTorch gets wrong, or NaN, is
     right: weight normalisation, which it differentiates with the norm held constant; the norm, and so
     ``F.normalize`` and cosine similarity, of rows of zeros; sinc at 0; the third order of transposed
-    convolutions with output padding.
+    convolutions with output padding. So is what it cannot differentiate twice: embedding bags, but for sparse
+    gradients, ``F.ctc_loss``, ``F.multi_margin_loss``, ``F.multilabel_margin_loss`` and
+    ``torch.segment_reduce``.
 
     Under ``torch.func`` transforms, forward-mode AD and in graphs that are captured for a compiler, layer,
     batch and instance normalisation, softmax, its logarithm, attention, grid sampling, Mish and hard sigmoid

@@ -74,6 +74,18 @@ HARMFUL = {
         "raises",
         "MultiMarginLoss",
     ),
+    "multilabel_margin_loss": (
+        lambda x: F.multilabel_margin_loss(x, torch.tensor([[0, 1, -1, 2]] * 3)),
+        X,
+        "raises",
+        "MultilabelMarginLoss",
+    ),
+    "segment_reduce": (
+        lambda x: torch.segment_reduce(x, "max", lengths=torch.tensor([1, 2])),
+        X,
+        "raises",
+        "SegmentReduce",
+    ),
     "layer norm without weight": (
         lambda t: F.layer_norm(t[:2], (4,), None, t[2]),
         X,
@@ -115,6 +127,32 @@ def test_what_hurts_is_found_and_nothing_else(name):
     else:
         loss = leaf.square().sum() + gradient.square().sum()
         assert torch.equal(torch.autograd.grad(loss, leaf)[0], 2 * leaf)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "hardsigmoid",
+        "embedding_bag",
+        "ctc_loss",
+        "multi_margin_loss",
+        "multilabel_margin_loss",
+        "segment_reduce",
+    ],
+)
+def test_what_the_switch_remedies(name):
+    function, x, _, _ = HARMFUL[name]
+    assert all("gk.set_fused_double_backward" in f.remedy for f in gk.diagnose(function, x).harmful)
+    with gk.set_fused_double_backward(True):
+        assert not gk.diagnose(function, x).harmful
+
+
+def test_sparse_gradients_have_no_remedy():
+    def bags(weight):
+        return F.embedding_bag(torch.tensor([[0, 1]]), weight, mode="sum", sparse=True)
+
+    with gk.set_fused_double_backward(True):
+        assert found(gk.diagnose(bags, X)) == {("raises", "EmbeddingBag")}
 
 
 def test_attention_under_the_switch_and_fused():

@@ -21,9 +21,12 @@ from benchmarks.opinfo import OPS, samples_of  # noqa: E402
 
 # OpInfo's names. Each op is in one table, and no table lets an op pass that belongs in another.
 
-# Differentiated twice by our formulas, without the zeros that PyTorch's write, or right where its are wrong.
+# Differentiated twice by our formulas, without the zeros that PyTorch's write, or right where its are wrong
+# or missing.
 FUSED = [
     "_native_batch_norm_legit",
+    "_segment_reduce.lengths",
+    "_segment_reduce.offsets",
     "cos",
     "log_softmax",
     "log_softmax.with_dtype",
@@ -43,6 +46,7 @@ FUSED = [
     "nn.functional.conv_transpose3d",
     "nn.functional.cosine_similarity",
     "nn.functional.elu",
+    "nn.functional.embedding_bag",
     "nn.functional.gelu",
     "nn.functional.group_norm",
     "nn.functional.hardshrink",
@@ -54,6 +58,8 @@ FUSED = [
     "nn.functional.leaky_relu",
     "nn.functional.logsigmoid",
     "nn.functional.mish",
+    "nn.functional.multi_margin_loss",
+    "nn.functional.multilabel_margin_loss",
     "nn.functional.relu",
     "nn.functional.relu6",
     "nn.functional.rms_norm",
@@ -84,6 +90,7 @@ WRONG_BEFORE = {"native_group_norm": "2.15"}
 
 # Other names of ops that are in the tables, or of what their families' tests take through gradcheck.
 LEFT_TO_TEST_ALL = {
+    "_segment_reduce.offsets",
     "log_softmax.with_dtype",
     "masked.log_softmax",
     "nn.functional.batch_norm.without_cudnn",
@@ -101,6 +108,8 @@ LEFT_TO_TEST_ALL = {
 FAST = {
     "_batch_norm_with_update",
     "_native_batch_norm_legit",
+    "_segment_reduce.lengths",
+    "_segment_reduce.offsets",
     "masked.log_softmax",
     "masked.softmax",
     "native_batch_norm",
@@ -121,7 +130,8 @@ def is_ours(function, inputs):
     """Whether a node of ours is in the graph of the first gradients."""
     outputs = function(*inputs)
     outputs = [o for o in (outputs if isinstance(outputs, tuple) else (outputs,)) if o.requires_grad]
-    ones = [torch.ones_like(o) for o in outputs]
+    # Of a linear op only these are what its backward is differentiated by.
+    ones = [torch.ones_like(o).requires_grad_() for o in outputs]
     gradients = torch.autograd.grad(outputs, inputs, ones, create_graph=True, allow_unused=True)
     nodes = graph_nodes([g for g in gradients if g is not None])
     return any("gradnorm_kernels" in node.name() for node in nodes)
