@@ -1,19 +1,30 @@
 """Drop-ins for timm's own modules; imports timm, and is imported by ``fuse`` when a model has such modules.
 
-Each is a subclass of timm's class whose ``forward`` differs only in the functions that it calls.
+Each is a subclass of timm's class whose ``forward`` differs only in the functions that it calls. Where no more
+is to be gained than that, :class:`_CallsOurs` is all there is to it.
 """
 
+import dis
 import functools
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from types import FunctionType
 from typing import Any
 
 import timm.layers
+import timm.models
 import torch
-from timm.layers.norm import LayerNormFp32, RmsNorm2dFp32, RmsNormFp32
+import torch.nn.functional as F
+from timm.layers import norm_act
+from timm.layers.norm import LayerNorm2dFp32, LayerNormFp32, RmsNorm2dFp32, RmsNormFp32
 from timm.layers.padding import pad_same
 from timm.models import checkpoint_seq
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention
+from timm.models.xcit import XCA
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from . import functional, modules
@@ -35,6 +46,12 @@ class FusedLayerNormFp32(LayerNormFp32):
 class FusedLayerNorm2d(timm.layers.LayerNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         return functional.layer_norm_2d(x, self.weight, self.bias, self.eps)
+
+
+class FusedLayerNorm2dFp32(LayerNorm2dFp32):
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = (p if p is None else p.float() for p in (self.weight, self.bias))
+        return functional.layer_norm_2d(x.float(), weight, bias, self.eps).to(x.dtype)
 
 
 class FusedRmsNorm(timm.layers.RmsNorm):
@@ -89,10 +106,30 @@ class FusedGroupNorm1(timm.layers.GroupNorm1):
     forward = modules.FusedGroupNorm.forward  # type: ignore[assignment]
 
 
-class FusedGroupNormAct(timm.layers.GroupNormAct):
+def _filter_response(norm: Any, x: Tensor, act: nn.Module) -> Tensor:
+    """Over the root mean square of each channel's pixels, times a weight of the channel, plus a bias."""
+    x = functional.rms_norm(x.flatten(2), (x[0, 0].numel(),), None, norm.eps).view(x.shape)
+    mean, var = norm.weight.new_zeros(norm.weight.shape), norm.weight.new_ones(norm.weight.shape)
+    # A batch normalisation by 0 and 1 is the rest.
+    arguments = (x, mean, var, norm.weight, norm.bias)
+    activation = modules.activation_of_batch_norm(act, x)
+    if activation is not None:
+        return functional.batch_norm_act(*arguments, training=False, eps=0.0, **activation)
+    return act(functional.batch_norm(*arguments, training=False, eps=0.0))  # type: ignore[no-any-return]
+
+
+class FusedFilterResponseNormAct2d(timm.layers.FilterResponseNormAct2d):
     def forward(self, x: Tensor) -> Tensor:
-        x = functional.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
-        return self.act(self.drop(x))
+        return _filter_response(self, x, self.act)
+
+
+class FusedFilterResponseNormTlu2d(timm.layers.FilterResponseNormTlu2d):
+    def forward(self, x: Tensor) -> Tensor:
+        x = _filter_response(self, x, _IDENTITY)
+        return x if self.tau is None else torch.maximum(x, self.tau.view(-1, 1, 1).to(x.dtype))
+
+
+_IDENTITY = nn.Identity()
 
 
 class FusedBatchNormAct2d(timm.layers.BatchNormAct2d):
@@ -222,6 +259,96 @@ class FusedSwinTransformerBlock(SwinTransformerBlock):
         return torch.ops.gradnorm_kernels.permute_rows(windows, inverse, order).view_as(x)
 
 
+def _norm_act(kind: type[nn.Module], norm: type[nn.Module]) -> type[nn.Module]:
+    """Of a normalisation with an activation, given the drop-in of the normalisation."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return self.act(self.drop(norm.forward(self, x)))  # type: ignore[no-any-return]
+
+    return _subclass(kind, (kind,), {"forward": forward})
+
+
+def _subclass(kind: type[nn.Module], bases: tuple[type, ...], members: dict[str, Any]) -> type[nn.Module]:
+    # Classes of several of timm's files have the same name. By the qualified one pickle looks for it.
+    unique = f"Fused{kind.__name__}_{kind.__module__.rpartition('.')[2]}"
+    names = {"__module__": __name__, "__qualname__": unique}
+    fused: type[nn.Module] = type(f"Fused{kind.__name__}", bases, members | names)
+    globals()[unique] = fused
+    return fused
+
+
+def _softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+    return functional.softmax(input, dim, dtype=dtype)
+
+
+def _relu(input: Tensor, inplace: bool = False) -> Tensor:
+    return F.relu(input, inplace=True) if inplace else functional.relu(input)
+
+
+# Of PyTorch's functions and methods those that stand for them, with the same parameters.
+_OURS: dict[Any, Callable[..., Any]] = {
+    F.batch_norm: functional.batch_norm,
+    F.conv2d: functional.conv2d,
+    F.gelu: functional.gelu,
+    F.group_norm: functional.group_norm,
+    F.layer_norm: functional.layer_norm,
+    F.linear: functional.linear,
+    F.normalize: functional.normalize,
+    F.relu: _relu,
+    F.rms_norm: functional.rms_norm,
+    F.scaled_dot_product_attention: functional.scaled_dot_product_attention,
+    F.softmax: functional.softmax,
+    Tensor.relu: functional.relu,
+    Tensor.sigmoid: functional.sigmoid,
+    Tensor.softmax: _softmax,
+    Tensor.tanh: functional.tanh,
+    torch.relu: functional.relu,
+    torch.sigmoid: functional.sigmoid,
+    torch.softmax: _softmax,
+    torch.tanh: functional.tanh,
+}
+_NAMES = {function.__name__ for function in _OURS}
+
+
+class _OurFunctions(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _OURS.get(func, func)(*args, **(kwargs or {}))
+
+
+class _CallsOurs(nn.Module):
+    """Calls our functions in the place of PyTorch's, and so do the modules in it."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with _OurFunctions():
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+
+def _callers() -> Iterator[type[nn.Module]]:
+    """Those of timm's classes whose own code calls one of these functions.
+
+    Not those that checkpoint what is in them, which is recomputed outside of the module's ``forward``.
+    """
+    for name, file in sorted(sys.modules.items()):
+        if not name.startswith(("timm.layers.", "timm.models.")):
+            continue
+        for kind in vars(file).values():
+            is_own = isinstance(kind, type) and issubclass(kind, nn.Module) and kind.__module__ == name
+            if not is_own or hasattr(kind, "set_grad_checkpointing"):
+                continue
+            methods = [f for k, f in vars(kind).items() if isinstance(f, FunctionType) and k != "__init__"]
+            checkpoints = any("checkpoint" in used for f in methods for used in f.__code__.co_names)
+            if not checkpoints and any(map(_calls_one, methods)):
+                yield kind
+
+
+def _calls_one(function: FunctionType) -> bool:
+    if not _NAMES & {*function.__code__.co_names}:
+        return False
+    # Not a submodule of that name.
+    pairs = itertools.pairwise(dis.get_instructions(function))
+    return any(after.argval in _NAMES and before.argval != "self" for before, after in pairs)
+
+
 # Each class of timm's with its drop-in and the attributes that this needs and the original lacks, or has
 # with another value. PyTorch's fused attention cannot be differentiated twice.
 REPLACEMENTS: dict[type[nn.Module], tuple[type[nn.Module], dict[str, Any]]] = {
@@ -237,10 +364,11 @@ REPLACEMENTS: dict[type[nn.Module], tuple[type[nn.Module], dict[str, Any]]] = {
     timm.layers.Attention: (FusedAttention, {"fused_attn": False}),
     timm.layers.BatchNormAct2d: (FusedBatchNormAct2d, {}),
     timm.layers.Conv2dSame: (FusedConv2dSame, {}),
+    timm.layers.FilterResponseNormAct2d: (FusedFilterResponseNormAct2d, {}),
+    timm.layers.FilterResponseNormTlu2d: (FusedFilterResponseNormTlu2d, {}),
     timm.layers.GluMlp: (FusedGluMlp, {}),
     timm.layers.GroupNorm: (FusedTimmGroupNorm, {}),
     timm.layers.GroupNorm1: (FusedGroupNorm1, {}),
-    timm.layers.GroupNormAct: (FusedGroupNormAct, {}),
     timm.layers.LayerNorm: (FusedTimmLayerNorm, {}),
     timm.layers.LayerNorm2d: (FusedLayerNorm2d, {}),
     timm.layers.RmsNorm: (FusedRmsNorm, {}),
@@ -248,6 +376,7 @@ REPLACEMENTS: dict[type[nn.Module], tuple[type[nn.Module], dict[str, Any]]] = {
     timm.layers.SwiGLU: (FusedSwiGLU, {}),
     BasicBlock: (FusedBasicBlock, {}),
     Bottleneck: (FusedBottleneck, {}),
+    LayerNorm2dFp32: (FusedLayerNorm2dFp32, {}),
     LayerNormFp32: (FusedLayerNormFp32, {}),
     ResNet: (FusedResNet, {}),
     RmsNorm2dFp32: (FusedRmsNorm2dFp32, {}),
@@ -255,3 +384,24 @@ REPLACEMENTS: dict[type[nn.Module], tuple[type[nn.Module], dict[str, Any]]] = {
     SwinTransformerBlock: (FusedSwinTransformerBlock, {}),
     WindowAttention: (FusedWindowAttention, {"fused_attn": False}),
 }
+
+REPLACEMENTS |= {
+    kind: (_norm_act(kind, norm), {})
+    for kind, norm in {
+        norm_act.GroupNorm1Act: modules.FusedGroupNorm,
+        norm_act.GroupNormAct: modules.FusedGroupNorm,
+        norm_act.LayerNormAct: modules.FusedLayerNorm,
+        norm_act.LayerNormAct2d: FusedLayerNorm2d,
+        norm_act.LayerNormAct2dFp32: FusedLayerNorm2dFp32,
+        norm_act.LayerNormActFp32: FusedLayerNormFp32,
+        norm_act.RmsNormAct: FusedRmsNorm,
+        norm_act.RmsNormAct2d: FusedRmsNorm2d,
+        norm_act.RmsNormAct2dFp32: FusedRmsNorm2dFp32,
+        norm_act.RmsNormActFp32: FusedRmsNormFp32,
+    }.items()
+}
+for _kind in _callers():
+    if _kind not in REPLACEMENTS:
+        # XCiT's fused attention leaves out the dropout.
+        _flag = {"fused_attn": _kind is not XCA} if "fused_attn" in _kind.__annotations__ else {}
+        REPLACEMENTS[_kind] = _subclass(_kind, (_CallsOurs, _kind), {}), _flag
