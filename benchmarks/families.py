@@ -2,10 +2,10 @@
 
     python -m benchmarks.families [--models NAME ...] [--jobs N] [--limit SECONDS] [--json FILE]
 
-A family is a file of timm's; of each a small model takes a step of `benchmarks.traffic`, on meta tensors, as
-it is and fused. The bytes of the last backward are those of matrix products and convolutions, of this
-package's ops, or of others, which are PyTorch's to run. Those count for the module in whose forward the op was
-called that it is a derivative of.
+A family is a file of timm's; of each a small model takes a step of `benchmarks.traffic`, on meta tensors,
+as it is and fused. The bytes of the last backward are those of matrix products and convolutions, of this
+package's ops, or of others, which are PyTorch's to run. Those count for the module in whose forward the op
+was called that it is a derivative of.
 """
 
 import bisect
@@ -59,7 +59,8 @@ MODELS = """
     vit_base_patch16_siglip_224 vit_tiny_r_s16_p8_224 vit_relpos_small_patch16_224
     vit_srelpos_small_patch16_224 samvit_base_patch16_224 vitamin_small_224 volo_d1_224 ese_vovnet19b_dw
     ese_vovnet39b_evos legacy_xception xception41 xcit_nano_12_p16_224
-""".split()
+""".split()  # noqa: SIM905
+
 
 class Attributed(Traffic):
     """Also knows whose each byte of the last backward is.
@@ -101,7 +102,9 @@ class Attributed(Traffic):
     def _name(self, node: Any) -> str:
         # A node that adds to a parameter's gradient has no number of its own.
         numbered = node is not None and node._sequence_nr() < 2**63
-        return self._names[bisect.bisect_right(self._starts, node._sequence_nr()) - 1] if numbered else ELSEWHERE
+        return (
+            self._names[bisect.bisect_right(self._starts, node._sequence_nr()) - 1] if numbered else ELSEWHERE
+        )
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         counted = len(self.ops)
@@ -170,17 +173,19 @@ def survey(name: str) -> Row:
 def page(machine: Row, rows: Sequence[Row]) -> str:
     """The text of docs/timm.md."""
     counted = [row for row in rows if "fuse" in row]
+    families = {row["family"] for row in rows if "family" in row}
     parts = [
         "# Every family of timm's, fused",
-        f"Written by `python -m benchmarks.families`: timm {machine['timm']}, torch {machine['torch']}, commit"
-        f" {machine['commit']}, python {machine['python']}, {machine['date']}.",
-        f"Bytes of the last backward of one gradient-norm step, counted on meta tensors, batch {BATCH}, float32,"
-        " BatchNorm in train mode, at the model's own resolution. Stock's attentions are unfused, since PyTorch"
-        " cannot differentiate its fused ones twice. Of the bytes after `gk.fuse(model)`: `ours` are those of"
-        " this package's ops, `products` of matrix products and convolutions, and `rest` of ops that are left to"
-        " PyTorch: sums of gradients, copies, residuals, and formulas that no op of ours covers. The largest of"
-        " the rest are named by the module that the op is a derivative of, with their share of all bytes.",
-        f"{len(rows)} models of {len({row['family'] for row in rows if 'family' in row})} families.",
+        f"Written by `python -m benchmarks.families`: timm {machine['timm']}, torch {machine['torch']},"
+        f" commit {machine['commit']}, python {machine['python']}, {machine['date']}.",
+        "Bytes of the last backward of one gradient-norm step, counted on meta tensors, float32, BatchNorm in"
+        f" train mode, {BATCH} images of the model's own size. Stock's attentions are unfused, since PyTorch"
+        " cannot differentiate its fused ones twice. Of the bytes after `gk.fuse(model)`, `ours` are those of"
+        " this package's ops, `products` of matrix products and convolutions, and `rest` of ops that are left"
+        " to PyTorch: sums of gradients, copies, residuals, and formulas that no op of ours covers. The"
+        " largest of the rest are named, with their share of all bytes, after the module that the op is a"
+        " derivative of.",
+        f"{len(rows)} models of {len(families)} families.",
         "## What is left, over all models",
         "The mean share of the bytes, and in how many models it is more than 1%.",
         _left(counted),
@@ -214,7 +219,17 @@ def _models(rows: Sequence[Row]) -> str:
         cells += [f"{row['shares'].get(kind, 0) / fuse:.0%}" for kind in ("ours", "products", "rest")]
         most = [f"{x['module']} `{x['op']}` {x['bytes'] / fuse:.0%}" for x in row["rest"][:MOST_OF_A_MODEL]]
         lines.append([*cells, ", ".join(most)])
-    headings = ["family", "model", "stock, GB", "fuse, GB", "ratio", "ours", "products", "rest", "most of the rest"]
+    headings = [
+        "family",
+        "model",
+        "stock, GB",
+        "fuse, GB",
+        "ratio",
+        "ours",
+        "products",
+        "rest",
+        "most of the rest",
+    ]
     return table(headings, lines)
 
 
@@ -236,7 +251,9 @@ def all_models() -> list[str]:
     """Those above that this timm has, and one of each family that none of them is of."""
     names = [name for name in MODELS if timm.is_model(name)]
     known = {_family(timm.model_entrypoint(name)) for name in names}
-    return names + [timm.list_models(module=family)[0] for family in timm.list_modules() if family not in known]
+    return names + [
+        timm.list_models(module=family)[0] for family in timm.list_modules() if family not in known
+    ]
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""fuse() on timm's modules one by one: the same output, gradients and second derivatives, with every option."""
+"""fuse() on timm's modules one by one: the same output, gradients and second derivatives."""
 
 import copy
 import pickle
@@ -12,7 +12,20 @@ timm = pytest.importorskip("timm", reason="timm is not installed")
 
 from timm import layers  # noqa: E402
 from timm.layers import filter_response_norm, norm_act  # noqa: E402
-from timm.models import beit, cait, convit, edgenext, eva, levit, swin_transformer_v2, xcit  # noqa: E402
+from timm.models import (  # noqa: E402
+    _efficientnet_blocks,
+    beit,
+    cait,
+    convit,
+    convnext,
+    edgenext,
+    eva,
+    hgnet,
+    levit,
+    mlp_mixer,
+    swin_transformer_v2,
+    xcit,
+)
 from timm.models import vision_transformer_relpos as relpos  # noqa: E402
 
 import gradnorm_kernels as gk  # noqa: E402
@@ -118,7 +131,10 @@ ATTENTIONS = {
 }
 NORMS = {
     **{
-        kind.__name__: (lambda kind=kind: kind(16, act_layer="silu"), IMAGE if "2d" in kind.__name__ else TOKENS)
+        kind.__name__: (
+            lambda kind=kind: kind(16, act_layer="silu"),
+            IMAGE if "2d" in kind.__name__ else TOKENS,
+        )
         for kind in (
             norm_act.LayerNormAct,
             norm_act.LayerNormAct2d,
@@ -140,8 +156,29 @@ NORMS = {
         IMAGE,
     ),
     "FilterResponseNormTlu2d": (lambda: filter_response_norm.FilterResponseNormTlu2d(16), IMAGE),
-    "EvoNorm2dS0": (lambda: layers.EvoNorm2dS0(16, groups=4), IMAGE),
-    "EvoNorm2dS0a": (lambda: layers.EvoNorm2dS0a(16, groups=4), IMAGE),
+    **{
+        f"{kind.__name__}{suffix}": (lambda kind=kind, options=options: kind(16, groups=4, **options), IMAGE)
+        for kind in (
+            layers.EvoNorm2dS0,
+            layers.EvoNorm2dS0a,
+            layers.EvoNorm2dS1,
+            layers.EvoNorm2dS1a,
+            layers.EvoNorm2dS2,
+            layers.EvoNorm2dS2a,
+        )
+        for suffix, options in (("", {}), ("-no_act", {"apply_act": False}))
+    },
+    "GlobalResponseNorm": (lambda: layers.grn.GlobalResponseNorm(16), (2, 4, 3, 16)),
+    "GlobalResponseNorm-first": (lambda: layers.grn.GlobalResponseNorm(16, channels_last=False), IMAGE),
+    "SEModule": (lambda: layers.SEModule(16, add_maxpool=True), IMAGE),
+    "EffectiveSEModule": (lambda: layers.EffectiveSEModule(16, gate_layer="sigmoid"), IMAGE),
+    "SqueezeExcite": (lambda: _efficientnet_blocks.SqueezeExcite(16), IMAGE),
+    "LayerScale": (lambda: layers.LayerScale(16), TOKENS),
+    "LayerScale-image": (lambda: layers.LayerScale(4), IMAGE),
+    "LayerScale2d": (lambda: layers.LayerScale2d(16), IMAGE),
+    "LearnableAffineBlock": (lambda: hgnet.LearnableAffineBlock(2.0), IMAGE),
+    "ConvNeXtBlock": (lambda: convnext.ConvNeXtBlock(16, ls_init_value=0.5), IMAGE),
+    "ResBlock": (lambda: mlp_mixer.ResBlock(16, 5), TOKENS),
     "StdConv2d": (lambda: layers.StdConv2d(16, 8, 3), IMAGE),
     "ScaledStdConv2dSame": (lambda: layers.ScaledStdConv2dSame(16, 8, 3, stride=2), IMAGE),
     "GlobalContext": (lambda: layers.GlobalContext(16), IMAGE),
@@ -169,7 +206,9 @@ def call(module, name, dtype, **arguments):
     _, shape, _ = CASES[name]
     torch.manual_seed(1)
     x = torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_()
-    cast = {k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in arguments.items()}
+    cast = {
+        k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in arguments.items()
+    }
     torch.manual_seed(2)  # of dropout
     return x, module(x, **cast)
 
@@ -207,7 +246,8 @@ def test_errors_are_at_most_twice_stocks(name):
         exact = derivatives(copy.deepcopy(stock).double(), name, **arguments)
         fused = gk.fuse(copy.deepcopy(stock))
         ours, theirs = (
-            distance(derivatives(module, name, torch.float32, **arguments), exact) for module in (fused, stock)
+            distance(derivatives(module, name, torch.float32, **arguments), exact)
+            for module in (fused, stock)
         )
         assert ours <= 2 * theirs + 1e-6
 
@@ -218,7 +258,9 @@ def distance(found, exact):
     return (sum((a - b).square().sum() for a, b in pairs) / sum(b.square().sum() for _, b in pairs)) ** 0.5
 
 
-STOCK = re.compile("Softmax|Sigmoid|ScaledDotProduct|LayerNorm|RmsNorm|GroupNorm|BatchNorm|Convolution|Silu|Gelu")
+STOCK = re.compile(
+    "Softmax|Sigmoid|ScaledDotProduct|LayerNorm|RmsNorm|GroupNorm|BatchNorm|Convolution|Silu|Gelu"
+)
 
 
 @pytest.mark.parametrize("name", CASES)
