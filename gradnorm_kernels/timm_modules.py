@@ -30,6 +30,9 @@ from timm.layers.norm import LayerNorm2dFp32, LayerNormFp32, RmsNorm2dFp32, RmsN
 from timm.layers.padding import pad_same
 from timm.models import checkpoint_seq
 from timm.models.eva import EvaAttention
+from timm.models.hgnet import LearnableAffineBlock
+from timm.models.mambaout import GatedConvBlock
+from timm.models.metaformer import StarReLU
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention
 from timm.models.xcit import XCA
@@ -108,6 +111,14 @@ class FusedSwiGLU(timm.layers.SwiGLU):
         return self.drop2(self.fc2(x))
 
 
+class FusedGatedConvBlock(GatedConvBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        gate, plain, convolved = self.fc1(self.norm(x)).split(self.split_indices, dim=-1)
+        convolved = self.conv(convolved.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        y = self.fc2(_gated(self.act, gate, torch.cat((plain, convolved), dim=-1)))
+        return x + self.drop_path(self.ls(y))
+
+
 class FusedTimmGroupNorm(timm.layers.GroupNorm):
     forward = modules.FusedGroupNorm.forward  # type: ignore[assignment]
 
@@ -144,6 +155,29 @@ class FusedFilterResponseNormTlu2d(timm.layers.FilterResponseNormTlu2d):
 
 
 _IDENTITY = nn.Identity()
+
+
+def _scaled_by_one_number(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    arguments = _affine_arguments(scale.expand(x.shape[1]), bias.expand(x.shape[1]))
+    return functional.batch_norm(x, **arguments)
+
+
+class FusedLearnableAffineBlock(LearnableAffineBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        return _scaled_by_one_number(x, self.scale, self.bias)
+
+
+class FusedStarReLU(StarReLU):
+    def forward(self, x: Tensor) -> Tensor:
+        return _scaled_by_one_number(functional.squared_relu(x), self.scale, self.bias)
+
+
+class FusedEcaModule(timm.layers.EcaModule):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x.mean((2, 3)).unsqueeze(1))
+        if self.conv2 is not None:
+            y = self.conv2(self.act(y))
+        return _scaled(x, self.gate(y).view(*x.shape[:2], 1, 1))
 
 
 class FusedGlobalResponseNorm(GlobalResponseNorm):
@@ -232,10 +266,9 @@ def _self_attention(
     else:
         if packed is None:
             projected = (project(x) for project in (self.q_proj, self.k_proj, self.v_proj))
-            heads = (t.view(batch, tokens, -1, self.head_dim).transpose(1, 2) for t in projected)
+            query, key, value = (t.view(batch, tokens, -1, self.head_dim).transpose(1, 2) for t in projected)
         else:
-            heads = packed.permute(2, 0, 3, 1, 4).unbind(0)
-        query, key, value = heads
+            query, key, value = packed.permute(2, 0, 3, 1, 4).unbind(0)
         query, key = self.q_norm(query), self.k_norm(key)
         if rope is not None:
             rotate = _rotation(rope, self.num_prefix_tokens, getattr(self, "rotate_half", False))
@@ -403,8 +436,8 @@ def _scaled(input: Tensor, other: Any) -> Tensor:
         return torch.mul(input, other)
     if scaled == [x.dim() - 1]:
         rows = x.reshape(-1, x.shape[-1])
-    elif x.dim() == 4 and scaled in ([], [1]):
-        rows, scale = x, scale.flatten().expand(x.shape[1])
+    elif x.dim() == 4 and scaled == [1]:
+        rows = x
     elif x.dim() == 4 and scaled == [0, 1] and x.is_contiguous():
         rows = x.view(1, -1, *x.shape[2:])
     else:
@@ -444,7 +477,6 @@ _SCALING = {
     "EvaBlock",
     "LayerScale",
     "LayerScale2d",
-    "LearnableAffineBlock",
     "MetaNeXtBlock",
     "ResBlock",
     "SEModule",
@@ -467,22 +499,24 @@ class _CallsOurs(nn.Module):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
-def _callers() -> Iterator[type[nn.Module]]:
-    """Those of timm's classes whose own code calls one of these functions, or scales channels.
-
-    Not those that checkpoint what is in them, which is recomputed outside of the module's ``forward``.
-    """
+def _timm_classes() -> Iterator[type[nn.Module]]:
     for name, file in sorted(sys.modules.items()):
-        if not name.startswith(("timm.layers.", "timm.models.")):
-            continue
-        for kind in vars(file).values():
-            is_own = isinstance(kind, type) and issubclass(kind, nn.Module) and kind.__module__ == name
-            if not is_own or hasattr(kind, "set_grad_checkpointing"):
-                continue
-            methods = [f for k, f in vars(kind).items() if isinstance(f, FunctionType) and k != "__init__"]
-            checkpoints = any("checkpoint" in used for f in methods for used in f.__code__.co_names)
-            if not checkpoints and (kind.__name__ in _SCALING or any(map(_calls_one, methods))):
-                yield kind
+        if name.startswith(("timm.layers.", "timm.models.")):
+            for kind in vars(file).values():
+                if isinstance(kind, type) and issubclass(kind, nn.Module) and kind.__module__ == name:
+                    yield kind
+
+
+def _calls_ours(kind: type[nn.Module]) -> bool:
+    """Whether its own code calls one of these functions, or scales channels.
+
+    Not that of a class that checkpoints what is in it, which is recomputed outside of its ``forward``.
+    """
+    methods = [f for k, f in vars(kind).items() if isinstance(f, FunctionType) and k != "__init__"]
+    checkpoints = any("checkpoint" in used for f in methods for used in f.__code__.co_names)
+    if checkpoints or hasattr(kind, "set_grad_checkpointing"):
+        return False
+    return kind.__name__ in _SCALING or any(map(_calls_one, methods))
 
 
 def _calls_one(function: FunctionType) -> bool:
@@ -509,6 +543,7 @@ REPLACEMENTS: dict[type[nn.Module], tuple[type[nn.Module], dict[str, Any]]] = {
     timm.layers.AttentionRope: (FusedAttentionRope, {"fused_attn": False}),
     timm.layers.BatchNormAct2d: (FusedBatchNormAct2d, {}),
     timm.layers.Conv2dSame: (FusedConv2dSame, {}),
+    timm.layers.EcaModule: (FusedEcaModule, {}),
     timm.layers.FilterResponseNormAct2d: (FusedFilterResponseNormAct2d, {}),
     timm.layers.FilterResponseNormTlu2d: (FusedFilterResponseNormTlu2d, {}),
     timm.layers.GluMlp: (FusedGluMlp, {}),
@@ -522,12 +557,15 @@ REPLACEMENTS: dict[type[nn.Module], tuple[type[nn.Module], dict[str, Any]]] = {
     BasicBlock: (FusedBasicBlock, {}),
     Bottleneck: (FusedBottleneck, {}),
     EvaAttention: (FusedEvaAttention, {"fused_attn": False}),
+    GatedConvBlock: (FusedGatedConvBlock, {}),
     GlobalResponseNorm: (FusedGlobalResponseNorm, {}),
     LayerNorm2dFp32: (FusedLayerNorm2dFp32, {}),
     LayerNormFp32: (FusedLayerNormFp32, {}),
+    LearnableAffineBlock: (FusedLearnableAffineBlock, {}),
     ResNet: (FusedResNet, {}),
     RmsNorm2dFp32: (FusedRmsNorm2dFp32, {}),
     RmsNormFp32: (FusedRmsNormFp32, {}),
+    StarReLU: (FusedStarReLU, {}),
     SwinTransformerBlock: (FusedSwinTransformerBlock, {}),
     WindowAttention: (FusedWindowAttention, {"fused_attn": False}),
 }
@@ -551,8 +589,14 @@ REPLACEMENTS |= {
     kind: (_subclass(kind, (kind,), {"forward": _evo_norm}), {})
     for kind in (EvoNorm2dS0, EvoNorm2dS0a, EvoNorm2dS1, EvoNorm2dS1a, EvoNorm2dS2, EvoNorm2dS2a)
 }
-for _kind in _callers():
-    if _kind not in REPLACEMENTS:
+for _kind in _timm_classes():
+    _base = _kind.__bases__[0]
+    if _kind in REPLACEMENTS:
+        pass
+    elif _base in REPLACEMENTS | modules.REPLACEMENTS and all(name.startswith("__") for name in vars(_kind)):
+        # One with other defaults.
+        REPLACEMENTS[_kind] = REPLACEMENTS.get(_base) or (modules.REPLACEMENTS[_base], {})
+    elif _calls_ours(_kind):
         # XCiT's fused attention leaves out the dropout.
         _flag = {"fused_attn": _kind is not XCA} if "fused_attn" in _kind.__annotations__ else {}
         REPLACEMENTS[_kind] = _subclass(_kind, (_CallsOurs, _kind), {}), _flag
