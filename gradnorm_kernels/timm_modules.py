@@ -471,18 +471,22 @@ _OURS: dict[Any, Callable[..., Any]] = {
 _NAMES = {function.__name__ for function in _OURS} - {"mul"}
 # Those that scale channels: by `mul`, which half of all classes call.
 _SCALING = {
-    "ConvNeXtBlock",
-    "DenseBlock",
-    "EffectiveSEModule",
-    "EvaBlock",
-    "LayerScale",
-    "LayerScale2d",
-    "MetaNeXtBlock",
-    "ResBlock",
-    "SEModule",
-    "Scale",
-    "SplitTransposeBlock",
-    "SqueezeExcite",
+    "_efficientnet_blocks.SqueezeExcite",
+    "beit.Block",
+    "convnext.ConvNeXtBlock",
+    "edgenext.ConvBlock",
+    "edgenext.SplitTransposeBlock",
+    "eva.EvaBlock",
+    "fastvit.LayerScale2d",
+    "inception_next.MetaNeXtBlock",
+    "layer_scale.LayerScale",
+    "layer_scale.LayerScale2d",
+    "metaformer.Scale",
+    "mlp_mixer.ResBlock",
+    "rdnet.DenseBlock",
+    "squeeze_excite.EffectiveSEModule",
+    "squeeze_excite.SEModule",
+    "swiftformer.LayerScale2d",
 }
 
 
@@ -516,7 +520,8 @@ def _calls_ours(kind: type[nn.Module]) -> bool:
     checkpoints = any("checkpoint" in used for f in methods for used in f.__code__.co_names)
     if checkpoints or hasattr(kind, "set_grad_checkpointing"):
         return False
-    return kind.__name__ in _SCALING or any(map(_calls_one, methods))
+    name = f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}"
+    return name in _SCALING or any(map(_calls_one, methods))
 
 
 def _calls_one(function: FunctionType) -> bool:
