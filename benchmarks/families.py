@@ -257,6 +257,8 @@ def all_models() -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    # What is imported at first use is then there in every process.
+    _survey_quietly("test_vit")
     survey_all(arguments, __doc__, "model", all_models(), timm.list_models(), _survey_quietly, page, PAGE)
 
 
