@@ -20,7 +20,7 @@ import textwrap
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -88,7 +88,7 @@ def judge(function: Callable[..., Any], inputs: Sequence[Tensor]) -> list[Verdic
         try:
             verdict, level = level.differentiate()
         except Exception as error:
-            verdict = Verdict(RAISES, _first_line(error))
+            verdict = Verdict(RAISES, first_line(error))
         verdicts.append(verdict)
     return verdicts + verdicts[-1:] * (len(ORDERS) - len(verdicts))
 
@@ -251,7 +251,7 @@ def _first_of(kinds: Sequence[str], verdicts: Sequence[Verdict]) -> Verdict:
     return min(verdicts, key=lambda verdict: kinds.index(verdict.kind))
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
     return text if len(text) <= 110 else text[:107] + "..."
 
@@ -451,7 +451,7 @@ def _summary(judged: Sequence[Row]) -> Iterator[str]:
         [kind, *(str(sum(row[key]["kind"] == kind for row in judged)) for key, _ in _COLUMNS)]
         for kind in (RIGHT, WRONG, CUT, RAISES, UNCLEAR)
     ]
-    yield _table(["ops", *(heading for _, heading in _COLUMNS)], lines)
+    yield table(["ops", *(heading for _, heading in _COLUMNS)], lines)
     worse = [
         row["op"]
         for row in judged
@@ -474,7 +474,7 @@ def _not_right(judged: Sequence[Row]) -> Iterator[str]:
             cells = [_cell(verdict, row["samples"]) for verdict in verdicts]
             lines.append([f"`{row['op']}`", *cells, failed[0]["reason"].replace("|", "\\|"), _cover(row)])
     headings = ["op", *(heading for _, heading in _COLUMNS), "what is seen", "what covers it"]
-    yield _table(headings, lines)
+    yield table(headings, lines)
     unclear = [row["op"] for row in judged if UNCLEAR in {row[key]["kind"] for key, _ in _COLUMNS}]
     if unclear:
         yield _names("No sample with differences to compare with, at the second or third order:", unclear)
@@ -528,7 +528,7 @@ def _wasteful(judged: Sequence[Row]) -> Iterator[str]:
             cells += [f"{_waste(row, mode):.1f}", str(row[f"{mode} traffic"]["launches"])]
         lines.append(cells)
     headings = [f"{what}, {mode}" for mode in MODES for what in ("bytes / floor", "launches")]
-    yield _table(["op", *headings], lines)
+    yield table(["op", *headings], lines)
 
 
 def _waste(row: Row, mode: str) -> float:
@@ -551,40 +551,58 @@ def _names(text: str, ops: Iterable[str]) -> str:
     return textwrap.fill(f"{text} {', '.join(ops)}.", 140, break_long_words=False, break_on_hyphens=False)
 
 
-def _table(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+def table(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [headings, ["---"] * len(headings), *lines])
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    survey_all(arguments, __doc__, "op", OPS, OPS, _survey_quietly, page, PAGE)
+
+
+def survey_all(
+    arguments: list[str] | None,
+    doc: str | None,
+    subject: str,
+    usual: Iterable[str],
+    known: Container[str],
+    survey: Callable[[str], Row],
+    page: Callable[[Row, Sequence[Row]], str],
+    path: Path,
+) -> None:
+    """The command that writes a page: a survey of each subject in a process of its own.
+
+    Args:
+        usual: the subjects that the page is written of; of others it is printed.
+        known: all that can be asked for.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     option = parser.add_argument
-    option("--ops", nargs="+", metavar="NAME", help="OpInfo's names; prints the page instead of writing it")
+    help = "these alone; prints the page instead of writing it"
+    option(f"--{subject}s", nargs="+", metavar="NAME", dest="names", help=help)
     option("--jobs", type=int, default=os.cpu_count(), help="processes at a time; default: one a core")
-    option("--limit", type=float, default=300, metavar="SECONDS", help="for each op; default: 300")
+    option("--limit", type=float, default=300, metavar="SECONDS", help=f"for each {subject}; default: 300")
     option("--json", type=Path, metavar="FILE", help="also write the rows there")
     args = parser.parse_args(arguments)
-    if unknown := set(args.ops or ()) - OPS.keys():
-        parser.error(f"--ops: OpInfo has no {', '.join(sorted(unknown))}")
+    if unknown := [name for name in args.names or () if name not in known]:
+        parser.error(f"--{subject}s: there is no {', '.join(unknown)}")
     for name in ("jobs", "limit"):
         if getattr(args, name) <= 0:
             parser.error(f"--{name}: expected more than 0, got {getattr(args, name)}")
     machine = describe_machine("cpu")
     rows: list[Row] = []
-    names = list(dict.fromkeys(args.ops or OPS))
-    for name, result in in_processes(_survey_quietly, names, args.jobs, args.limit):
-        rows.append({"op": name, "no_result": result} if isinstance(result, str) else result)
+    names = list(dict.fromkeys(args.names or usual))
+    for name, result in in_processes(survey, names, args.jobs, args.limit):
+        rows.append({subject: name, "no_result": result} if isinstance(result, str) else result)
         print(f"{len(rows)}/{len(names)} {name}", file=sys.stderr)
-    rows.sort(key=lambda row: row["op"])
+    rows.sort(key=lambda row: row[subject])
     if args.json:
         write_json(args.json, machine=machine, rows=rows)
     text = page(machine, rows)
-    if args.ops:
+    if args.names:
         print(text)
     else:
-        PAGE.write_text(text)
-        print(f"wrote {PAGE}")
+        path.write_text(text)
+        print(f"wrote {path}")
 
 
 if __name__ == "__main__":

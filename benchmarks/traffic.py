@@ -147,7 +147,10 @@ def _size(value: Any) -> int:
 def _flops(func: Any, arguments: dict[str, Any], args: Any, kwargs: dict[str, Any], result: Any) -> int:
     namespace, _, op = func._schema.name.partition("::")
     if namespace == "gradnorm_kernels" and "attention" in op:
-        products = _MATRIX_PRODUCTS[op[op.index("attention") :]]
+        # A softmax of scores has none.
+        products = _MATRIX_PRODUCTS.get(op[op.index("attention") :], 0)
+        if not products:
+            return 0
         if "qkv" in arguments:
             qkv = arguments["qkv"]
             return 2 * products * qkv.numel() // 3 * qkv.shape[-4]

@@ -46,11 +46,10 @@ def fuse(model: Model, *, dry_run: bool = False) -> Model:
     MultiheadAttention, PairwiseDistance, RMSNorm, ReLU, ReLU6, SELU, SiLU, Sigmoid, Softmax, Softplus,
     Softsign, Tanh and its weight normalisation by ``parametrizations``, pools, reflect and replicate pads,
     Hardtanh, Threshold and the shrinks (whose input gets no zeros for a second derivative), and timm's own
-    activations, ``LayerNorm``, ``LayerNorm2d``, ``LayerNormFp32``, ``RmsNorm``, ``RmsNorm2d``,
-    ``RmsNormFp32``, ``RmsNorm2dFp32``, ``GroupNorm``, ``GroupNorm1``, ``GroupNormAct``, ``BatchNormAct2d``,
-    ``Conv2dSame``, ``GluMlp``, ``SwiGLU``, ``Attention``, Swin's ``WindowAttention`` and ``ResNet`` with its
-    blocks. Other attention modules of timm have ``fused_attn`` set to False, because PyTorch's fused
-    attention cannot be differentiated twice.
+    activations, normalisations with and without an activation (EvoNorm S, filter and global response norm
+    too), gated units, attentions, scales of channels (``LayerScale``, ``SqueezeExcite``), ``Conv2dSame``,
+    weight-standardised convolutions, Swin's blocks, ``ResNet`` with its blocks, and each of its classes whose
+    own code calls a function that has a fused counterpart.
 
     Args:
         model: any module; itself included in the search.
@@ -117,8 +116,6 @@ def _find(module: nn.Module, replacements: dict[type[nn.Module], Replacement]) -
     if kind is nn.Sequential:
         has_pair = modules.has_pair(module.children(), replacements)
         return (modules.FusedSequential, {}) if has_pair else None
-    if _has_fused_attention(module) and kind not in replacements:
-        return kind, {"fused_attn": False}
     return replacements.get(kind)
 
 
@@ -143,10 +140,6 @@ def _become(module: nn.Module, kind: type[nn.Module]) -> None:
 
 def _comes_from_timm(module: nn.Module) -> bool:
     return type(module).__module__.partition(".")[0] == "timm"
-
-
-def _has_fused_attention(module: nn.Module) -> bool:
-    return _comes_from_timm(module) and getattr(module, "fused_attn", False) is True
 
 
 def _report(model: nn.Module, replacements: dict[type[nn.Module], Replacement]) -> str:
