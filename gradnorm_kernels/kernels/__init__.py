@@ -77,6 +77,9 @@ _OPS = {
 }
 FAMILIES = tuple(_OPS)
 
+# The environment variable that has C++ repeat launches: 1 or not.
+REPLAY = "GRADNORM_KERNELS_REPLAY"
+
 # That of torch 2.11.
 _OLDEST_TRITON = (3, 6)
 
@@ -153,14 +156,31 @@ def _lazy(module: str, op: str) -> Callable[..., Any]:
     return call
 
 
+def _noting(launcher: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not has_triton():
+            return launcher(*args, **kwargs)
+        from . import replay
+
+        return replay.note(launcher, *args, **kwargs)
+
+    return call
+
+
 @functools.cache
 def register() -> torch.library.Library:
     """Make the CUDA kernels known to the dispatcher, for as long as the library object lives.
 
     The cache keeps it alive, and makes a second call do nothing.
     """
-    library = torch.library.Library("gradnorm_kernels", "IMPL", "CUDA")
-    for module, ops in _OPS.items():
-        for op in ops:
-            library.impl(op, _lazy(module, op))
+    library = torch.library.Library("gradnorm_kernels", "IMPL")
+    launchers = {op: _lazy(module, op) for module, ops in _OPS.items() for op in ops}
+    is_replayed = os.environ.get(REPLAY) == "1" and os.environ.get("TRITON_INTERPRET") != "1"
+    for op, launcher in launchers.items():
+        # Where C++ calls them (csrc/replay.cpp).
+        library.impl(op, launcher, "PrivateUse2" if is_replayed else "CUDA")
+        if is_replayed:
+            library.impl(op, _noting(launcher), "PrivateUse3")
+    if is_replayed:
+        torch.ops.gradnorm_kernels._replay(list(launchers))
     return library

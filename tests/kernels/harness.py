@@ -12,7 +12,7 @@ import importlib
 import os
 import re
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -132,6 +132,17 @@ def opmath(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def parameter_sizes(signature: Iterable[Any]) -> list[int]:
+    """Of a kernel's parameters, in bytes: Triton takes tuples apart, and leaves out constants."""
+    sizes: list[int] = []
+    for kind in signature:
+        if isinstance(kind, tuple):
+            sizes += parameter_sizes(kind)
+        elif kind != "constexpr":
+            sizes.append(8 if kind[0] == "*" else max(int(re.sub(r"\D", "", kind)) // 8, 1))
+    return sizes
+
+
 def compilation_test(
     calls: Callable[[torch.dtype], Iterator[tuple[Any, ...]]],
     wide: Sequence[str] = (),
@@ -170,6 +181,9 @@ def compilation_test(
     def test_compiles_without_spills(launch: Launch, capability: int, is_wide: bool, tmp_path: Path) -> None:
         compiled = launch.compiled(capability)
         assert compiled.metadata.enable_fp_fusion
+        # What csrc/replay.cpp writes: two pointers of Triton's own come last.
+        parameters = [int(bits) // 8 for bits in re.findall(r"\.param \.\w(\d+)", compiled.asm["ptx"])]
+        assert parameters == [*parameter_sizes(launch.signature.values()), 8, 8]
         assert compiled.metadata.shared <= SHARED_MEMORY[capability] * 1024, (
             "more shared memory than there is"
         )
