@@ -45,11 +45,9 @@ variable_list differentiate_twice(
   return gradients;
 }
 
-// ---- embedding_bag
-
 enum BagMode : int64_t { kSum, kMean, kMax };
 
-// What an index of embedding_bag belongs to.
+// How embedding_bag puts indices into bags.
 struct Bags {
   const Tensor &indices, &offsets;
   int64_t padding_idx;
@@ -191,10 +189,7 @@ struct AtenBag : Override<AtenBag> {
   }
 };
 
-// ---- multi_margin_loss
-
 struct MultiMargin {
-  using Settings = std::tuple<double, double, int64_t>;
   double p, margin;
   int64_t reduction;
 
@@ -251,8 +246,6 @@ struct AtenMultiMargin : Override<AtenMultiMargin> {
   }
 };
 
-// ---- multilabel_margin_loss
-
 // The backward is linear in the gradient, and of the input takes only which pairs are within the margin.
 struct OfMultilabelMarginBackward {
   using Settings = std::tuple<int64_t>;  // reduction
@@ -308,8 +301,6 @@ struct AtenMultilabelMargin : Override<AtenMultilabelMargin> {
         is_target};
   }
 };
-
-// ---- segment_reduce
 
 struct Segments {
   const Tensor &lengths, &offsets;  // one of them
@@ -422,8 +413,6 @@ struct AtenSegment : Override<AtenSegment> {
         .by_parts(data);
   }
 };
-
-// ---- ctc_loss
 
 // Of a state that no path reaches: its logarithm of a probability is this and not -inf, beside which
 // derivatives of logsumexp are NaN.

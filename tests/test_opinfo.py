@@ -27,6 +27,7 @@ FUSED = [
     "_native_batch_norm_legit",
     "_segment_reduce.lengths",
     "_segment_reduce.offsets",
+    "_softmax_backward_data",
     "cos",
     "log_softmax",
     "log_softmax.with_dtype",
@@ -81,7 +82,6 @@ FUSED = [
 # By PyTorch's own: not covered, or at the floor already.
 STOCK = [
     "_batch_norm_with_update",
-    "_softmax_backward_data",
     "nn.functional.softsign",
 ]
 
@@ -130,10 +130,13 @@ def is_ours(function, inputs):
     """Whether a node of ours is in the graph of the first gradients."""
     outputs = function(*inputs)
     outputs = [o for o in (outputs if isinstance(outputs, tuple) else (outputs,)) if o.requires_grad]
-    # Of a linear op only these are what its backward is differentiated by.
-    ones = [torch.ones_like(o).requires_grad_() for o in outputs]
-    gradients = torch.autograd.grad(outputs, inputs, ones, create_graph=True, allow_unused=True)
-    nodes = graph_nodes([g for g in gradients if g is not None])
+    # A linear op's are functions of the incoming gradient alone.
+    for requires_grad in (False, True):
+        ones = [torch.ones_like(o, requires_grad=requires_grad) for o in outputs]
+        gradients = torch.autograd.grad(outputs, inputs, ones, create_graph=True, allow_unused=True)
+        nodes = graph_nodes([g for g in gradients if g is not None])
+        if nodes:
+            break
     return any("gradnorm_kernels" in node.name() for node in nodes)
 
 
