@@ -7,10 +7,10 @@ gradients of the activations only, the double backward differentiates them with 
 trains. Graphs are recorded once and not timed, except that *compiled* computes the double backward in one
 compiled function of the leaves and the incoming gradients, which recomputes what it needs of the forward.
 
-Before anything is timed, every variant is compared with stock in float64; a fused result whose error exceeds
-twice stock's, or an op that raises, is not timed, and the run fails once all else is measured. GB/s is the
-bytes that the pass must move over the median time, whatever a variant really moves; "of copy" relates it to a
-plain copy of the input, timed in the same run.
+Before anything is timed, every variant is compared with stock in float64 (or plain ops, where stock is
+wrong); a fused result whose error exceeds twice stock's, or an op that raises, is not timed, and the run
+fails once all else is measured. GB/s is the bytes that the pass must move over the median time, whatever a
+variant really moves; "of copy" relates it to a plain copy of the input, timed in the same run.
 """
 
 import argparse
@@ -85,6 +85,11 @@ def _swiglu(gate: Tensor, value: Tensor) -> Tensor:
     return F.silu(gate) * value
 
 
+def _weight_norm(v: Tensor, g: Tensor, dim: int) -> Tensor:
+    """By plain ops, whose second derivative is right."""
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
 def _batch_norm_act(*args: Any, activation: str, **options: Any) -> Tensor:
     return getattr(F, activation)(F.batch_norm(*args, **options))  # type: ignore[no-any-return]
 
@@ -93,8 +98,12 @@ def _batch_norm_act(*args: Any, activation: str, **options: Any) -> Tensor:
 STOCK = SimpleNamespace(**vars(F))
 STOCK.hardsigmoid, STOCK.layer_norm_2d, STOCK.swiglu = _hardsigmoid, _layer_norm_2d, _swiglu
 STOCK.quick_gelu, STOCK.squared_relu, STOCK.sin = _quick_gelu, _squared_relu, _sin
-STOCK.cos, STOCK.vector_norm = torch.cos, torch.linalg.vector_norm
+STOCK.cos, STOCK.vector_norm, STOCK.weight_norm = torch.cos, torch.linalg.vector_norm, torch._weight_norm
 STOCK.scaled_dot_product_attention, STOCK.batch_norm_act = _attention, _batch_norm_act
+STOCK.cdist = torch.cdist
+# What results are compared with.
+EXACT = SimpleNamespace(**vars(STOCK))
+EXACT.weight_norm = _weight_norm
 
 
 @dataclass(frozen=True)
@@ -273,6 +282,33 @@ CASES = [
     ),
     Case("normalize", "", **_EMBEDDINGS, options={"dim": -1}),
     Case("vector_norm", "", **_EMBEDDINGS, options={"dim": -1}),
+    *(
+        Case(
+            "cdist",
+            setting,
+            cpu=(cpu,),
+            cuda=(cuda,),
+            leaves=lambda shape: {"x1": shape, "x2": shape},
+            inputs=("x1", "x2"),
+            saved=("x1", "x2"),
+            options={"p": p},
+        )
+        for setting, p, cpu, cuda in (
+            ("points", 2.0, (8, 512, 3), (64, 1024, 3)),
+            ("features", 2.0, (1024, 64), (4096, 64)),
+            ("absolute", 1.0, (512, 64), (4096, 64)),
+        )
+    ),
+    Case(
+        "weight_norm",
+        "",
+        cpu=((1024, 512, 3),),
+        cuda=((4096, 4096, 3),),
+        leaves=lambda shape: {"v": shape, "g": (shape[0], 1, 1)},
+        inputs=("v", "g"),
+        saved=("v", "g"),
+        options={"dim": 0},
+    ),
     Case(
         "layer_norm",
         "",
@@ -444,7 +480,7 @@ def measure(
         "compiled": problem.compiled_passes,
     }
     by_variant = {name: make[name]() for name in variants}
-    exact = {which: run() for which, run in problem.double().passes(STOCK).items()}
+    exact = {which: run() for which, run in problem.double().passes(EXACT).items()}
     error = {
         which: {name: errors(passes[which], wanted) for name, passes in by_variant.items()}
         for which, wanted in exact.items()

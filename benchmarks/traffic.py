@@ -77,6 +77,9 @@ SEVERAL_PASSES: dict[str, Callable[[dict[str, Any]], tuple[int, dict[str, int]]]
     # Rows, then a sum of partial sums for the weight.
     "gradnorm_kernels::layer_norm_double_backward": lambda a: (2, {}),
     "gradnorm_kernels::layer_norm_2d_backward": lambda a: (2, {}),
+    # The points of one set, then of the other.
+    "gradnorm_kernels::cdist_backward": lambda a: (2, {"grad_output": 2}),
+    "gradnorm_kernels::cdist_double_backward": lambda a: (2, {"grad_output": 2}) if a["p"] == 2 else (1, {}),
     # Points, then channels of the input.
     "gradnorm_kernels::grid_sample_double_backward": lambda a: (
         2,

@@ -1,7 +1,6 @@
 // PyTorch's own ops whose second derivatives it gets wrong, or NaN where the function is smooth, under the
 // switch: by formulas of plain ops, which are right to every order.
 #include <numbers>
-#include <numeric>
 
 #include "op.h"
 
@@ -11,32 +10,6 @@ namespace {
 bool is_real(const Tensor& tensor) {
   return is_elementwise_match(tensor, tensor);
 }
-
-// v (g / |v|) and |v|, over all dimensions but dim. PyTorch has no forward-mode derivative.
-struct AtenWeightNorm : Override<AtenWeightNorm> {
-  static TensorPair autograd(c10::DispatchKeySet keys, const Tensor& v, const Tensor& g, int64_t dim) {
-    if (!is_differentiated_by_transform({v, g})) {
-      return stock(keys, v, g, dim);
-    }
-    const Tensor norms = at::norm_except_dim(v, 2, dim);
-    return {v * (g / norms), norms};
-  }
-};
-
-// PyTorch takes the norms for constants when it differentiates its first derivative.
-struct AtenWeightNormBackward : Override<AtenWeightNormBackward> {
-  static TensorPair autograd(
-      c10::DispatchKeySet, const Tensor& grad_w, const Tensor& saved_v, const Tensor& saved_g, const Tensor&,
-      int64_t dim) {
-    std::vector<int64_t> others(saved_v.dim());
-    std::iota(others.begin(), others.end(), 0);
-    others.erase(others.begin() + c10::maybe_wrap_dim(dim, saved_v.dim()));
-    const Tensor norms = at::norm_except_dim(saved_v, 2, dim);
-    const Tensor direction = saved_v / norms;
-    const Tensor grad_g = (grad_w * direction).sum(others, /*keepdim=*/true);
-    return {saved_g / norms * (grad_w - direction * grad_g), grad_g.to(saved_g.scalar_type())};
-  }
-};
 
 // c[0] + c[1] x + c[2] x^2 + ...
 template <size_t N>
@@ -97,11 +70,7 @@ struct AtenSinc : Override<AtenSinc> {
   }
 };
 
-const StockOverride override_aten([](AtenAutograd& aten) {
-  AtenWeightNorm::install(aten, "_weight_norm_interface");
-  AtenWeightNormBackward::install_whole(aten, "_weight_norm_differentiable_backward");
-  AtenSinc::install(aten, "sinc");
-});
+const StockOverride override_aten([](AtenAutograd& aten) { AtenSinc::install(aten, "sinc"); });
 
 }  // namespace
 }  // namespace gradnorm_kernels::corrected

@@ -1,5 +1,5 @@
-// Division by the Euclidean norm, and that norm: the CPU, meta and composite implementations of their ops,
-// how they are differentiated, and the overrides of PyTorch's own.
+// Division by the Euclidean norm, that norm, and weight normalisation: the CPU, meta and composite
+// implementations of their ops, how they are differentiated, and the overrides of PyTorch's own.
 //
 // A row x of the norm n is y = r x with r = 1 / max(n, eps). Let P a = a - <a, y> y, which y leaves of a
 // derivative. The gradient of x is h = r P g and, with v the gradient of h, those of g and x are r P v and
@@ -8,6 +8,10 @@
 //
 // The norm itself has the gradient h = g y, whose own are <v, y> and g r P v. A row of zeros, at which it has
 // no derivative, gets zeros: r is 0 there.
+//
+// Weight normalisation gives a row the length s: s y, of which the gradients of x and s are s r P g and <g,
+// y>. With v and t the gradients of these two, those of g, x and s are s r P v + t y, t r P g with s times
+// the gradient of x above, and r <v, P g>.
 #include "cpu/normalize.h"
 
 #include <ATen/ExpandUtils.h>
@@ -19,6 +23,9 @@
 namespace gradnorm_kernels::normalize {
 namespace {
 
+// In place of eps, where no row is short: one of zeros has no direction, and NaN for all derivatives.
+constexpr double kNoneIsShort = -1;
+
 // By plain ops, with the rows along dim. eps is 0 for the norm.
 struct Parts {
   int64_t dim;
@@ -26,7 +33,7 @@ struct Parts {
 
   Parts(const Tensor& input, int64_t dim, double eps) : dim(dim) {
     const Tensor x = to_opmath(input), norm = length(x.detach());
-    is_short = eps > 0 ? norm < eps : norm == 0;
+    is_short = eps == 0 ? norm == 0 : norm < eps;
     const Tensor long_rows = length(x.masked_fill(is_short, 1)).reciprocal();
     r = long_rows.masked_fill(is_short, eps > 0 ? 1 / eps : 0);
     y = x * r;
@@ -376,7 +383,186 @@ struct Norm {
   }
 };
 
-const Registration<Forward, Backward, DoubleBackward, Norm, NormDoubleBackward> registration;
+// Of weight normalisation: v as a matrix whose rows lie along a dimension, and what has an element a row as
+// that is, with size 1 there.
+struct Weights {
+  const char* op;
+  const Tensor &v, &g;
+  int64_t dim;  // in v, which the lengths are kept for: the first or the last
+
+  int64_t along() const {
+    return dim == 0 ? 1 : 0;
+  }
+  Tensor matrix(const Tensor& t) const {
+    c10::SymInt others = 1;
+    for (int64_t k = 0; k < t.dim(); ++k) {
+      others *= k == dim ? 1 : t.sym_size(k);
+    }
+    return dim == 0 ? t.reshape_symint({t.sym_size(dim), others})
+                    : t.reshape_symint({others, t.sym_size(dim)});
+  }
+  void check(std::initializer_list<NamedTensor> like_v, std::initializer_list<NamedTensor> like_g) const {
+    check_floating(op, {{"v", v}, {"g", g}});
+    TORCH_CHECK_VALUE(
+        v.dim() > 0 && (dim == 0 || dim == v.dim() - 1), op, ": expected dim to be the first or the last of ",
+        "v, got ", dim, " of ", v.sym_sizes());
+    c10::SymDimVector sizes(v.dim(), 1);
+    sizes[dim] = v.sym_size(dim);
+    TORCH_CHECK_VALUE(
+        g.sym_sizes() == sizes, op, ": expected g to be as long as v along dim and 1 elsewhere (", sizes,
+        "), got ", g.sym_sizes());
+    for (const auto& tensor : like_v) {
+      check_elementwise(op, {{"v", v}, tensor});
+    }
+    for (const auto& tensor : like_g) {
+      check_elementwise(op, {{"g", g}, tensor});
+    }
+  }
+};
+
+struct WeightNormDoubleBackward {
+  static constexpr auto schema =
+      "weight_norm_double_backward(Tensor? grad_grad_v, Tensor? grad_grad_g, Tensor grad_output, Tensor v, "
+      "Tensor g, int dim) -> (Tensor grad_grad_output, Tensor grad_v, Tensor grad_g)";
+  OptionalTensor grad_grad_v, grad_grad_g;
+  const Tensor &grad_output, &v, &g;
+  int64_t dim;
+  auto tie() const {
+    return std::tie(grad_grad_v, grad_grad_g, grad_output, v, g, dim);
+  }
+  auto differentiable() const {
+    return std::tie(grad_grad_v, grad_grad_g, grad_output, v, g);
+  }
+
+  Weights checked() const {
+    const Weights of{name_of<WeightNormDoubleBackward>(), v, g, dim};
+    of.check({{"grad_output", grad_output}, {"grad_grad_v", grad_grad_v}}, {{"grad_grad_g", grad_grad_g}});
+    return of;
+  }
+  TensorTriple composite() const {
+    const Weights of = checked();
+    const Parts row(of.matrix(v), of.along(), kNoneIsShort);
+    const auto matrix = [&](const Tensor& t, const Tensor& like) {
+      return to_opmath(of.matrix(t.defined() ? t : at::zeros_like(like)));
+    };
+    const Tensor u = matrix(grad_grad_v, v), t = matrix(grad_grad_g, g);
+    const Tensor a = matrix(grad_output, v), s = matrix(g, g);
+    const Tensor u_projected = row.project(u), a_projected = row.project(a),
+                 along_u = row.dot(u, a_projected);
+    const Tensor sum = row.y * along_u + u_projected * row.dot(a, row.y) + a_projected * row.dot(u, row.y);
+    const auto as = [](const Tensor& like, const Tensor& result) {
+      return result.reshape_symint(like.sym_sizes()).to(like.scalar_type());
+    };
+    return {
+        as(v, s * row.r * u_projected + t * row.y), as(v, row.r * (t * a_projected - s * row.r * sum)),
+        as(g, row.r * along_u)};
+  }
+  TensorTriple cpu() const {
+    const Weights of = checked();
+    const auto [grad_grad_output, grad_v, grad_g] = meta();
+    const auto matrix = [&](const Tensor& t, const Tensor& like) {
+      return of.matrix((t.defined() ? t : at::zeros_like(like)).contiguous());
+    };
+    const auto by_row = [&](const Tensor& t) { return matrix(t, g).squeeze(of.along()); };
+    // The sum of no elements is 0.
+    if (v.numel() == 0) {
+      grad_g.zero_();
+    }
+    GRADNORM_KERNELS(normalize_kernels)
+        .weight_norm_double_backward(
+            of.matrix(grad_grad_output), of.matrix(grad_v), by_row(grad_g), matrix(grad_grad_v, v),
+            matrix(grad_output, v), by_row(grad_grad_g), by_row(g), matrix(v, v), of.along());
+    return {grad_grad_output, grad_v, grad_g};
+  }
+  TensorTriple meta() const {
+    checked();
+    return {empty_contiguous(v), empty_contiguous(v), empty_contiguous(g)};
+  }
+};
+
+struct OfWeightNormBackward {
+  using Settings = std::tuple<int64_t>;  // dim
+
+  static variable_list backward(
+      const variable_list& grads, const variable_list& saved, Needs, const Settings& settings) {
+    const auto [dim] = settings;
+    return to_list(call(WeightNormDoubleBackward{grads[0], grads[1], saved[0], saved[1], saved[2], dim}));
+  }
+};
+
+// The gradients of v and g. norms are those that PyTorch's forward returned.
+TensorPair weight_norm_backward(
+    const Tensor& grad_output, const Tensor& v, const Tensor& g, const Tensor& norms, int64_t dim) {
+  if (needs_composite(grad_output, v, g) || v.scalar_type() != g.scalar_type() || v.sym_numel() == 0) {
+    const Weights of{"weight_norm", v, g, dim};
+    const Parts row(of.matrix(v), of.along(), kNoneIsShort);
+    const Tensor a = to_opmath(of.matrix(grad_output));
+    const Tensor grad_v = to_opmath(of.matrix(g)) * row.r * row.project(a);
+    return {
+        grad_v.reshape_symint(v.sym_sizes()).to(v.scalar_type()),
+        row.dot(a, row.y).reshape_symint(g.sym_sizes()).to(g.scalar_type())};
+  }
+  return to_tuple<2>(record<OfWeightNormBackward>({grad_output, v, g}, {dim}, [&](variable_list& saved) {
+    saved = {grad_output, v, g};
+    return to_list(
+        at::_weight_norm_interface_backward(
+            grad_output.contiguous(), v.contiguous(), g.contiguous(), norms, dim));
+  }));
+}
+
+struct OfWeightNorm {
+  using Settings = std::tuple<int64_t>;  // dim
+
+  static variable_list backward(
+      const variable_list& grads, const variable_list& saved, Needs, const Settings& settings) {
+    return to_list(weight_norm_backward(grads[0], saved[0], saved[1], saved[2], std::get<0>(settings)));
+  }
+};
+
+struct WeightNorm {
+  static constexpr auto schema = "weight_norm(Tensor v, Tensor g, int dim) -> Tensor";
+  const Tensor &v, &g;
+  int64_t dim;
+  auto tie() const {
+    return std::tie(v, g, dim);
+  }
+
+  Weights checked() const {
+    const Weights of{name_of<WeightNorm>(), v, g, dim};
+    of.check({}, {});
+    return of;
+  }
+  Tensor composite() const {
+    const Weights of = checked();
+    const Tensor y = Parts(of.matrix(v), of.along(), kNoneIsShort).y;
+    return (to_opmath(of.matrix(g)) * y).reshape_symint(v.sym_sizes()).to(v.scalar_type());
+  }
+  TensorPair with_norms() const {
+    checked();
+    return at::_weight_norm_interface(v.contiguous(), g.contiguous(), dim);
+  }
+  Tensor any_device() const {
+    return v.numel() == 0 ? composite() : std::get<0>(with_norms());
+  }
+  Tensor meta() const {
+    checked();
+    return empty_contiguous(v);
+  }
+  Tensor autograd() const {
+    if (needs_composite(v, g) || v.sym_numel() == 0) {
+      return composite();
+    }
+    return record<OfWeightNorm>({v, g}, {dim}, [&](variable_list& saved) {
+      const auto [output, norms] = with_norms();
+      saved = {v, g, norms};
+      return variable_list{output};
+    })[0];
+  }
+};
+
+const Registration<
+    Forward, Backward, DoubleBackward, Norm, NormDoubleBackward, WeightNorm, WeightNormDoubleBackward>
+    registration;
 
 // PyTorch's own norms; undefined where ours do not cover them.
 Tensor euclidean_norm(
@@ -422,10 +608,31 @@ struct AtenCosineSimilarity : Override<AtenCosineSimilarity> {
   }
 };
 
+// PyTorch's forward has no forward-mode derivative,
+struct AtenWeightNorm : Override<AtenWeightNorm> {
+  static TensorPair autograd(c10::DispatchKeySet keys, const Tensor& v, const Tensor& g, int64_t dim) {
+    if (!is_differentiated_by_transform({v, g})) {
+      return stock(keys, v, g, dim);
+    }
+    return {WeightNorm{v, g, dim}.composite(), at::norm_except_dim(v, 2, dim)};
+  }
+};
+
+// and its first derivative takes the norms for constants when it is differentiated.
+struct AtenWeightNormBackward : Override<AtenWeightNormBackward> {
+  static TensorPair autograd(
+      c10::DispatchKeySet, const Tensor& grad_w, const Tensor& saved_v, const Tensor& saved_g,
+      const Tensor& saved_norms, int64_t dim) {
+    return weight_norm_backward(grad_w, saved_v, saved_g, saved_norms, dim);
+  }
+};
+
 const StockOverride override_aten([](AtenAutograd& aten) {
   AtenVectorNorm::install(aten, "linalg_vector_norm");
   AtenNorm::install(aten, "norm.ScalarOpt_dim");
   AtenCosineSimilarity::install_whole(aten, "cosine_similarity");
+  AtenWeightNorm::install(aten, "_weight_norm_interface");
+  AtenWeightNormBackward::install_whole(aten, "_weight_norm_differentiable_backward");
 });
 
 }  // namespace

@@ -48,8 +48,9 @@ _TRAFFIC: dict[str, tuple[float, float, str | None]] = {
     "Softplus": (22, 5, FUSE),
     "Tanh": (14, 5, FUSE),
     "BinaryCrossEntropy": (64, 4, None),
-    "Cdist": (343, 19, None),
+    "Cdist": (79, 4, SWITCH),
     "Cumprod": (4534, 5, None),
+    "EuclideanDist": (57, 4, SWITCH),
     "GridSampler2D": (103, 5, SWITCH),
     "GridSampler3D": (294, 5, SWITCH),
     "LinalgVectorNorm": (29, 3, SWITCH),
@@ -58,7 +59,7 @@ _TRAFFIC: dict[str, tuple[float, float, str | None]] = {
     "Logsumexp": (21, 3, None),
     "MkldnnRnnLayer": (98, 10, SWITCH),
     "PdistForward": (911, 19, None),
-    "WeightNormInterface": (26, 5, None),
+    "WeightNormInterface": (26, 5, FUSE),
 }
 # Those whose second derivative PyTorch computes wrongly, without an error.
 _WRONG = {

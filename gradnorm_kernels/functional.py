@@ -28,6 +28,7 @@ from torch import Tensor
 __all__ = [
     "batch_norm",
     "batch_norm_act",
+    "cdist",
     "celu",
     "conv1d",
     "conv2d",
@@ -709,6 +710,38 @@ def pairwise_distance(
     return vector_norm(x1 - x2 + eps, -1, keepdim)
 
 
+_CDIST_MODES = (
+    "use_mm_for_euclid_dist_if_necessary",
+    "use_mm_for_euclid_dist",
+    "donot_use_mm_for_euclid_dist",
+)
+
+
+def cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str = _CDIST_MODES[0]) -> Tensor:
+    r"""The distances between all pairs of a point of ``x1`` and one of ``x2``, as :func:`torch.cdist`.
+
+    With ``p`` of 1 or 2 the double backward holds no difference of a pair: of up to 64 coordinates, or of any
+    number for ``p = 1``, it is one kernel that reads and writes as many numbers as there are distances; of
+    more, matrix products. The forward is PyTorch's, on the CPU the first backward too. At a distance of 0 all
+    derivatives are 0. The third order and ``torch.func`` transforms are exact, through plain ATen ops, which
+    may hold the differences. PyTorch's own function computes another ``p``.
+
+    Args:
+        x1, x2: (\*, n, D) and (\*, m, D), of batches that broadcast; float16, bfloat16, float32 or float64.
+            Arithmetic is done in float32 (float64 for float64).
+
+    Raises:
+        TypeError: if a dtype is none of the four, or the two differ.
+        ValueError: if ``x1`` and ``x2`` differ in the number of coordinates, or have fewer than two
+            dimensions, or ``compute_mode`` is none of PyTorch's.
+    """
+    if compute_mode not in _CDIST_MODES:
+        raise ValueError(f"cdist: expected compute_mode to be one of {_CDIST_MODES}, got {compute_mode!r}")
+    if p not in (1, 2):
+        return torch.cdist(x1, x2, p, compute_mode)
+    return torch.ops.gradnorm_kernels.cdist(x1, x2, p, _CDIST_MODES.index(compute_mode))
+
+
 def cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -1206,11 +1239,19 @@ def weight_norm(v: Tensor, g: Tensor, dim: int | None = 0) -> Tensor:
     r"""The weight :math:`g\,v / \lVert v \rVert` of weight normalisation (Salimans and Kingma 2016,
     arXiv:1602.07868), as ``torch.nn.utils.parametrizations.weight_norm`` computes it.
 
-    Right to every order, by plain ops: the second derivative of PyTorch's own takes the norm for a constant.
+    Right to every order: the second derivative of PyTorch's own takes the norm for a constant. Where ``dim``
+    is the first or the last, forward and first backward are PyTorch's kernels, and the double backward reads
+    three tensors and writes two in one kernel; else all is plain ops.
 
     Args:
         v: the direction.
         g: the length, of size 1 in all dimensions but ``dim``; without dimensions where ``dim`` is None.
-        dim: the dimension that keeps a norm for each index; None for one norm of all.
+        dim: the dimension that keeps a norm for each index; None or -1 for one norm of all.
+
+    Raises:
+        TypeError: if a dtype is none of float16, bfloat16, float32 and float64, or the two differ.
+        ValueError: if ``g`` has another shape.
     """
-    return v * (g / torch.norm_except_dim(v, 2, -1 if dim is None else dim))
+    if dim is None or dim not in (0, v.dim() - 1):
+        return v * (g / torch.norm_except_dim(v, 2, -1 if dim is None else dim))
+    return torch.ops.gradnorm_kernels.weight_norm(v, g, dim)

@@ -274,6 +274,22 @@ def vector_norm(input: Tensor, dim: int | tuple[int, ...] | None = None, keepdim
     return norm.masked_fill(is_zero.view_as(norm), 0)
 
 
+def weight_norm(v: Tensor, g: Tensor, dim: int) -> Tensor:
+    """Of the slices of ``v`` along ``dim``, each made as long as ``g`` says."""
+    slices = v.movedim(dim, 0).flatten(1) if v.ndim > 1 else v[:, None]
+    return v * (g / slices.square().sum(1).sqrt().view(g.shape))
+
+
+def cdist(x1: Tensor, x2: Tensor, p: float) -> Tensor:
+    """With derivatives of 0 at distances of 0."""
+    differences = x1.unsqueeze(-2) - x2.unsqueeze(-3)
+    if p == 1:
+        return differences.abs().sum(-1)
+    squared = differences.square().sum(-1)
+    is_zero = squared.detach() == 0
+    return squared.masked_fill(is_zero, 1).sqrt().masked_fill(is_zero, 0)
+
+
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,

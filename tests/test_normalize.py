@@ -1,4 +1,5 @@
-"""Division by the Euclidean norm, and that norm, on the CPU: their table, rows of zeros, similarities."""
+"""Division by the Euclidean norm, that norm and weight normalisation on the CPU: their tables, rows of zeros,
+similarities."""
 
 from dataclasses import dataclass, replace
 
@@ -104,6 +105,48 @@ class VectorNorm(Rows):
         return [(["vector_norm"], 1), (None, 4), double_backward, double_backward]
 
 
+@dataclass(frozen=True)
+class WeightNorm(Case):
+    name: str
+    shape: tuple
+    dim: int = 0
+
+    names = ("v", "g")
+    right_in_pytorch = False
+
+    def shapes(self):
+        return self.shape, tuple(n if k == self.dim else 1 for k, n in enumerate(self.shape))
+
+    def fused(self, v, g):
+        return gk.functional.weight_norm(v, g, self.dim)
+
+    def stock(self, v, g):
+        return torch._weight_norm(v, g, self.dim)
+
+    def reference(self, v, g):
+        return reference.weight_norm(v, g, self.dim)
+
+    def calls(self, operands):
+        (v, g), (u, t), a = operands.inputs, operands.grad_grads, operands.grad_output
+        yield Call("weight_norm", (v, g, self.dim))
+        yield Call("weight_norm_double_backward", (u, t, a, v, g, self.dim))
+
+    def is_pytorchs(self, call):
+        return call.name == "weight_norm"
+
+    def roundings(self, dtype):
+        return 4
+
+    @property
+    def large(self):
+        shape, dim = ((300, 16, 32), 0) if self.dim == 0 else ((1200, 128), 1)
+        return replace(self, shape=shape, dim=dim)
+
+    def passes(self, switch):
+        double_backward = (["weight_norm_double_backward"], 5)
+        return [(None, 2), (["_weight_norm_interface_backward"], 3), double_backward, double_backward]
+
+
 CASES = [
     Normalize("tokens", (40, 197)),
     Normalize("long", (3, 9001)),
@@ -129,6 +172,18 @@ CASES = [
     VectorNorm("norm of zeros", (12, 30), shorten=0.0),
     VectorNorm("small norm", (4, 5)),
     VectorNorm("small norm of the first", (2, 3, 2), dim=(0, 1), keepdim=False),
+]
+
+
+WEIGHTS = [
+    WeightNorm("conv", (40, 12, 3)),
+    WeightNorm("linear", (3, 9001)),
+    # A vector across neighbouring slices, whole and partly filled.
+    WeightNorm("last", (30, 5, 71), dim=2),
+    WeightNorm("last of few", (700, 3), dim=1),
+    WeightNorm("numbers", (5,)),
+    WeightNorm("small", (2, 3, 2)),
+    WeightNorm("small, last", (2, 3, 2), dim=2),
 ]
 
 
@@ -195,6 +250,70 @@ def by_both(name):
 
 def pair(*shapes):
     return [t.double().requires_grad_() for t in map(torch.randn, shapes)]
+
+
+@st.composite
+def random_weights(draw):
+    shape = draw(st.lists(st.integers(3, 9), min_size=2, max_size=4))
+    shape[-1] = draw(st.integers(4, 70))
+    return WeightNorm("", tuple(shape), draw(st.sampled_from([0, len(shape) - 1])))
+
+
+class TestWeightNorm(OpContract):
+    cases = WEIGHTS
+    traced = ("small", "small, last")
+    kernels = ("conv", "linear", "last", "last of few", "small")
+    random_cases = random_weights()
+    schemas = """
+        weight_norm(Tensor v, Tensor g, int dim) -> Tensor;
+        weight_norm_double_backward(Tensor? grad_grad_v, Tensor? grad_grad_g, Tensor grad_output, Tensor v,
+            Tensor g, int dim) -> (Tensor grad_grad_output, Tensor grad_v, Tensor grad_g)
+    """
+
+    def test_autocast_matches_stock(self, small_case, ours):
+        """Which takes no two dtypes."""
+        inputs = small_case.draw(torch.float32).inputs
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(ours(small_case)(*inputs), small_case.stock(*inputs))
+
+    def bad(self):
+        v, g = torch.randn(4, 3, 2), torch.randn(4, 1, 1)
+        for dim in (1, -1, 3):
+            yield lambda d=dim: OPS.weight_norm(v, g, d), ValueError, "dim to be the first or the last"
+        for shape in ((4,), (4, 1), (3, 1, 1), (1, 1, 2)):
+            lengths = torch.randn(shape)
+            yield lambda g=lengths: gk.functional.weight_norm(v, g), ValueError, "g to be as long as v"
+        yield (
+            lambda: OPS.weight_norm_double_backward(v, g[:1], v, v, g, 0),
+            ValueError,
+            "grad_grad_g to have the shape of g",
+        )
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0)])
+def test_weight_norm_of_nothing(shape):
+    v, g = pair(shape, (shape[0], 1))
+    first = torch.autograd.grad(gk.functional.weight_norm(v, g).sum(), (v, g), create_graph=True)
+    second = torch.autograd.grad(first[1].sum(), (v, g), materialize_grads=True)
+    assert [t.shape for t in (*first, *second)] == [v.shape, g.shape] * 2
+
+
+@pytest.mark.parametrize("dim", [1, -1, None])
+@pytest.mark.parametrize("by", ["function", "switch"])
+def test_weight_norm_of_other_dimensions(dim, by):
+    v, g = pair((3, 4, 2), (1, 4, 1) if dim == 1 else ())
+    function = gk.functional.weight_norm if by == "function" else torch._weight_norm
+    dims = (0, 2) if dim == 1 else (0, 1, 2)
+
+    def plain(v, g):
+        return v * (g / v.square().sum(dims, keepdim=True).sqrt())
+
+    def ours(v, g):
+        return function(v, g, -1 if dim is None and by == "switch" else dim)
+
+    with gk.set_fused_double_backward(by == "switch"):
+        results = list(contract.nth_gradients(ours, (v, g), 3))
+    assert_close(results, list(contract.nth_gradients(plain, (v, g), 3)))
 
 
 @by_both("cosine_similarity")

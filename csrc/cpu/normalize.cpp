@@ -8,7 +8,7 @@ namespace {
 
 using at::Tensor;
 
-enum Pass { kForward, kBackward, kDoubleBackward, kNormDoubleBackward };
+enum Pass { kForward, kBackward, kDoubleBackward, kNormDoubleBackward, kWeightNormDoubleBackward };
 
 // Of a row x with the direction y = r x, the pass that csrc/normalize.cpp derives. A first walk along the row
 // takes the sums, a second one writes.
@@ -17,14 +17,17 @@ void rows(const std::array<Tensor, Operands>& operands, size_t outputs, int64_t 
   using P = Pack<T>;
   using Scalar = typename P::Scalar;
   using Vector = typename P::Vector;
-  constexpr bool of_norm = pass == kNormDoubleBackward, has_v = pass == kDoubleBackward || of_norm;
-  constexpr bool has_g = pass == kBackward || pass == kDoubleBackward;
+  constexpr bool of_norm = pass == kNormDoubleBackward, of_weights = pass == kWeightNormDoubleBackward;
+  constexpr bool whole = pass == kDoubleBackward || of_weights;
+  constexpr bool has_v = whole || of_norm, has_g = whole || pass == kBackward;
   const auto least = static_cast<Scalar>(eps);
   const Vector r_of_short(of_norm ? Scalar(0) : 1 / least);
 
   for_each_row<T>(operands, outputs, dim, [&](const auto& data, const auto& row) {
-    // Outputs, then the gradients that are given and the input.
-    const T *x_row = data[Operands - 1], *g_row = data[Operands - 2], *v_row = data[outputs];
+    // Outputs, then the gradients that are given, of weight normalisation what has an element a row, and the
+    // input.
+    const T *x_row = data[Operands - 1], *v_row = data[outputs];
+    const T* g_row = data[of_weights ? outputs + 1 : Operands - 2];
     SumOfParts<P> xx, gx, vx, vg;
     row.each([&](int64_t i, auto count) {
       const P x = P::load(x_row + i, count);
@@ -35,7 +38,7 @@ void rows(const std::array<Tensor, Operands>& operands, size_t outputs, int64_t 
       if constexpr (has_v) {
         vx.add(P::load(v_row + i, count), x);
       }
-      if constexpr (pass == kDoubleBackward) {
+      if constexpr (whole) {
         vg.add(P::load(v_row + i, count), P::load(g_row + i, count));
       }
     });
@@ -52,9 +55,12 @@ void rows(const std::array<Tensor, Operands>& operands, size_t outputs, int64_t 
     const P r = unless_short(P(1) / norm, r_of_short);
     const auto along_y = [&](const P& sum) { return unless_short(r * sum, Vector(0)); };
     const P g_y = along_y(row.total(gx.value())), v_y = along_y(row.total(vx.value()));
+    const auto each_its_own = [&](const T* one) {
+      return row.rows == 1 ? P(Scalar(one[0])) : P::load(one, row.rows);
+    };
 
     if constexpr (of_norm) {
-      const P g = row.rows == 1 ? P(Scalar(g_row[0])) : P::load(g_row, row.rows);
+      const P g = each_its_own(g_row);
       v_y.store(data[0], row.rows);
       const P scale = g * r;
       row.each([&](int64_t i, auto count) {
@@ -63,6 +69,12 @@ void rows(const std::array<Tensor, Operands>& operands, size_t outputs, int64_t 
       });
     } else {
       const P v_g = unless_short(row.total(vg.value()), Vector(0)), of_y = v_g - P(3) * g_y * v_y;
+      P length(1), of_length;
+      if constexpr (of_weights) {
+        length = each_its_own(data[Operands - 2]);
+        of_length = each_its_own(data[Operands - 3]);
+        (r * (v_g - g_y * v_y)).store(data[2], row.rows);
+      }
       row.each([&](int64_t i, auto count) {
         const P y = r * P::load(x_row + i, count);
         if constexpr (pass == kForward) {
@@ -71,10 +83,16 @@ void rows(const std::array<Tensor, Operands>& operands, size_t outputs, int64_t 
           (r * (P::load(g_row + i, count) - y * g_y)).store(data[0] + i, count);
         } else {
           const P v = P::load(v_row + i, count), g = P::load(g_row + i, count);
-          (r * (v - y * v_y)).store(data[0] + i, count);
+          const P of_g = r * (v - y * v_y);
           // r is large where a row is short: it multiplies the sum, whose terms cancel.
           const P sum = fmadd(of_y, y, fmadd(g_y, v, v_y * g));
-          ((P(0) - r) * (r * sum)).store(data[1] + i, count);
+          if constexpr (of_weights) {
+            fmadd(of_length, y, length * of_g).store(data[0] + i, count);
+            (r * (of_length * (g - y * g_y) - length * (r * sum))).store(data[1] + i, count);
+          } else {
+            of_g.store(data[0] + i, count);
+            ((P(0) - r) * (r * sum)).store(data[1] + i, count);
+          }
         }
       });
     }
@@ -106,6 +124,11 @@ const NormalizeKernels normalize_kernels{
        const auto& grad_output, const auto& input, int64_t dim) {
       normalize::run<normalize::kNormDoubleBackward>(
           2, dim, /*eps=*/0, grad_grad_output, grad_input, grad_grad_input, grad_output, input);
+    },
+    [](const auto& grad_grad_output, const auto& grad_v, const auto& grad_g, const auto& grad_grad_v,
+       const auto& grad_output, const auto& grad_grad_g, const auto& g, const auto& v, int64_t dim) {
+      normalize::run<normalize::kWeightNormDoubleBackward>(
+          3, dim, /*eps=*/-1, grad_grad_output, grad_v, grad_g, grad_grad_v, grad_output, grad_grad_g, g, v);
     }};
 
 }  // namespace gradnorm_kernels::CPU_CAPABILITY

@@ -46,7 +46,7 @@ _OPS = {
     "cross_entropy": ("cross_entropy", "cross_entropy_backward", "cross_entropy_double_backward"),
     "normalize": (
         *("normalize", "normalize_backward", "normalize_double_backward"),
-        "vector_norm_double_backward",
+        *("vector_norm_double_backward", "weight_norm_double_backward"),
     ),
     "activation": tuple(
         name + suffix
@@ -67,6 +67,7 @@ _OPS = {
         for suffix in suffixes
     ),
     "gated": ("gated_unit", "gated_unit_backward", "gated_unit_double_backward"),
+    "cdist": ("cdist_backward", "cdist_double_backward"),
     "group_norm": ("group_norm_double_backward",),
     "grid_sample": ("grid_sample_double_backward",),
     "permute_rows": ("permute_rows",),

@@ -30,6 +30,10 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
         yield name, normalize.normalize_backward, x, x, 1, EPS
         yield name, normalize.normalize_double_backward, x, x, x, 1, EPS
         yield f"{name}-norm", normalize.vector_norm_double_backward, x, g, x, 1
+    for name, shape, dim in (("weight", (1024, 512, 3), 0), ("transposed weight", (512, 3, 1024), 2)):
+        v = meta(*shape, dtype=dtype)
+        g = meta(*(n if k == dim else 1 for k, n in enumerate(shape)), dtype=dtype)
+        yield name, normalize.weight_norm_double_backward, v, g, v, v, g, dim
 
 
 test_compiles_without_spills = harness.compilation_test(calls)
@@ -89,6 +93,47 @@ def test_values(shape: tuple[int, ...], dim: int, dtype: torch.dtype, device: st
     harness.assert_accurate(ours, truth, harness.units(dtype, 8, floor=8 * torch.finfo(dtype).eps))
 
 
+# Shape and dimension.
+WEIGHTS = [
+    ((6, 5, 3), 0),
+    ((3, 8193), 0),  # longer than a tile
+    ((4, 3, 37), 2),
+    ((133, 5), 1),  # in several blocks of columns
+    ((7,), 0),
+    ((0, 3), 0),
+]
+
+
+@on_every_device
+@in_every_dtype
+@pytest.mark.parametrize(("shape", "dim"), WEIGHTS, ids=str)
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:divide by zero encountered:RuntimeWarning")
+def test_weight_norm(shape: tuple[int, ...], dim: int, dtype: torch.dtype, device: str) -> None:
+    lengths = [n if k == dim else 1 for k, n in enumerate(shape)]
+    u, a, v = (normal(*shape, dtype=dtype, device=device) for _ in range(3))
+    t, g = (normal(*lengths, dtype=dtype, device=device) for _ in range(2))
+    v += v.sign()
+
+    def double_backward(u: Tensor | None, t: Tensor | None, a: Tensor, v: Tensor, g: Tensor) -> Any:
+        return harness.implementation(normalize, v).weight_norm_double_backward(u, t, a, v, g, dim)
+
+    ours = harness.untouched(double_backward, u, t, a, v, g)
+    allowed = harness.units(dtype, 8, floor=8 * torch.finfo(dtype).eps)
+
+    def truth(u: Tensor | None, t: Tensor | None, *rest: Tensor) -> list[Tensor]:
+        a, v, g = harness.in_double(rest)
+        grad_grads = harness.in_double((u, t))
+        return reference.all_orders(
+            lambda v, g: reference.weight_norm(v, g, dim), (v, g), a, tuple(grad_grads)
+        )[2]
+
+    harness.assert_accurate(ours, truth(u, t, a, v, g), allowed)
+    assert all(result.is_contiguous() for result in ours)
+    for some in ((u, None), (None, t)):
+        harness.assert_accurate(double_backward(*some, a, v, g), truth(*some, a, v, g), allowed)
+
+
 @on_every_device
 def test_strided_operands_give_the_same_bits(device: str) -> None:
     v, g, x = (normal(6, 10, 4, dtype=torch.float32, device=device) for _ in range(3))
@@ -127,4 +172,8 @@ def test_bad_input(device: str) -> None:
         (ValueError, "expected grad_output", of_norm, x, x, x, 1),
         (ValueError, "expected grad_grad_input", of_norm, g, g, x, 1),
         (IndexError, "Dimension out of range", of_norm, x, g, x, -3),
+        (ValueError, "expected dim", normalize.weight_norm_double_backward, x, g, x, x, g, -1),
+        (ValueError, "expected g", normalize.weight_norm_double_backward, x, g, x, x, g, 1),
+        (ValueError, "expected grad_output", normalize.weight_norm_double_backward, x, g, g, x, g, 0),
+        (TypeError, "expected grad_grad_g", normalize.weight_norm_double_backward, x, g.double(), x, x, g, 0),
     )
