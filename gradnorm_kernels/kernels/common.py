@@ -45,6 +45,15 @@ def load(ptr, offsets, mask):
 
 
 @triton.jit
+def moved(ptr, offset):
+    """Of an absent tensor, None."""
+    if ptr is None:
+        return None
+    else:
+        return ptr + offset
+
+
+@triton.jit
 def load_parameter(ptr, offsets, mask, absent: tl.constexpr):
     if ptr is None:
         return absent
