@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import ACTIVATIONS, Activation
-from .common import FP_FUSION, at_most_128_registers, contiguous, load, load_parameter, opmath
+from .common import FP_FUSION, at_most_128_registers, contiguous, launch, load, load_parameter, opmath
 
 
 @triton.jit
@@ -553,7 +553,9 @@ def _scale(
     sums = input.new_empty((2, layout.grid[1], input.shape[1]), dtype=opmath(input.dtype))
     weight, mean, var_ = contiguous(weight, mean, var)
     with torch.cuda.device_of(input):  # does nothing for a CPU tensor (Triton's interpreter)
-        batch_norm_scale_kernel[layout.grid](
+        launch(
+            batch_norm_scale_kernel,
+            layout.grid,
             input,
             factor,
             weight,
@@ -658,7 +660,9 @@ def batch_norm_double_backward(
     with torch.cuda.device_of(x):
         if training:
             partial_sums = x.new_empty((layout.grid[1], 5, channels), dtype=dtype_of_sums)
-            batch_norm_sums_kernel[layout.grid](
+            launch(
+                batch_norm_sums_kernel,
+                layout.grid,
                 *(v, g, x, mean, partial_sums, *layout.sizes),
                 **layout.constants,
                 **_OPTIONS,
@@ -669,7 +673,9 @@ def batch_norm_double_backward(
         else:
             per_channel = None
             grad_weight = x.new_empty((layout.grid[1], channels), dtype=dtype_of_sums)
-        batch_norm_bwd_bwd_kernel[layout.grid](
+        launch(
+            batch_norm_bwd_bwd_kernel,
+            layout.grid,
             v,
             u,
             t,
@@ -715,7 +721,9 @@ def _act_sums(
     ddf = None if grad_grad_input is None else chosen.ddf
     count = 2 if grad_grad_input is None else 5 if ddf is None else 10
     sums = x.new_empty((layout.grid[1], count, x.shape[1]), dtype=opmath(x.dtype))
-    batch_norm_act_sums_kernel[layout.grid](
+    launch(
+        batch_norm_act_sums_kernel,
+        layout.grid,
         grad_grad_input,
         *operands,
         sums,
@@ -764,7 +772,9 @@ def batch_norm_act_backward(
                 sums = _act_sums(None, operands, layout, chosen)
             elif with_weight or with_bias:
                 sums = x.new_empty((layout.grid[1], 2, x.shape[1]), dtype=opmath(x.dtype))
-            batch_norm_act_bwd_kernel[layout.grid](
+            launch(
+                batch_norm_act_bwd_kernel,
+                layout.grid,
                 *operands,
                 sums,
                 grad_input,
@@ -818,7 +828,9 @@ def batch_norm_act_double_backward(
             sums = x.new_empty((layout.grid[1], 2, channels), dtype=opmath(x.dtype))
         # In evaluation mode nothing is written to them.
         grad_weight, grad_bias = (x.new_empty(channels, dtype=dtype) for _ in range(2))
-        batch_norm_act_bwd_bwd_kernel[layout.grid](
+        launch(
+            batch_norm_act_bwd_bwd_kernel,
+            layout.grid,
             v,
             *operands,
             sums,

@@ -164,6 +164,54 @@ def at_most_128_registers(device: torch.device) -> dict[str, int]:
     return {"maxnreg": 128} if gpu(device).backend == "cuda" else {}
 
 
+class Launcher:
+    """A kernel with its constants and options, which remembers what Triton compiled for what operands: tensors,
+    numbers, None, and tuples of a tensor and numbers.
+
+    Triton finds that by all that it may depend on, in twice the host time. Here it is found by what these
+    kernels are specialised on: dtypes, alignments to 16 bytes, and the very numbers.
+    """
+
+    def __init__(self, kernel: Any, constants: dict[str, Any]) -> None:
+        self._kernel = kernel
+        self._constants = constants
+        self._compiled: dict[tuple[Any, ...], Any] = {}
+
+    def __call__(self, grid: tuple[int, ...], operands: tuple[Any, ...]) -> None:
+        key: list[Any] = []
+        for operand in operands:
+            if type(operand) is tuple:
+                operand, *numbers = operand
+                key += numbers
+            if isinstance(operand, Tensor):
+                key += operand.dtype, operand.data_ptr() % 16, operand.get_device()
+            else:
+                key.append(operand)
+        compiled = self._compiled.get(of := tuple(key))
+        if compiled is not None:
+            compiled[(*grid, 1, 1)[:3]](*operands, *self._rest)
+            return
+        # None of the interpreter's.
+        compiled = self._kernel[grid](*operands, **self._constants)
+        if compiled is not None:
+            names = self._kernel.arg_names[len(operands) :]
+            self._rest = [self._constants[name] for name in names]
+            if len(self._compiled) >= 1024:
+                self._compiled.clear()
+            self._compiled[of] = compiled
+
+
+@functools.lru_cache(maxsize=4096, typed=True)
+def _launcher(kernel: Any, **constants: Any) -> Launcher:
+    return Launcher(kernel, constants)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *operands: Any, **constants: Any) -> None:
+    """kernel[grid](*operands, **constants), remembered: constants are what the kernel is compiled for, and
+    options."""
+    _launcher(kernel, **constants)(grid, operands)
+
+
 def contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(None if t is None else t.contiguous() for t in tensors)
 

@@ -28,7 +28,7 @@ from .common import (
     opmath_of,
     widen,
 )
-from .softmax import elements, launch, rows_of_program, rows_plan
+from .softmax import elements, launch_plan, rows_of_program, rows_plan
 
 
 @triton.jit
@@ -168,7 +168,7 @@ def _run(op: str, order: int, tensors: tuple[Tensor, ...], ignore_index: int, la
         operands: list[Tensor | None] = [None] * (2 - order)
         operands += [tensor.contiguous() for tensor in tensors]
         v, g, x, t = operands
-        launch(cross_entropy_kernel, plan, x, t, g, v, values, grad_input)
+        launch_plan(cross_entropy_kernel, plan, x, t, g, v, values, grad_input)
     results = [result for result in (values, grad_input) if result is not None]
     return results[0] if len(results) == 1 else tuple(results)
 

@@ -35,6 +35,7 @@ from .common import (
     contiguous,
     empty_like,
     gpu,
+    launch,
     load,
     load_parameter,
     normalization_double_backward,
@@ -446,7 +447,7 @@ def _sum_parts(partial: Tensor, dtype: torch.dtype) -> Tensor:
     total = torch.empty((outer, columns), dtype=dtype, device=partial.device)
     constants = {"block_parts": 32, "block_columns": 32}
     grid = (-(-columns // constants["block_columns"]), outer)
-    sum_kernel[grid](partial, total, parts, columns, **constants, num_warps=4, **FP_FUSION)
+    launch(sum_kernel, grid, partial, total, parts, columns, **constants, num_warps=4, **FP_FUSION)
     return total
 
 
@@ -462,7 +463,7 @@ def _forward(
     grid = (rows.groups * -(-rows.rows // constants["shape"][1]),)
     tensors = (*contiguous(input, weight, bias), output, mean, rstd)
     with torch.cuda.device_of(input):  # does nothing for a CPU tensor (Triton's interpreter)
-        layer_norm_fwd_kernel[grid](*tensors, *rows, eps=eps, **constants, **options)
+        launch(layer_norm_fwd_kernel, grid, *tensors, *rows, eps=eps, **constants, **options)
     return output
 
 
@@ -492,7 +493,7 @@ def _backward(
             *(next(parts) if wanted else None for wanted in output_mask[1:]),
         )
         with torch.cuda.device_of(input):
-            layer_norm_bwd_kernel[(programs,)](*tensors, *rows, **constants, **options)
+            launch(layer_norm_bwd_kernel, (programs,), *tensors, *rows, **constants, **options)
             sums = _sum_parts(partial, dtype) if of_parameters else partial
     gradients = iter(sums)
     grad_weight, grad_bias = (next(gradients) if wanted else None for wanted in output_mask[1:])
@@ -537,7 +538,7 @@ def _double_backward(
         partial,
     )
     with torch.cuda.device_of(input):
-        layer_norm_bwd_bwd_kernel[(programs,)](*tensors, *rows, **constants, **options)
+        launch(layer_norm_bwd_bwd_kernel, (programs,), *tensors, *rows, **constants, **options)
         if like_weight is None or partial is None:
             return grad_grad_output, grad_input, None
         return grad_grad_output, grad_input, _sum_parts(partial, like_weight.dtype).view_as(like_weight)

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import BACKWARD, DOUBLE_BACKWARD, DTYPES, FORWARD, empty_like, load, moved, on_meta, opmath_of
-from .softmax import elements, launch, rows_of_program, rows_plan
+from .softmax import elements, launch_plan, rows_of_program, rows_plan
 
 NORM_DOUBLE_BACKWARD = DOUBLE_BACKWARD + 1
 
@@ -166,7 +166,7 @@ def _run(op: str, order: int, tensors: tuple[Tensor, ...], dim: int, *eps: float
         operands: list[Tensor | None] = [None] * (2 - len(grads))
         operands += [tensor.contiguous() for tensor in tensors]
         v, g, x = operands
-        launch(normalize_kernel, plan, x, g, v, *results, *[None] * (2 - len(results)))
+        launch_plan(normalize_kernel, plan, x, g, v, *results, *[None] * (2 - len(results)))
     return results[0] if len(results) == 1 else tuple(results)
 
 

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import DTYPES, FP_FUSION, load, on_meta, widen
+from .common import DTYPES, FP_FUSION, launch, load, on_meta, widen
 
 # How these kernels, and those of other families, see a contiguous tensor: as matrices whose lines are
 # contiguous, of units * unit elements, and whose rows, which sums run over, are lines or go across them. What
@@ -323,9 +323,10 @@ def _with_bias_plan(shape: tuple[int, ...], bias_shape: tuple[int, ...], itemsiz
     return _plan(n_cols, 1, math.prod(outer), itemsize, {}, integers)
 
 
-def launch(kernel: Any, plan: Plan, *tensors: Tensor | None) -> None:
+def launch_plan(kernel: Any, plan: Plan, *tensors: Tensor | None) -> None:
     with torch.cuda.device_of(tensors[0]):  # does nothing for a CPU tensor (Triton's interpreter)
-        kernel[(plan.programs,)](*tensors, *plan.integers.values(), **plan.constants, **plan.options)
+        operands = (*tensors, *plan.integers.values())
+        launch(kernel, (plan.programs,), *operands, **plan.constants, **plan.options)
 
 
 def softmax_double_backward(
@@ -353,7 +354,7 @@ def softmax_double_backward(
         itemsize = max(output.itemsize, grad_grad_input.itemsize)
         plan = rows_plan(output.shape, dim % ndim, itemsize, to_input=to_input, log=log)
         contiguous = (t.contiguous() for t in tensors)
-        launch(softmax_bwd_bwd_kernel, plan, *contiguous, grad_grad_output, grad)
+        launch_plan(softmax_bwd_bwd_kernel, plan, *contiguous, grad_grad_output, grad)
     return grad_grad_output, grad
 
 
@@ -381,5 +382,5 @@ def softmax_with_bias(input: Tensor, bias: Tensor, dtype: torch.dtype | None = N
         bias = bias.expand(input.shape)
         plan = _with_bias_plan(input.shape, bias.shape, max(input.itemsize, bias.itemsize))
     assert plan is not None
-    launch(softmax_fwd_kernel, plan, input.contiguous(), bias.contiguous(), output)
+    launch_plan(softmax_fwd_kernel, plan, input.contiguous(), bias.contiguous(), output)
     return output

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..._tf32 import has_tf32_products
 from .. import NotCoveredError
-from ..common import FP_FUSION, gpu
+from ..common import FP_FUSION, gpu, launch
 from .tiles import attention_fwd_kernel, tiled_attention_bwd_bwd_kernel, tiled_attention_bwd_kernel
 from .windows import window_attention_bwd_bwd_kernel, window_attention_bwd_kernel
 
@@ -159,8 +159,9 @@ def _run(
             constants, options = (
                 _window(*kind, rows, keys, limit) if is_window else _tiles(*kind, mask is not None)
             )
-            grid = (items * triton.cdiv(rows, constants["row_block"]),)
-            attention_fwd_kernel[grid](*tensors, scale, rows, keys, *batch[1:], **constants, **options)
+            grid = (items * -(-rows // constants["row_block"]),)
+            counts = (rows, keys, *batch[1:])
+            launch(attention_fwd_kernel, grid, *tensors, scale, *counts, **constants, **options)
         elif is_window:
             kernel = (window_attention_bwd_kernel, window_attention_bwd_bwd_kernel)[order - 1]
             constants, options = _window(*kind, rows, keys, limit)
@@ -169,7 +170,8 @@ def _run(
             # The parts of the batch, the tiles of the mask, and how often the batch goes through the tiles.
             parts, tiles = (1, items) if mask_sums is None else mask_sums.shape[:2]
             counts = (rows, *batch[1:], tiles, parts, items // tiles)
-            kernel[(tiles * parts,)](*tensors, mask_sums, scale, *counts, **constants, **options)
+            operands = (*tensors, mask_sums, scale, *counts)
+            launch(kernel, (tiles * parts,), *operands, **constants, **options)
         else:
             assert mask_sums is None and grad_grad_mask is None
             kernel = (tiled_attention_bwd_kernel, tiled_attention_bwd_bwd_kernel)[order - 1]
@@ -180,9 +182,10 @@ def _run(
                 if size == 0 or (of_keys and results[-2] is results[-1] is None):
                     continue
                 constants, options = _tiles(*kind, mask is not None, of_keys)
-                grid = (items * triton.cdiv(size, constants["key_block" if of_keys else "row_block"]),)
+                grid = (items * -(-size // constants["key_block" if of_keys else "row_block"]),)
                 counts = (rows, keys, *batch[1:])
-                kernel[grid](*tensors, (between, items), scale, *counts, **constants, **options)
+                operands = (*tensors, (between, items), scale, *counts)
+                launch(kernel, grid, *operands, **constants, **options)
 
 
 def _attention_fwd(
