@@ -159,14 +159,14 @@ def gpu(device: torch.device) -> Gpu:
     return Gpu(target.backend, capability, properties["max_shared_mem"], properties["multiprocessor_count"])
 
 
-def at_most_128_registers(device: torch.device) -> dict[str, int]:
+def at_most_128_registers(device: Gpu) -> dict[str, int]:
     """An option of a launch: left to itself, ptxas spills some for the sake of one more program at a time."""
-    return {"maxnreg": 128} if gpu(device).backend == "cuda" else {}
+    return {"maxnreg": 128} if device.backend == "cuda" else {}
 
 
 class Launcher:
-    """A kernel with its constants and options, which remembers what Triton compiled for what operands: tensors,
-    numbers, None, and tuples of a tensor and numbers.
+    """A kernel with its constants and options, which remembers what Triton compiled for what operands. These
+    are tensors, numbers, None, and tuples of a tensor and numbers.
 
     Triton finds that by all that it may depend on, in twice the host time. Here it is found by what these
     kernels are specialised on: dtypes, alignments to 16 bytes, and the very numbers.
@@ -174,8 +174,8 @@ class Launcher:
 
     def __init__(self, kernel: Any, constants: dict[str, Any]) -> None:
         self._kernel = kernel
-        self._constants = constants
-        self._compiled: dict[tuple[Any, ...], Any] = {}
+        self.constants = constants
+        self.compiled: dict[tuple[Any, ...], Any] = {}
 
     def __call__(self, grid: tuple[int, ...], operands: tuple[Any, ...]) -> None:
         key: list[Any] = []
@@ -187,18 +187,18 @@ class Launcher:
                 key += operand.dtype, operand.data_ptr() % 16, operand.get_device()
             else:
                 key.append(operand)
-        compiled = self._compiled.get(of := tuple(key))
+        compiled = self.compiled.get(of := tuple(key))
         if compiled is not None:
             compiled[(*grid, 1, 1)[:3]](*operands, *self._rest)
             return
-        # None of the interpreter's.
-        compiled = self._kernel[grid](*operands, **self._constants)
+        # There is none of the interpreter's.
+        compiled = self._kernel[grid](*operands, **self.constants)
         if compiled is not None:
             names = self._kernel.arg_names[len(operands) :]
-            self._rest = [self._constants[name] for name in names]
-            if len(self._compiled) >= 1024:
-                self._compiled.clear()
-            self._compiled[of] = compiled
+            self._rest = [self.constants[name] for name in names]
+            if len(self.compiled) >= 1024:
+                self.compiled.clear()
+            self.compiled[of] = compiled
 
 
 @functools.lru_cache(maxsize=4096, typed=True)
@@ -254,23 +254,23 @@ def check_operands(
     columns: int,
 ) -> None:
     """The others are like the input, and the parameters have an element for each of the columns."""
-    if input.dtype not in DTYPES:
+    shape, dtype, device = input.shape, input.dtype, input.device
+    if dtype not in DTYPES:
         names = ", ".join(str(dtype)[6:] for dtype in DTYPES)
-        raise TypeError(f"{op}: expected input to be one of {names}, got {input.dtype}")
+        raise TypeError(f"{op}: expected input to be one of {names}, got {dtype}")
     for name, tensor in others.items():
         if tensor is None:
             continue
-        if tensor.dtype != input.dtype:
-            raise TypeError(
-                f"{op}: expected {name} to have the dtype of input ({input.dtype}), got {tensor.dtype}"
-            )
-        if tensor.shape != input.shape:
-            shapes = f"({list(input.shape)}), got {list(tensor.shape)}"
+        if tensor.dtype != dtype:
+            raise TypeError(f"{op}: expected {name} to have the dtype of input ({dtype}), got {tensor.dtype}")
+        if tensor.shape != shape:
+            shapes = f"({list(shape)}), got {list(tensor.shape)}"
             raise ValueError(f"{op}: expected {name} to have the shape of input {shapes}")
     for name, parameter in parameters.items():
         if parameter is not None and parameter.numel() != columns:
             raise ValueError(f"{op}: expected {name} to have {columns} elements, got {list(parameter.shape)}")
-    for name, any_tensor in {**others, **parameters}.items():
-        if any_tensor is not None and any_tensor.device != input.device:
-            devices = f"({input.device}), got {any_tensor.device}"
-            raise RuntimeError(f"{op}: expected {name} to be on the device of input {devices}")
+    for tensors in (others, parameters):
+        for name, any_tensor in tensors.items():
+            if any_tensor is not None and any_tensor.device != device:
+                devices = f"({device}), got {any_tensor.device}"
+                raise RuntimeError(f"{op}: expected {name} to be on the device of input {devices}")

@@ -276,7 +276,7 @@ def _plan(
             block_cols = 2 * tile
         block_rows, warps = max(1, tile // block_cols), max(4, 4 * block_cols // tile)
         line, others, programs = n_cols, outer, -(-outer // block_rows)
-    unit = math.gcd(line, 8) if line < 2**31 else 1
+    unit = math.gcd(line, 16) if line < 2**31 else 1
     integers = {"others": others, "units": line // unit} | (integers or {})
     constants = constants | {
         "unit": unit,
@@ -317,7 +317,7 @@ def _with_bias_plan(shape: tuple[int, ...], bias_shape: tuple[int, ...], itemsiz
     if len(dims) > 3:
         return None
     (size_2, stride_2), (size_1, stride_1), (_, stride_0) = [*dims, *[(1, 0)] * (3 - len(dims))]
-    unit = math.gcd(n_cols, 8)
+    unit = math.gcd(n_cols, 16)
     integers = {"size_1": size_1, "size_2": size_2}
     integers |= {f"bias_stride_{i}": s // unit for i, s in enumerate((stride_0, stride_1, stride_2))}
     return _plan(n_cols, 1, math.prod(outer), itemsize, {}, integers)
