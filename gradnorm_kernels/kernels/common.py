@@ -176,6 +176,8 @@ class Launcher:
         self._kernel = kernel
         self.constants = constants
         self.compiled: dict[tuple[Any, ...], Any] = {}
+        # The constants, in the order of the kernel's parameters.
+        self._rest: list[Any] = []
 
     def __call__(self, grid: tuple[int, ...], operands: tuple[Any, ...]) -> None:
         key: list[Any] = []
