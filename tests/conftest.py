@@ -70,12 +70,13 @@ def pytest_collection_modifyitems(config, items):
         items[:] = kept
     needs_gpu = pytest.mark.skip(reason="needs a CUDA GPU: torch.cuda.is_available() is False")
     for item in items:
-        if "gpu" in item.keywords and not torch.cuda.is_available():
+        # Not its keywords: the folders that it is in are among them.
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(needs_gpu)
     if not config.getoption("--run-slow"):
         # Half of all: to skip each of them takes a minute.
-        slow = [item for item in items if "slow" in item.keywords]
-        items[:] = [item for item in items if "slow" not in item.keywords]
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
         config.hook.pytest_deselected(items=slow)
 
 

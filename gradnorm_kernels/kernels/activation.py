@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import FP_FUSION, on_meta, widen
+from .common import FP_FUSION, Launcher, on_meta, widen
 
 # Kernels. A tensor is a flat array here: the launcher sees to it that all arrays of a launch share
 # one memory layout. `parameters` is spelled out because Triton's generated launcher has a local
@@ -712,20 +712,26 @@ _OPTIONS = {"num_warps": 4, **FP_FUSION}
 
 
 @functools.cache
-def _constants(pass_: Pass, activation: Activation, dtype: torch.dtype) -> dict[str, Any]:
+def _launcher(pass_: Pass, activation: Activation, dtype: torch.dtype) -> Launcher:
     functions = {name: getattr(activation, name) for name in pass_.functions}
-    return {"parameters": activation.parameters, **functions, "block_size": _BLOCK[dtype]}
+    constants = {"parameters": activation.parameters, **functions, "block_size": _BLOCK[dtype]}
+    return Launcher(pass_.kernel, constants | _OPTIONS)
 
 
 def _launch(pass_: Pass, activation: Activation, tensors: tuple[Tensor, ...]) -> None:
     """Run over the tensors, inputs before outputs, which all share one dense memory layout."""
-    n = tensors[0].numel()
+    like = tensors[0]
+    n, dtype = like.numel(), like.dtype
     if n == 0:
         return
-    constants = _constants(pass_, activation, tensors[0].dtype)
-    grid = (-(-n // constants["block_size"]),)  # triton.cdiv takes 2 us of host time
-    with torch.cuda.device_of(tensors[0]):  # does nothing for a CPU tensor (Triton's interpreter)
-        pass_.kernel[grid](*tensors, n, **constants, **_OPTIONS)
+    grid = (-(-n // _BLOCK[dtype]),)  # triton.cdiv takes 2 us of host time
+    with torch.cuda.device_of(like):  # does nothing for a CPU tensor (Triton's interpreter)
+        _launcher(pass_, activation, dtype)(grid, (*tensors, n))
+
+
+def _same_layout(shape: torch.Size, a: tuple[int, ...], b: tuple[int, ...]) -> bool:
+    """Whether these strides are of one layout. That of a dimension of size 1 says nothing."""
+    return a == b or all(i == j or size == 1 for size, i, j in zip(shape, a, b, strict=True))
 
 
 def _in_one_layout(
@@ -742,10 +748,8 @@ def _in_one_layout(
         return torch.empty_strided(meta.shape, meta.stride(), dtype=meta.dtype, device=inputs[-1].device)
 
     def in_layout(tensor: Tensor) -> Tensor:
-        dims = zip(tensor.shape, meta.shape, tensor.stride(), meta.stride(), strict=False)
-        # The stride of a dimension of size 1 says nothing.
-        same = all(size == wanted and (a == b or size == 1) for size, wanted, a, b in dims)
-        same = same and tensor.ndim == meta.ndim and tensor.dtype == meta.dtype
+        same = tensor.shape == meta.shape and tensor.dtype == meta.dtype
+        same = same and _same_layout(meta.shape, tensor.stride(), meta.stride())
         return tensor if same else empty().copy_(tensor)
 
     return tuple(in_layout(tensor) for tensor in inputs), empty()
@@ -756,22 +760,23 @@ def make_op(pass_: Pass, op: str, select: Callable[..., Activation]) -> Callable
         inputs, settings = args[: pass_.reads], args[pass_.reads :]
         activation = select(*settings, **options)
         like = inputs[-1]
-        if like.dtype not in _BLOCK:
+        dtype = like.dtype
+        if dtype not in _BLOCK:
             if pass_ is FORWARD:
                 # Some of PyTorch's own take integers and complex numbers.
                 with contextlib.suppress(RuntimeError):
                     return getattr(torch.ops.aten, op)(*args, **options)
             names = ", ".join(str(dtype)[6:] for dtype in _BLOCK)
-            raise TypeError(f"{op}: expected input to be one of {names}, got {like.dtype}")
+            raise TypeError(f"{op}: expected input to be one of {names}, got {dtype}")
         # empty_like keeps the strides of a dense tensor, and of no other.
         output = torch.empty_like(like)
-        strides = output.stride()
+        shape, strides, device = output.shape, output.stride(), output.device
         for tensor in inputs:
             if (
-                tensor.stride() != strides
-                or tensor.shape != like.shape
-                or tensor.dtype != like.dtype
-                or tensor.device != like.device
+                tensor.shape != shape
+                or tensor.dtype != dtype
+                or tensor.device != device
+                or not _same_layout(shape, tensor.stride(), strides)
             ):
                 inputs, output = _in_one_layout(op, inputs, settings, options)
                 break

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import ACTIVATIONS, Activation
-from .common import FP_FUSION, at_most_128_registers, contiguous, load, load_parameter, opmath
+from .common import FP_FUSION, at_most_128_registers, contiguous, gpu, launch, load, load_parameter, opmath
 
 
 @triton.jit
@@ -499,10 +499,11 @@ class _Layout(NamedTuple):
     grid: tuple[int, int]
 
     @staticmethod
-    def of(tensor: Tensor, interleaved: bool) -> _Layout:
-        channels = tensor.shape[1]
-        outer = tensor.numel() // channels if interleaved else tensor.shape[0]
-        inner = 1 if interleaved else tensor.numel() // (outer * channels)
+    @functools.lru_cache(maxsize=4096)
+    def of(shape: torch.Size, interleaved: bool) -> _Layout:
+        channels = shape[1]
+        outer = shape.numel() // channels if interleaved else shape[0]
+        inner = 1 if interleaved else shape.numel() // (outer * channels)
         # What divides inner is known when a kernel is compiled: it is how many elements an access may have.
         unit = math.gcd(inner, 8)
         if interleaved or inner == 1:
@@ -534,7 +535,7 @@ def _prepared(
     """Tensors in the last one's layout, how that is walked, and operands of a value for each channel."""
     interleaved = _is_interleaved(tensors[-1])
     tensors = tuple(_in_layout(tensor, interleaved) for tensor in tensors)
-    return tensors, _Layout.of(tensors[-1], interleaved), contiguous(*parameters)
+    return tensors, _Layout.of(tensors[-1].shape, interleaved), contiguous(*parameters)
 
 
 def _scale(
@@ -548,12 +549,14 @@ def _scale(
 ) -> tuple[Tensor, Tensor]:
     """The scaled input and, if there is a factor, what the programs found of the two sums: shape
     (2, programs, channels)."""
-    layout = _Layout.of(input, interleaved)
+    layout = _Layout.of(input.shape, interleaved)
     output = torch.empty_like(input)
     sums = input.new_empty((2, layout.grid[1], input.shape[1]), dtype=opmath(input.dtype))
     weight, mean, var_ = contiguous(weight, mean, var)
     with torch.cuda.device_of(input):  # does nothing for a CPU tensor (Triton's interpreter)
-        batch_norm_scale_kernel[layout.grid](
+        launch(
+            batch_norm_scale_kernel,
+            layout.grid,
             input,
             factor,
             weight,
@@ -658,18 +661,22 @@ def batch_norm_double_backward(
     with torch.cuda.device_of(x):
         if training:
             partial_sums = x.new_empty((layout.grid[1], 5, channels), dtype=dtype_of_sums)
-            batch_norm_sums_kernel[layout.grid](
+            launch(
+                batch_norm_sums_kernel,
+                layout.grid,
                 *(v, g, x, mean, partial_sums, *layout.sizes),
                 **layout.constants,
                 **_OPTIONS,
-                **at_most_128_registers(x.device),
+                **at_most_128_registers(gpu(x.device)),
             )
             per_channel = partial_sums.sum(0)
             grad_weight = x.new_empty(channels, dtype=dtype)
         else:
             per_channel = None
             grad_weight = x.new_empty((layout.grid[1], channels), dtype=dtype_of_sums)
-        batch_norm_bwd_bwd_kernel[layout.grid](
+        launch(
+            batch_norm_bwd_bwd_kernel,
+            layout.grid,
             v,
             u,
             t,
@@ -715,7 +722,9 @@ def _act_sums(
     ddf = None if grad_grad_input is None else chosen.ddf
     count = 2 if grad_grad_input is None else 5 if ddf is None else 10
     sums = x.new_empty((layout.grid[1], count, x.shape[1]), dtype=opmath(x.dtype))
-    batch_norm_act_sums_kernel[layout.grid](
+    launch(
+        batch_norm_act_sums_kernel,
+        layout.grid,
         grad_grad_input,
         *operands,
         sums,
@@ -764,7 +773,9 @@ def batch_norm_act_backward(
                 sums = _act_sums(None, operands, layout, chosen)
             elif with_weight or with_bias:
                 sums = x.new_empty((layout.grid[1], 2, x.shape[1]), dtype=opmath(x.dtype))
-            batch_norm_act_bwd_kernel[layout.grid](
+            launch(
+                batch_norm_act_bwd_kernel,
+                layout.grid,
                 *operands,
                 sums,
                 grad_input,
@@ -818,7 +829,9 @@ def batch_norm_act_double_backward(
             sums = x.new_empty((layout.grid[1], 2, channels), dtype=opmath(x.dtype))
         # In evaluation mode nothing is written to them.
         grad_weight, grad_bias = (x.new_empty(channels, dtype=dtype) for _ in range(2))
-        batch_norm_act_bwd_bwd_kernel[layout.grid](
+        launch(
+            batch_norm_act_bwd_bwd_kernel,
+            layout.grid,
             v,
             *operands,
             sums,

@@ -18,7 +18,17 @@ import triton.language as tl
 from torch import Tensor
 
 from . import NotCoveredError
-from .common import BACKWARD, DOUBLE_BACKWARD, FP_FUSION, contiguous, empty_like, load, on_meta, opmath_of
+from .common import (
+    BACKWARD,
+    DOUBLE_BACKWARD,
+    FP_FUSION,
+    contiguous,
+    empty_like,
+    launch,
+    load,
+    on_meta,
+    opmath_of,
+)
 
 MOST_COORDINATES = 64  # that a program holds at once
 
@@ -139,7 +149,8 @@ def _launch(
     programs = math.prod(x.shape[:-2]) * -(-n // block_rows)
     chunks = 1 if all_at_once else -(-coordinates // block_coordinates)
     with torch.cuda.device_of(x):  # does nothing for a CPU tensor (Triton's interpreter)
-        cdist_kernel[(programs, chunks)](
+        launch(
+            *(cdist_kernel, (programs, chunks)),
             *(x, y, u, v, grad_output, *results),
             *(n, m, coordinates, *((1, n) if swapped else (m, 1))),
             euclidean=p == 2,

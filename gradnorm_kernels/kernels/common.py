@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import triton
@@ -42,6 +42,15 @@ def widen(value):
 def load(ptr, offsets, mask):
     """0 outside the mask."""
     return widen(tl.load(ptr + offsets, mask=mask, other=0.0))
+
+
+@triton.jit
+def moved(ptr, offset):
+    """Of an absent tensor, None."""
+    if ptr is None:
+        return None
+    else:
+        return ptr + offset
 
 
 @triton.jit
@@ -150,9 +159,63 @@ def gpu(device: torch.device) -> Gpu:
     return Gpu(target.backend, capability, properties["max_shared_mem"], properties["multiprocessor_count"])
 
 
-def at_most_128_registers(device: torch.device) -> dict[str, int]:
+def at_most_128_registers(device: Gpu) -> dict[str, int]:
     """An option of a launch: left to itself, ptxas spills some for the sake of one more program at a time."""
-    return {"maxnreg": 128} if gpu(device).backend == "cuda" else {}
+    return {"maxnreg": 128} if device.backend == "cuda" else {}
+
+
+class Launcher:
+    """A kernel with its constants and options, which remembers what Triton compiled for what operands. These
+    are tensors, numbers, None, and tuples of a tensor and numbers.
+
+    Triton finds that by all that it may depend on, in twice the host time. Here it is found by what these
+    kernels are specialised on: dtypes, alignments to 16 bytes, and the very numbers.
+    """
+
+    # Told of every launch; replay.py's.
+    on_launch: ClassVar[Callable[..., None] | None] = None
+
+    def __init__(self, kernel: Any, constants: dict[str, Any]) -> None:
+        self._kernel = kernel
+        self.constants = constants
+        self.compiled: dict[tuple[Any, ...], Any] = {}
+        # The constants, in the order of the kernel's parameters.
+        self._rest: list[Any] = []
+
+    def __call__(self, grid: tuple[int, ...], operands: tuple[Any, ...]) -> None:
+        key: list[Any] = []
+        for operand in operands:
+            if type(operand) is tuple:
+                operand, *numbers = operand
+                key += numbers
+            if isinstance(operand, Tensor):
+                key += operand.dtype, operand.data_ptr() % 16, operand.get_device()
+            else:
+                key.append(operand)
+        compiled = self.compiled.get(of := tuple(key))
+        if compiled is not None:
+            compiled[(*grid, 1, 1)[:3]](*operands, *self._rest)
+        else:
+            compiled = self._kernel[grid](*operands, **self.constants)
+            if compiled is not None:  # There is none of the interpreter's.
+                names = self._kernel.arg_names[len(operands) :]
+                self._rest = [self.constants[name] for name in names]
+                if len(self.compiled) >= 1024:
+                    self.compiled.clear()
+                self.compiled[of] = compiled
+        if self.on_launch is not None:
+            self.on_launch(self._kernel, compiled, grid, operands, self.constants)
+
+
+@functools.lru_cache(maxsize=4096, typed=True)
+def _launcher(kernel: Any, **constants: Any) -> Launcher:
+    return Launcher(kernel, constants)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *operands: Any, **constants: Any) -> None:
+    """kernel[grid](*operands, **constants), remembered: constants are what the kernel is compiled for, and
+    options."""
+    _launcher(kernel, **constants)(grid, operands)
 
 
 def contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -197,23 +260,23 @@ def check_operands(
     columns: int,
 ) -> None:
     """The others are like the input, and the parameters have an element for each of the columns."""
-    if input.dtype not in DTYPES:
+    shape, dtype, device = input.shape, input.dtype, input.device
+    if dtype not in DTYPES:
         names = ", ".join(str(dtype)[6:] for dtype in DTYPES)
-        raise TypeError(f"{op}: expected input to be one of {names}, got {input.dtype}")
+        raise TypeError(f"{op}: expected input to be one of {names}, got {dtype}")
     for name, tensor in others.items():
         if tensor is None:
             continue
-        if tensor.dtype != input.dtype:
-            raise TypeError(
-                f"{op}: expected {name} to have the dtype of input ({input.dtype}), got {tensor.dtype}"
-            )
-        if tensor.shape != input.shape:
-            shapes = f"({list(input.shape)}), got {list(tensor.shape)}"
+        if tensor.dtype != dtype:
+            raise TypeError(f"{op}: expected {name} to have the dtype of input ({dtype}), got {tensor.dtype}")
+        if tensor.shape != shape:
+            shapes = f"({list(shape)}), got {list(tensor.shape)}"
             raise ValueError(f"{op}: expected {name} to have the shape of input {shapes}")
     for name, parameter in parameters.items():
         if parameter is not None and parameter.numel() != columns:
             raise ValueError(f"{op}: expected {name} to have {columns} elements, got {list(parameter.shape)}")
-    for name, any_tensor in {**others, **parameters}.items():
-        if any_tensor is not None and any_tensor.device != input.device:
-            devices = f"({input.device}), got {any_tensor.device}"
-            raise RuntimeError(f"{op}: expected {name} to be on the device of input {devices}")
+    for tensors in (others, parameters):
+        for name, any_tensor in tensors.items():
+            if any_tensor is not None and any_tensor.device != device:
+                devices = f"({device}), got {any_tensor.device}"
+                raise RuntimeError(f"{op}: expected {name} to be on the device of input {devices}")

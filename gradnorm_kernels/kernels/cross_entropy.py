@@ -16,8 +16,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import BACKWARD, DOUBLE_BACKWARD, DTYPES, FORWARD, empty_like, load, on_meta, opmath_of, widen
-from .softmax import launch, rows_plan
+from .common import (
+    BACKWARD,
+    DOUBLE_BACKWARD,
+    DTYPES,
+    FORWARD,
+    empty_like,
+    load,
+    moved,
+    on_meta,
+    opmath_of,
+    widen,
+)
+from .softmax import elements, launch_plan, rows_of_program, rows_plan
 
 
 @triton.jit
@@ -43,10 +54,8 @@ def cross_entropy_kernel(
     grad_grad_input_ptr,
     rows_ptr,
     grad_input_ptr,
-    n_rows,
-    n_cols,
-    row_stride,
-    col_stride,
+    others,
+    units,
     ignore_index: tl.constexpr,
     keep: tl.constexpr,
     floor: tl.constexpr,
@@ -55,6 +64,9 @@ def cross_entropy_kernel(
     block_rows: tl.constexpr,
     block_cols: tl.constexpr,
     looped: tl.constexpr,
+    unit: tl.constexpr,
+    across: tl.constexpr,
+    wide: tl.constexpr,
 ):
     """With x = input, p its softmax, q = keep * target + floor, Q = sum(q), g = grad_output and
     v = grad_grad_input: by order rows = Q log(sum(e^x)) - sum(q x); grad_input = g (Q p - q); or rows =
@@ -63,13 +75,14 @@ def cross_entropy_kernel(
     Moves N, 2N or 3N elements: reads 1, 1 or 2, writes 0, 1 or 1. Of probabilities the target is read as
     well. The two later orders read a second time, if looped from memory. A class that there is not gives NaN.
     """
-    blocks = tl.cdiv(n_rows, block_rows)
-    matrix = (tl.program_id(0) // blocks).to(tl.int64)
-    row = (tl.program_id(0) % blocks).to(tl.int64) * block_rows + tl.arange(0, block_rows)[:, None]
-    in_rows = row < n_rows
-    # 64-bit before the products: a tensor may have more than 2^31 elements.
-    rows = matrix * n_rows * n_cols + row * row_stride
-    own = matrix * n_rows + row
+    start, number, rows = rows_of_program(others, units, unit, across, wide, block_rows)
+    in_rows, n_cols = rows[1], rows[2]
+    own = number + tl.arange(0, block_rows)[:, None]
+    input_ptr += start
+    grad_grad_input_ptr = moved(grad_grad_input_ptr, start)
+    grad_input_ptr = moved(grad_input_ptr, start)
+    if soft:
+        target_ptr += start
     zero = tl.zeros([block_rows, 1], opmath_of(input_ptr))
     label = None
     if not soft:
@@ -81,10 +94,8 @@ def cross_entropy_kernel(
     ev_sum = zero
     # Of q and the logits, shifted by the largest, or v.
     linear = zero
-    for start in range(0, n_cols, block_cols):
-        cols = start + tl.arange(0, block_cols)[None, :]
-        mask = in_rows & (cols < n_cols)
-        offsets = rows + cols.to(tl.int64) * col_stride
+    for first in range(0, n_cols, block_cols):
+        offsets, mask, cols = elements(rows, first, block_cols)
         x = widen(tl.load(input_ptr + offsets, mask=mask, other=float("-inf")))
         q = _load_target(target_ptr, label, offsets, cols, mask, zero, keep, floor, soft)
         previous = largest
@@ -120,10 +131,8 @@ def cross_entropy_kernel(
         g = tl.where(is_there, load(grad_output_ptr, own, in_rows), float("nan"))
         g = tl.where(is_counted, g, 0.0)
         of_e = mass / e_sum
-        for start in range(0, n_cols, block_cols):
-            cols = start + tl.arange(0, block_cols)[None, :]
-            mask = in_rows & (cols < n_cols)
-            offsets = rows + cols.to(tl.int64) * col_stride
+        for first in range(0, n_cols, block_cols):
+            offsets, mask, cols = elements(rows, first, block_cols)
             p = of_e * tl.exp(load(input_ptr, offsets, mask) - largest)
             if order == 1:
                 q = _load_target(target_ptr, label, offsets, cols, mask, zero, keep, floor, soft)
@@ -159,7 +168,7 @@ def _run(op: str, order: int, tensors: tuple[Tensor, ...], ignore_index: int, la
         operands: list[Tensor | None] = [None] * (2 - order)
         operands += [tensor.contiguous() for tensor in tensors]
         v, g, x, t = operands
-        launch(cross_entropy_kernel, plan, x, t, g, v, values, grad_input)
+        launch_plan(cross_entropy_kernel, plan, x, t, g, v, values, grad_input)
     results = [result for result in (values, grad_input) if result is not None]
     return results[0] if len(results) == 1 else tuple(results)
 

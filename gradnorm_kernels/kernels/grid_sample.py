@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import NotCoveredError
-from .common import FP_FUSION, contiguous, empty_like, load, on_meta, opmath, opmath_of
+from .common import FP_FUSION, contiguous, empty_like, launch, load, on_meta, opmath, opmath_of
 
 _BLOCK = 128
 
@@ -170,7 +170,9 @@ def grid_sample_double_backward(
     grad_grid = empty_like(grid, output_mask[2])
     points = grad_output.shape[2:].numel()
     with torch.cuda.device_of(input):  # does nothing for a CPU tensor (Triton's interpreter)
-        grid_sample_bwd_bwd_kernel[(input.shape[0] * triton.cdiv(points, _BLOCK),)](
+        launch(
+            grid_sample_bwd_bwd_kernel,
+            (input.shape[0] * -(-points // _BLOCK),),
             *contiguous(v, u, grad_output, input, grid),
             grad_grad_output,
             grad_input,

@@ -19,6 +19,7 @@ from .common import (
     add_terms,
     check_operands,
     contiguous,
+    launch,
     load,
     normalization_double_backward,
     normalization_terms,
@@ -340,7 +341,9 @@ def group_norm_double_backward(
     grid = (batch * num_groups * plan.splits,)
     with torch.cuda.device_of(x):  # does nothing for a CPU tensor (Triton's interpreter)
         for constants in plan.passes():
-            group_norm_bwd_bwd_kernel[grid](
+            launch(
+                group_norm_bwd_bwd_kernel,
+                grid,
                 *operands,
                 *outputs,
                 sums,

@@ -29,6 +29,8 @@ from torch import Tensor
 from .common import (
     DTYPES,
     FP_FUSION,
+    Gpu,
+    Launcher,
     add_terms,
     at_most_128_registers,
     check_operands,
@@ -42,6 +44,15 @@ from .common import (
     opmath,
     project,
 )
+
+
+@triton.jit
+def _sizes(rows, columns, row_stride, column_stride, unit: tl.constexpr, across: tl.constexpr):
+    """Of units, in elements. What is known to divide them is how many elements an access may have."""
+    if across:
+        return rows * unit, columns, row_stride, column_stride * unit
+    else:
+        return rows, columns * unit, row_stride * unit, column_stride
 
 
 @triton.jit
@@ -130,6 +141,8 @@ def layer_norm_fwd_kernel(
     row_stride,
     column_stride,
     eps: tl.constexpr,
+    unit: tl.constexpr,
+    across: tl.constexpr,
     whole: tl.constexpr,
     wide: tl.constexpr,
     shape: tl.constexpr,
@@ -139,6 +152,7 @@ def layer_norm_fwd_kernel(
 
     Moves 2N elements: reads 1, writes 1. Rows that are not whole, as RMS norm's may be, are read twice: 3N.
     """
+    rows, columns, row_stride, column_stride = _sizes(rows, columns, row_stride, column_stride, unit, across)
     tile = _rows_of_tile(tl.program_id(0), rows, columns, row_stride, shape[1])
     row, row_mask = tile[0], tile[1]
     if whole:
@@ -208,6 +222,8 @@ def layer_norm_bwd_kernel(
     columns,
     row_stride,
     column_stride,
+    unit: tl.constexpr,
+    across: tl.constexpr,
     whole: tl.constexpr,
     wide: tl.constexpr,
     shape: tl.constexpr,
@@ -219,6 +235,7 @@ def layer_norm_bwd_kernel(
     Moves 3N elements: reads 2, writes 1; and two rows for each program. Rows that are not whole are read
     twice: 5N.
     """
+    rows, columns, row_stride, column_stride = _sizes(rows, columns, row_stride, column_stride, unit, across)
     centred: tl.constexpr = mean_ptr is not None
     weight_sum = tl.zeros(shape, rstd_ptr.dtype.element_ty)
     bias_sum = weight_sum
@@ -286,6 +303,8 @@ def layer_norm_bwd_bwd_kernel(
     columns,
     row_stride,
     column_stride,
+    unit: tl.constexpr,
+    across: tl.constexpr,
     whole: tl.constexpr,
     wide: tl.constexpr,
     shape: tl.constexpr,
@@ -296,6 +315,7 @@ def layer_norm_bwd_bwd_kernel(
     Moves 5N elements: reads 3, writes 2; and one row for each program. Rows that are not whole are read
     twice: 8N.
     """
+    rows, columns, row_stride, column_stride = _sizes(rows, columns, row_stride, column_stride, unit, across)
     centred: tl.constexpr = mean_ptr is not None
     pointers = (
         grad_grad_input_ptr,
@@ -356,7 +376,7 @@ def sum_kernel(partial_ptr, sum_ptr, parts, columns, block_parts: tl.constexpr, 
 
 
 class Rows(NamedTuple):
-    """How a kernel sees contiguous tensors; its integer arguments, in their order."""
+    """How a kernel sees contiguous tensors."""
 
     groups: int
     rows: int
@@ -365,15 +385,16 @@ class Rows(NamedTuple):
     column_stride: int
 
 
-def _rows(input: Tensor, mean: Tensor) -> Rows:
+@functools.lru_cache(maxsize=4096)
+def _rows(shape: torch.Size, kept: torch.Size) -> Rows:
     """The columns are the dimensions that the statistics have reduced to 1."""
     inner = 1
-    for size, kept in zip(reversed(input.shape), reversed(mean.shape), strict=True):
-        if size != kept:
+    for size, size_kept in zip(reversed(shape), reversed(kept), strict=True):
+        if size != size_kept:
             break
         inner *= size
-    outer = mean.numel() // inner
-    columns = input.numel() // mean.numel()
+    outer = kept.numel() // inner
+    columns = shape.numel() // kept.numel()
     return Rows(1, outer, columns, columns, 1) if inner == 1 else Rows(outer, inner, columns, 1, inner)
 
 
@@ -382,10 +403,10 @@ _MOST_COLUMNS = {dtype: 4096 if dtype == torch.float64 else 8192 for dtype in DT
 
 
 @functools.lru_cache(maxsize=4096)
-def _constants(
-    kernel: Any, rows: Rows, dtype: torch.dtype, parameters: bool = False
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The block sizes, chosen so that no register is spilled, and the options of the launch.
+def _plan(
+    kernel: Any, rows: Rows, dtype: torch.dtype, device: Gpu, parameters: bool = False, **others: Any
+) -> tuple[Launcher, int, Rows]:
+    """Of the kernel: block sizes, chosen so that no register is spilled; programs; and its integer arguments.
 
     parameters says whether the double backward has grad_grad_weight and grad_grad_bias.
     """
@@ -414,20 +435,33 @@ def _constants(
     # 32 accesses of 16 bytes.
     width = min(block_columns, 512 // dtype.itemsize) if in_warps else block_columns
     shape = (block_columns // width, block_rows, width)
-    constants = {"whole": whole, "wide": wide, "shape": shape, "in_warps": in_warps}
+    across, line = rows.column_stride > 1, rows.rows if rows.column_stride > 1 else rows.columns
+    unit = math.gcd(line, 16) if line < 2**31 else 1
+    if across:
+        units = rows._replace(rows=line // unit, column_stride=line // unit)
+    else:
+        units = rows._replace(columns=line // unit, row_stride=line // unit)
+    constants = {"unit": unit, "across": across, "whole": whole, "wide": wide, "shape": shape}
+    constants["in_warps"] = in_warps
     elements_in_thread = 8 if block_rows == 1 else 4
     num_warps = min(max(block_rows * block_columns // (32 * elements_in_thread), 1), 4 if in_warps else 16)
-    return constants, {"num_warps": num_warps, **FP_FUSION}
+    options = {"num_warps": num_warps, **FP_FUSION}
+    if parameters and not whole:
+        options |= at_most_128_registers(device)
+    if kernel is layer_norm_fwd_kernel:
+        programs = rows.groups * -(-rows.rows // block_rows)
+    else:
+        programs = _programs(rows, shape, num_warps, device.multiprocessors)
+    return Launcher(kernel, constants | options | others), programs, units
 
 
-def _programs(rows: Rows, shape: tuple[int, int, int], num_warps: int, device: torch.device) -> int:
+def _programs(rows: Rows, shape: tuple[int, int, int], num_warps: int, sms: int) -> int:
     """As many as fill the device, as long as their partial sums are small beside the tensors: a row of sums
     for 16 of these at least."""
     tiles = rows.groups * -(-rows.rows // shape[1])
     # About 10 registers for each element of a thread's were compiled, of 65,536.
     elements = math.prod(shape) // (32 * num_warps)
     warps = min(32, 2048 // (10 * max(elements, 1)))
-    sms = gpu(device).multiprocessors
     return min(tiles, max(sms, min(sms * (warps // num_warps), rows.groups * rows.rows // 16)))
 
 
@@ -440,13 +474,16 @@ def _check_channels(op: str, input: Tensor, others: dict[str, Tensor], **paramet
         raise ValueError(f"{op}: expected input to have at most {most} channels, got {input.shape[1]}")
 
 
+_SUMS = {"block_parts": 32, "block_columns": 32}
+_launch_sum = Launcher(sum_kernel, {**_SUMS, "num_warps": 4, **FP_FUSION})
+
+
 def _sum_parts(partial: Tensor, dtype: torch.dtype) -> Tensor:
     """Over the second of three dimensions."""
     outer, parts, columns = partial.shape
     total = torch.empty((outer, columns), dtype=dtype, device=partial.device)
-    constants = {"block_parts": 32, "block_columns": 32}
-    grid = (-(-columns // constants["block_columns"]), outer)
-    sum_kernel[grid](partial, total, parts, columns, **constants, num_warps=4, **FP_FUSION)
+    grid = (-(-columns // _SUMS["block_columns"]), outer)
+    _launch_sum(grid, (partial, total, parts, columns))
     return total
 
 
@@ -457,12 +494,11 @@ def _forward(
     output = torch.empty_like(input, memory_format=torch.contiguous_format)
     if input.numel() == 0:
         return output
-    rows = _rows(input, rstd)
-    constants, options = _constants(layer_norm_fwd_kernel, rows, input.dtype)
-    grid = (rows.groups * -(-rows.rows // constants["shape"][1]),)
+    rows = _rows(input.shape, rstd.shape)
+    launcher, programs, units = _plan(layer_norm_fwd_kernel, rows, input.dtype, gpu(input.device), eps=eps)
     tensors = (*contiguous(input, weight, bias), output, mean, rstd)
     with torch.cuda.device_of(input):  # does nothing for a CPU tensor (Triton's interpreter)
-        layer_norm_fwd_kernel[grid](*tensors, *rows, eps=eps, **constants, **options)
+        launcher((programs,), (*tensors, *units))
     return output
 
 
@@ -481,9 +517,8 @@ def _backward(
     if input.numel() == 0:
         sums = input.new_zeros((of_parameters, columns), dtype=dtype)
     else:
-        rows = _rows(input, rstd)
-        constants, options = _constants(layer_norm_bwd_kernel, rows, input.dtype)
-        programs = _programs(rows, constants["shape"], options["num_warps"], input.device)
+        rows = _rows(input.shape, rstd.shape)
+        launcher, programs, units = _plan(layer_norm_bwd_kernel, rows, input.dtype, gpu(input.device))
         partial = rstd.new_empty((of_parameters, programs, columns))
         parts = iter(partial)
         tensors = (
@@ -492,7 +527,7 @@ def _backward(
             *(next(parts) if wanted else None for wanted in output_mask[1:]),
         )
         with torch.cuda.device_of(input):
-            layer_norm_bwd_kernel[(programs,)](*tensors, *rows, **constants, **options)
+            launcher((programs,), (*tensors, *units))
             sums = _sum_parts(partial, dtype) if of_parameters else partial
     gradients = iter(sums)
     grad_weight, grad_bias = (next(gradients) if wanted else None for wanted in output_mask[1:])
@@ -513,7 +548,7 @@ def _double_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     others = {"grad_output": grad_output, "grad_grad_input": grad_grad_input}
     parameters = {"weight": weight, "grad_grad_weight": grad_grad_weight, "grad_grad_bias": grad_grad_bias}
-    rows = _rows(input, rstd) if input.numel() else None
+    rows = _rows(input.shape, rstd.shape) if input.numel() else None
     check_operands(op, input, others, parameters if rows else {}, rows.columns if rows else 0)
     grad_grad_output = empty_like(input, output_mask[0])
     grad_input = empty_like(input, output_mask[1])
@@ -523,10 +558,7 @@ def _double_backward(
     if grad_grad_input is None:
         grad_grad_input = torch.zeros_like(input)
     has_u = grad_grad_weight is not None
-    constants, options = _constants(layer_norm_bwd_bwd_kernel, rows, input.dtype, has_u)
-    if has_u and not constants["whole"]:
-        options = options | at_most_128_registers(input.device)
-    programs = _programs(rows, constants["shape"], options["num_warps"], input.device)
+    launcher, programs, units = _plan(layer_norm_bwd_bwd_kernel, rows, input.dtype, gpu(input.device), has_u)
     partial = None if like_weight is None else rstd.new_empty((1, programs, rows.columns))
     tensors = (
         *contiguous(
@@ -537,7 +569,7 @@ def _double_backward(
         partial,
     )
     with torch.cuda.device_of(input):
-        layer_norm_bwd_bwd_kernel[(programs,)](*tensors, *rows, **constants, **options)
+        launcher((programs,), (*tensors, *units))
         if like_weight is None or partial is None:
             return grad_grad_output, grad_input, None
         return grad_grad_output, grad_input, _sum_parts(partial, like_weight.dtype).view_as(like_weight)

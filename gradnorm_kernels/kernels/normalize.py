@@ -25,10 +25,11 @@ from .common import (
     contiguous,
     empty_like,
     load,
+    moved,
     on_meta,
     opmath_of,
 )
-from .softmax import launch, rows_plan
+from .softmax import elements, launch_plan, rows_of_program, rows_plan
 
 NORM_DOUBLE_BACKWARD, WEIGHT_NORM_DOUBLE_BACKWARD = DOUBLE_BACKWARD + 1, DOUBLE_BACKWARD + 2
 
@@ -106,15 +107,16 @@ def normalize_kernel(
     first_ptr,
     second_ptr,
     grad_length_ptr,
-    n_rows,
-    n_cols,
-    row_stride,
-    col_stride,
+    others,
+    units,
     eps: tl.constexpr,
     order: tl.constexpr,
     block_rows: tl.constexpr,
     block_cols: tl.constexpr,
     looped: tl.constexpr,
+    unit: tl.constexpr,
+    across: tl.constexpr,
+    wide: tl.constexpr,
 ):
     """With x = input, g = grad_output and v = grad_grad_input, by order: first = output; first = grad_input;
     first = grad_grad_output and second = grad_input; that of the norm, of which grad_output and first have an
@@ -123,13 +125,9 @@ def normalize_kernel(
     Moves 2N, 3N, 5N, 3N or 5N elements: reads 1, 2, 3, 2 or 3, writes 1, 1, 2, 1 or 2. If looped, reads
     twice.
     """
-    blocks = tl.cdiv(n_rows, block_rows)
-    matrix = (tl.program_id(0) // blocks).to(tl.int64)
-    row = (tl.program_id(0) % blocks).to(tl.int64) * block_rows + tl.arange(0, block_rows)[:, None]
-    in_rows = row < n_rows
-    # 64-bit before the products: a tensor may have more than 2^31 elements.
-    rows = matrix * n_rows * n_cols + row * row_stride
-    own = matrix * n_rows + row
+    start, number, rows = rows_of_program(others, units, unit, across, wide, block_rows)
+    in_rows, n_cols = rows[1], rows[2]
+    own = number + tl.arange(0, block_rows)[:, None]
     of_norm: tl.constexpr = order == 3
     of_weights: tl.constexpr = order == 4
     length = 1.0
@@ -137,33 +135,33 @@ def normalize_kernel(
     if of_weights:
         length = load(length_ptr, own, in_rows)
         of_length = load(grad_grad_length_ptr, own, in_rows)
+    input_ptr += start
+    grad_grad_input_ptr = moved(grad_grad_input_ptr, start)
+    second_ptr = moved(second_ptr, start)
+    if not of_norm:
+        grad_output_ptr = moved(grad_output_ptr, start)
+        first_ptr += start
     if looped:
         xx = tl.zeros([block_rows, 1], opmath_of(input_ptr))
         gx = xx
         vx = xx
         vg = xx
-        for start in range(0, n_cols, block_cols):
-            cols = start + tl.arange(0, block_cols)[None, :]
-            mask = in_rows & (cols < n_cols)
-            offsets = rows + cols.to(tl.int64) * col_stride
+        for first in range(0, n_cols, block_cols):
+            offsets, mask, _cols = elements(rows, first, block_cols)
             x, g, v = _load_operands(input_ptr, grad_output_ptr, grad_grad_input_ptr, offsets, mask, order)
             xx += _sum(x * x)
             gx += _sum(g * x)
             vx += _sum(v * x)
             vg += _sum(v * g)
         r, g_y, v_y, v_g = _along_y(xx, gx, vx, vg, eps, order)
-        for start in range(0, n_cols, block_cols):
-            cols = start + tl.arange(0, block_cols)[None, :]
-            mask = in_rows & (cols < n_cols)
-            offsets = rows + cols.to(tl.int64) * col_stride
+        for first in range(0, n_cols, block_cols):
+            offsets, mask, _cols = elements(rows, first, block_cols)
             x, g, v = _load_operands(input_ptr, grad_output_ptr, grad_grad_input_ptr, offsets, mask, order)
             if of_norm:
                 g = load(grad_output_ptr, own, in_rows)
             _store(first_ptr, second_ptr, offsets, mask, x, g, v, r, g_y, v_y, v_g, length, of_length, order)
     else:
-        cols = tl.arange(0, block_cols)[None, :]
-        mask = in_rows & (cols < n_cols)
-        offsets = rows + cols.to(tl.int64) * col_stride
+        offsets, mask, _cols = elements(rows, 0, block_cols)
         x, g, v = _load_operands(input_ptr, grad_output_ptr, grad_grad_input_ptr, offsets, mask, order)
         r, g_y, v_y, v_g = _along_y(_sum(x * x), _sum(g * x), _sum(v * x), _sum(v * g), eps, order)
         if of_norm:
@@ -202,8 +200,8 @@ def _run(op: str, order: int, tensors: tuple[Tensor, ...], dim: int, *eps: float
         operands: list[Tensor | None] = [None] * (2 - len(grads))
         operands += [tensor.contiguous() for tensor in tensors]
         v, g, x = operands
-        results_of_all = results + [None] * (2 - len(results))
-        launch(normalize_kernel, plan, x, g, v, None, None, *results_of_all, None)
+        absent = [None] * (2 - len(results))
+        launch_plan(normalize_kernel, plan, x, g, v, None, None, *results, *absent, None)
     return results[0] if len(results) == 1 else tuple(results)
 
 
@@ -255,5 +253,5 @@ def weight_norm_double_backward(
         shape = (v.shape[0], others) if dim == 0 else (others, v.shape[-1])
         along = 1 if dim == 0 else 0
         plan = rows_plan(shape, along, v.itemsize, eps=0.0, order=WEIGHT_NORM_DOUBLE_BACKWARD)
-        launch(normalize_kernel, plan, *contiguous(v, grad_output, u, g, t), *results)
+        launch_plan(normalize_kernel, plan, *contiguous(v, grad_output, u, g, t), *results)
     return results

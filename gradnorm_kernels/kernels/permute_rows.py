@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import NotCoveredError
-from .common import DTYPES, FP_FUSION, on_meta
+from .common import DTYPES, FP_FUSION, launch, on_meta
 
 
 @triton.jit
@@ -67,7 +67,9 @@ def permute_rows(input: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
     block_rows = min(triton.next_power_of_2(rows), elements // block_columns)
     programs = batch * -(-rows // block_rows)
     with torch.cuda.device_of(input):  # does nothing for a CPU tensor (Triton's interpreter)
-        permute_rows_kernel[(programs,)](
+        launch(
+            permute_rows_kernel,
+            (programs,),
             input.contiguous(),
             index.contiguous(),
             output,

@@ -26,6 +26,7 @@ from .common import (
     FP_FUSION,
     contiguous,
     empty_like,
+    launch,
     load,
     on_meta,
 )
@@ -206,7 +207,9 @@ def _run(op: str, order: int, cell: Any, tensors: tuple[Tensor, ...]) -> Any:
     if state.numel() > 0:
         block_size = 256
         with torch.cuda.device_of(state):  # does nothing for a CPU tensor (Triton's interpreter)
-            step_kernel[(triton.cdiv(state.numel(), block_size),)](
+            launch(
+                step_kernel,
+                (-(-state.numel() // block_size),),
                 *[None] * (6 - len(tensors)),
                 *contiguous(*tensors),
                 of_hidden,

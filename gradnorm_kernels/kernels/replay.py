@@ -11,6 +11,8 @@ import torch
 import triton
 from torch import Tensor
 
+from .common import Launcher
+
 # What a launch writes for a value of Triton's types.
 _FORMATS = {
     **{"i1": "<i", "i8": "<b", "i16": "<h", "i32": "<i", "i64": "<q", "fp32": "<f", "fp64": "<d"},
@@ -31,9 +33,11 @@ def note(launcher: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def _note_launch(kernel: Any, compiled: Any, grid: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    if not getattr(_thread, "is_noting", False):
+        return
     note = torch.ops.gradnorm_kernels._note_launch
     is_compiled = isinstance(compiled, triton.compiler.CompiledKernel)
-    if not is_compiled or callable(grid) or _needs_more_than_parameters(kernel, compiled):
+    if not is_compiled or _needs_more_than_parameters(kernel, compiled):
         note(0, [], 0, 0, [], [])
         return
     constants = {name: value for name, value in kwargs.items() if name in kernel.arg_names}
@@ -72,15 +76,4 @@ def _parameters(signature: Any, arguments: Any) -> Iterator[tuple[str, Any]]:
             yield kind, value
 
 
-_run = triton.JITFunction.run
-
-
-def _run_and_note(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-    compiled = _run(self, *args, grid=grid, warmup=warmup, **kwargs)
-    if getattr(_thread, "is_noting", False):
-        _note_launch(self, compiled, grid, args, kwargs)
-    return compiled
-
-
-# No other place knows what a call's kernel was compiled to.
-triton.JITFunction.run = _run_and_note
+Launcher.on_launch = staticmethod(_note_launch)

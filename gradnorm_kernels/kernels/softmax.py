@@ -20,7 +20,48 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import DTYPES, FP_FUSION, load, on_meta, widen
+from .common import DTYPES, FP_FUSION, launch, load, on_meta, widen
+
+# How these kernels, and those of other families, see a contiguous tensor: as matrices whose lines are
+# contiguous, of units * unit elements, and whose rows, which sums run over, are lines or go across them. What
+# divides a line is known when a kernel is compiled: it is how many elements an access may have.
+
+
+@triton.jit
+def rows_of_program(
+    others, units, unit: tl.constexpr, across: tl.constexpr, wide: tl.constexpr, block_rows: tl.constexpr
+):
+    """A program's rows: the offset of the first of them; the number that this one has of all; and, for
+    elements, the rows' places from there on, a mask, the number of columns and their stride."""
+    line = units * unit
+    row = tl.arange(0, block_rows)[:, None]
+    if across:
+        n_rows, n_cols = line, others
+        blocks = tl.cdiv(n_rows, block_rows)
+        matrix = (tl.program_id(0) // blocks).to(tl.int64)
+        first = (tl.program_id(0) % blocks).to(tl.int64) * block_rows
+        start = matrix * n_rows * n_cols + first
+        number = matrix * n_rows + first
+        place = row
+        # In 64 bits, which take more registers, only where a matrix is wide: of more than 2^31 elements.
+        col_stride = tl.cast(line, tl.int64) if wide else line
+    else:
+        n_rows, n_cols = others, line
+        first = tl.program_id(0).to(tl.int64) * block_rows
+        start = first * n_cols
+        number = first
+        place = row * n_cols
+        col_stride = 1
+    in_rows = row < tl.minimum(n_rows - first, block_rows).to(tl.int32)
+    return start, number, (place, in_rows, n_cols, col_stride)
+
+
+@triton.jit
+def elements(rows, first, block_cols: tl.constexpr):
+    """Of the columns from first on: their offsets, a mask, and which columns they are."""
+    place, in_rows, n_cols, col_stride = rows
+    cols = first + tl.arange(0, block_cols)[None, :]
+    return place + cols * col_stride, in_rows & (cols < n_cols), cols
 
 
 @triton.jit
@@ -83,13 +124,16 @@ def softmax_fwd_kernel(
     input_ptr,
     bias_ptr,
     output_ptr,
-    n_rows,
-    n_cols,
+    others,
+    units,
     size_1,
     size_2,
     bias_stride_0,
     bias_stride_1,
     bias_stride_2,
+    unit: tl.constexpr,
+    across: tl.constexpr,
+    wide: tl.constexpr,
     block_rows: tl.constexpr,
     block_cols: tl.constexpr,
     looped: tl.constexpr,
@@ -99,38 +143,36 @@ def softmax_fwd_kernel(
     Moves 2N elements and the bias: reads 1, writes 1. If looped, reads twice (3N). The rows are those of an
     array of (anything, size_1, size_2), of which the bias has the given strides: 0 where it repeats itself.
     """
-    # 64-bit before any product: a tensor may have more than 2^31 elements.
-    row = tl.program_id(0).to(tl.int64) * block_rows + tl.arange(0, block_rows)[:, None]
-    in_rows = row < n_rows
+    start, number, rows = rows_of_program(others, units, unit, across, wide, block_rows)
+    n_cols = rows[2]
+    input_ptr += start
+    output_ptr += start
+    row = (number if wide else number.to(tl.int32)) + tl.arange(0, block_rows)[:, None]
     outer = row // size_2
-    bias_rows = (
+    bias_ptrs = bias_ptr + unit * (
         (outer // size_1) * bias_stride_0 + (outer % size_1) * bias_stride_1 + (row % size_2) * bias_stride_2
     )
-    # 64-bit before the product: a tensor may have more than 2^31 elements.
-    rows = row * n_cols
     if looped:
         total = _zeros(block_rows, input_ptr, bias_ptr)
         largest = total + float("-inf")
-        for start in range(0, n_cols, block_cols):
-            cols = start + tl.arange(0, block_cols)[None, :]
-            x = _load_sum(input_ptr + rows + cols, bias_ptr + bias_rows + cols, in_rows & (cols < n_cols))
+        for first in range(0, n_cols, block_cols):
+            offsets, mask, cols = elements(rows, first, block_cols)
+            x = _load_sum(input_ptr + offsets, bias_ptrs + cols, mask)
             previous = largest
             largest = tl.maximum(previous, tl.max(x, axis=1, keep_dims=True))
             # For a row that begins with -inf, where inf - inf would be NaN.
             shift = tl.where(largest == float("-inf"), 0.0, largest)
             total = total * tl.exp(previous - shift) + tl.sum(tl.exp(x - shift), axis=1, keep_dims=True)
-        for start in range(0, n_cols, block_cols):
-            cols = start + tl.arange(0, block_cols)[None, :]
-            mask = in_rows & (cols < n_cols)
-            x = _load_sum(input_ptr + rows + cols, bias_ptr + bias_rows + cols, mask)
-            tl.store(output_ptr + rows + cols, tl.exp(x - largest) / total, mask=mask)
+        for first in range(0, n_cols, block_cols):
+            offsets, mask, cols = elements(rows, first, block_cols)
+            x = _load_sum(input_ptr + offsets, bias_ptrs + cols, mask)
+            tl.store(output_ptr + offsets, tl.exp(x - largest) / total, mask=mask)
     else:
-        cols = tl.arange(0, block_cols)[None, :]
-        mask = in_rows & (cols < n_cols)
-        x = _load_sum(input_ptr + rows + cols, bias_ptr + bias_rows + cols, mask)
+        offsets, mask, cols = elements(rows, 0, block_cols)
+        x = _load_sum(input_ptr + offsets, bias_ptrs + cols, mask)
         exponentials = tl.exp(x - tl.max(x, axis=1, keep_dims=True))
         y = exponentials / tl.sum(exponentials, axis=1, keep_dims=True)
-        tl.store(output_ptr + rows + cols, y, mask=mask)
+        tl.store(output_ptr + offsets, y, mask=mask)
 
 
 @triton.jit
@@ -140,12 +182,13 @@ def softmax_bwd_bwd_kernel(
     output_ptr,
     grad_grad_output_ptr,
     grad_ptr,
-    n_rows,
-    n_cols,
-    row_stride,
-    col_stride,
+    others,
+    units,
     to_input: tl.constexpr,
     log: tl.constexpr,
+    unit: tl.constexpr,
+    across: tl.constexpr,
+    wide: tl.constexpr,
     block_rows: tl.constexpr,
     block_cols: tl.constexpr,
     looped: tl.constexpr,
@@ -156,47 +199,39 @@ def softmax_bwd_bwd_kernel(
     y: grad_grad_output = v - mean(v) and grad = -sum(g) y v, or -sum(g) y (v - mean(v)).
 
     Moves 5N elements: reads 3, writes 2. If looped, reads the 3 twice, or three times if to_input and not
-    log: 8N or 11N, unless a cache holds the row. The tensor is a stack of n_rows x n_cols matrices of these
-    strides.
+    log: 8N or 11N, unless a cache holds the row.
     """
-    blocks = tl.cdiv(n_rows, block_rows)
-    matrix = (tl.program_id(0) // blocks).to(tl.int64)
-    row = (tl.program_id(0) % blocks).to(tl.int64) * block_rows + tl.arange(0, block_rows)[:, None]
-    in_rows = row < n_rows
-    # 64-bit before the products: a tensor may have more than 2^31 elements.
-    rows = matrix * n_rows * n_cols + row * row_stride
+    start, _number, rows = rows_of_program(others, units, unit, across, wide, block_rows)
+    n_cols = rows[2]
+    grad_grad_input_ptr += start
+    grad_output_ptr += start
+    output_ptr += start
+    grad_grad_output_ptr += start
+    grad_ptr += start
     if looped:
         v_mean = _zeros(block_rows, grad_grad_input_ptr, output_ptr)
         g_sum = v_mean
         product_mean = v_mean
-        for start in range(0, n_cols, block_cols):
-            cols = start + tl.arange(0, block_cols)[None, :]
-            mask = in_rows & (cols < n_cols)
-            offsets = rows + cols.to(tl.int64) * col_stride
+        for first in range(0, n_cols, block_cols):
+            offsets, mask, _cols = elements(rows, first, block_cols)
             v, g, y = _load_three(grad_grad_input_ptr, grad_output_ptr, output_ptr, offsets, mask)
             _, of_v, of_g = _weighted(v, g, y, log)
             v_mean += _sum(of_v)
             g_sum += _sum(of_g)
         if to_input and not log:
-            for start in range(0, n_cols, block_cols):
-                cols = start + tl.arange(0, block_cols)[None, :]
-                mask = in_rows & (cols < n_cols)
-                offsets = rows + cols.to(tl.int64) * col_stride
+            for first in range(0, n_cols, block_cols):
+                offsets, mask, _cols = elements(rows, first, block_cols)
                 v, g, y = _load_three(grad_grad_input_ptr, grad_output_ptr, output_ptr, offsets, mask)
                 product_mean += _sum((v - v_mean) * (g - g_sum) * y)
-        for start in range(0, n_cols, block_cols):
-            cols = start + tl.arange(0, block_cols)[None, :]
-            mask = in_rows & (cols < n_cols)
-            offsets = rows + cols.to(tl.int64) * col_stride
+        for first in range(0, n_cols, block_cols):
+            offsets, mask, _cols = elements(rows, first, block_cols)
             v, g, y = _load_three(grad_grad_input_ptr, grad_output_ptr, output_ptr, offsets, mask)
             p, _, _ = _weighted(v, g, y, log)
             grad_g, grad = _gradients(v, g, p, v_mean, g_sum, product_mean, to_input, log)
             tl.store(grad_grad_output_ptr + offsets, grad_g, mask=mask)
             tl.store(grad_ptr + offsets, grad, mask=mask)
     else:
-        cols = tl.arange(0, block_cols)[None, :]
-        mask = in_rows & (cols < n_cols)
-        offsets = rows + cols.to(tl.int64) * col_stride
+        offsets, mask, _cols = elements(rows, 0, block_cols)
         v, g, y = _load_three(grad_grad_input_ptr, grad_output_ptr, output_ptr, offsets, mask)
         p, of_v, of_g = _weighted(v, g, y, log)
         v_mean = _sum(of_v)
@@ -218,27 +253,38 @@ class Plan(NamedTuple):
 
 def _plan(
     n_cols: int,
-    n_rows: int,
-    matrices: int,
+    inner: int,
+    outer: int,
     itemsize: int,
-    integers: dict[str, int],
     constants: dict[str, Any],
+    integers: dict[str, int] | None = None,
 ) -> Plan:
-    """A thread owns 16 elements of each array (8 of float64): few registers enough that most warps of an
-    SM are resident."""
+    """Of outer matrices of n_cols lines of inner elements; or, where inner is 1, of outer lines of n_cols.
+
+    A thread owns 16 elements of each array (8 of float64): few registers enough that most warps of an SM are
+    resident."""
     tile = 2048 if itemsize <= 4 else 1024  # with 4 warps
     block_cols = triton.next_power_of_2(n_cols)
-    if integers.get("col_stride", 1) > 1:
+    across = inner > 1
+    if across:
         # The rows' elements are the neighbours: as many as fill a 128-byte line.
         block_cols = min(block_cols, tile // 32)
         block_rows, warps = 32, 4
+        line, others, programs = inner, n_cols, outer * -(-inner // block_rows)
     else:
         if block_cols > 4 * tile:
             block_cols = 2 * tile
         block_rows, warps = max(1, tile // block_cols), max(4, 4 * block_cols // tile)
-    blocks = {"block_rows": block_rows, "block_cols": block_cols, "looped": n_cols > block_cols}
-    programs = matrices * -(-n_rows // block_rows)
-    return Plan(programs, integers, constants | blocks, {"num_warps": warps, **FP_FUSION})
+        line, others, programs = n_cols, outer, -(-outer // block_rows)
+    unit = math.gcd(line, 16) if line < 2**31 else 1
+    integers = {"others": others, "units": line // unit} | (integers or {})
+    constants = constants | {
+        "unit": unit,
+        "across": across,
+        "wide": (n_cols if across else outer) * line > 2**31,
+    }
+    constants |= {"block_rows": block_rows, "block_cols": block_cols, "looped": n_cols > block_cols}
+    return Plan(programs, integers, constants, {"num_warps": warps, **FP_FUSION})
 
 
 @functools.lru_cache(maxsize=256)
@@ -247,12 +293,7 @@ def rows_plan(shape: tuple[int, ...], dim: int, itemsize: int, **constants: Any)
     n_cols = shape[dim] if shape else 1
     inner = math.prod(shape[dim:][1:])
     outer = math.prod(shape) // (n_cols * inner)
-    if inner == 1:
-        n_rows, row_stride, matrices = outer, n_cols, 1
-    else:
-        n_rows, row_stride, matrices = inner, 1, outer
-    integers = {"n_rows": n_rows, "n_cols": n_cols, "row_stride": row_stride, "col_stride": inner}
-    return _plan(n_cols, n_rows, matrices, itemsize, integers, constants)
+    return _plan(n_cols, inner, outer, itemsize, constants)
 
 
 @functools.lru_cache(maxsize=256)
@@ -276,15 +317,16 @@ def _with_bias_plan(shape: tuple[int, ...], bias_shape: tuple[int, ...], itemsiz
     if len(dims) > 3:
         return None
     (size_2, stride_2), (size_1, stride_1), (_, stride_0) = [*dims, *[(1, 0)] * (3 - len(dims))]
-    n_rows = math.prod(outer)
-    integers = {"n_rows": n_rows, "n_cols": n_cols, "size_1": size_1, "size_2": size_2}
-    integers |= {"bias_stride_0": stride_0, "bias_stride_1": stride_1, "bias_stride_2": stride_2}
-    return _plan(n_cols, n_rows, 1, itemsize, integers, {})
+    unit = math.gcd(n_cols, 16)
+    integers = {"size_1": size_1, "size_2": size_2}
+    integers |= {f"bias_stride_{i}": s // unit for i, s in enumerate((stride_0, stride_1, stride_2))}
+    return _plan(n_cols, 1, math.prod(outer), itemsize, {}, integers)
 
 
-def launch(kernel: Any, plan: Plan, *tensors: Tensor | None) -> None:
+def launch_plan(kernel: Any, plan: Plan, *tensors: Tensor | None) -> None:
     with torch.cuda.device_of(tensors[0]):  # does nothing for a CPU tensor (Triton's interpreter)
-        kernel[(plan.programs,)](*tensors, *plan.integers.values(), **plan.constants, **plan.options)
+        operands = (*tensors, *plan.integers.values())
+        launch(kernel, (plan.programs,), *operands, **plan.constants, **plan.options)
 
 
 def softmax_double_backward(
@@ -312,7 +354,7 @@ def softmax_double_backward(
         itemsize = max(output.itemsize, grad_grad_input.itemsize)
         plan = rows_plan(output.shape, dim % ndim, itemsize, to_input=to_input, log=log)
         contiguous = (t.contiguous() for t in tensors)
-        launch(softmax_bwd_bwd_kernel, plan, *contiguous, grad_grad_output, grad)
+        launch_plan(softmax_bwd_bwd_kernel, plan, *contiguous, grad_grad_output, grad)
     return grad_grad_output, grad
 
 
@@ -340,5 +382,5 @@ def softmax_with_bias(input: Tensor, bias: Tensor, dtype: torch.dtype | None = N
         bias = bias.expand(input.shape)
         plan = _with_bias_plan(input.shape, bias.shape, max(input.itemsize, bias.itemsize))
     assert plan is not None
-    launch(softmax_fwd_kernel, plan, input.contiguous(), bias.contiguous(), output)
+    launch_plan(softmax_fwd_kernel, plan, input.contiguous(), bias.contiguous(), output)
     return output

@@ -284,7 +284,7 @@ def tile_ends_kernel(
 def test_last_tile_beyond_2_31_elements_in_the_interpreter(shape: tuple[int, ...], interleaved: bool) -> None:
     """Of the first channel, or block of interleaved ones."""
     tensor = torch.empty(shape, device="meta")
-    layout = batch_norm._Layout.of(tensor, interleaved)
+    layout = batch_norm._Layout.of(tensor.shape, interleaved)
     outer, channels, units, tiles = layout.sizes
     constants = layout.constants
     inner = units * constants["unit"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import harness
@@ -278,11 +277,16 @@ def test_bad_input(device: str) -> None:
     )
 
 
+H100 = harness.common.Gpu("cuda", 90, 227 * 1024, 132)
+
+
 @triton.jit
 def column_starts_kernel(
-    starts_ptr, rows, columns, row_stride, column_stride,
+    starts_ptr, rows, columns, row_stride, column_stride, unit: tl.constexpr, across: tl.constexpr,
     wide: tl.constexpr, shape: tl.constexpr, in_warps: tl.constexpr,
 ):  # fmt: skip
+    sizes = layer_norm._sizes(rows, columns, row_stride, column_stride, unit, across)
+    rows, columns, row_stride, column_stride = sizes
     tile = layer_norm._rows_of_tile(0, rows, columns, row_stride, shape[1])
     place, column = layer_norm._place(tile, 0, columns, column_stride, wide, shape, in_warps)
     start, offsets, mask = place
@@ -294,24 +298,23 @@ def column_starts_kernel(
 @pytest.mark.parametrize("side", [5, 8192])
 def test_image_beyond_2_31_elements_in_the_interpreter(side: int) -> None:
     image = torch.empty(1, 64, side, side, device="meta")
-    rows = layer_norm._rows(image, image[:, :1])
+    rows = layer_norm._rows(image.shape, image[:, :1].shape)
     for kernel in (layer_norm.layer_norm_fwd_kernel, layer_norm.layer_norm_bwd_bwd_kernel):
-        constants, _ = layer_norm._constants(kernel, rows, torch.bfloat16)
-        del constants["whole"]
+        launcher, _, units = layer_norm._plan(kernel, rows, torch.bfloat16, H100)
+        names = ("unit", "across", "wide", "shape", "in_warps")
+        constants = {name: launcher.constants[name] for name in names}
         # No 64-bit offsets where they are not needed.
         assert constants["wide"] == (side == 8192)
         starts = torch.zeros(64, dtype=torch.int64)
-        column_starts_kernel[(1,)](starts, *rows[1:], **constants)
+        column_starts_kernel[(1,)](starts, *units[1:], **constants)
         assert starts.tolist() == [channel * side * side for channel in range(64)]
 
 
-def test_programs_leave_their_sums_small_beside_the_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layer_norm, "gpu", lambda device: SimpleNamespace(multiprocessors=132))
+def test_programs_leave_their_sums_small_beside_the_tensors() -> None:
     for shape in ((64 * 197, 768), (64 * 56 * 56, 128), (64 * 14 * 14, 512), (64 * 49, 1024)):
         meta = torch.empty(shape, device="meta")
-        rows = layer_norm._rows(meta, meta[:, :1])
-        constants, options = layer_norm._constants(layer_norm.layer_norm_bwd_bwd_kernel, rows, torch.float32)
-        programs = layer_norm._programs(rows, constants["shape"], options["num_warps"], meta.device)
+        rows = layer_norm._rows(meta.shape, meta[:, :1].shape)
+        _, programs, _ = layer_norm._plan(layer_norm.layer_norm_bwd_bwd_kernel, rows, torch.float32, H100)
         assert programs >= 132 and programs * shape[1] <= 0.08 * meta.numel()
 
 

@@ -26,13 +26,16 @@ VIT_SCORES = (64, 12, 197, 197)
 
 
 def calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
-    """The models' shapes, and the longest rows of a tile, rows beyond it, and rows across the memory."""
+    """The models' shapes, and the longest rows of a tile, rows beyond it, and rows across the memory, whose
+    numbers wide accesses divide or not."""
     for name, shape, dim in (
         ("swin", SWIN_SCORES, 4),
         ("vit", VIT_SCORES, 3),
         ("tile", (64, 8192), 1),
         ("looped", (64, 16384), 1),
+        ("thousand", (64, 1000), 1),
         ("across", (64, 1000, 49), 1),
+        ("across-eights", (64, 1000, 56), 1),
     ):
         x = meta(*shape, dtype=dtype)
         for to_input, log in itertools.product((True, False), repeat=2):
@@ -42,7 +45,8 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
         yield name, softmax.softmax_with_bias, meta(*shape, dtype=dtype), meta(*bias_shape, dtype=dtype)
 
 
-test_compiles_without_spills = harness.compilation_test(calls, wide=["tile-input", "tile-output"])
+WIDE = [f"{name}-{of}" for name in ("tile", "thousand", "across-eights") for of in ("input", "output")]
+test_compiles_without_spills = harness.compilation_test(calls, wide=WIDE)
 
 
 def double_backward(*args: Any) -> tuple[Tensor, Tensor]:

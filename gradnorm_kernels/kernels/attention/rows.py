@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import NotCoveredError
-from ..common import DTYPES, FP_FUSION, at_most_128_registers, contiguous, widen
+from ..common import DTYPES, FP_FUSION, at_most_128_registers, contiguous, gpu, launch, widen
 from .primitives import split, start_of
 
 
@@ -128,10 +128,19 @@ def _launch(kernel: Any, scores: Tensor, scale: float, *arguments: Any) -> None:
     warps = min(max(block // 256, 1), 16)
     options: dict[str, Any] = dict(FP_FUSION)
     if kernel is attention_rows_bwd_bwd_kernel and scores.dtype != torch.float64:  # which takes more
-        options |= at_most_128_registers(scores.device)
+        options |= at_most_128_registers(gpu(scores.device))
     with torch.cuda.device_of(scores):  # does nothing for a CPU tensor (Triton's interpreter)
-        kernel[(scores.numel() // keys,)](
-            *arguments, scale, rows, keys, *batch, block=block, num_warps=warps, **options
+        launch(
+            kernel,
+            (scores.numel() // keys,),
+            *arguments,
+            scale,
+            rows,
+            keys,
+            *batch,
+            block=block,
+            num_warps=warps,
+            **options,
         )
 
 
