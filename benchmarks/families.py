@@ -3,7 +3,7 @@
     python -m benchmarks.families [--models NAME ...] [--jobs N] [--limit SECONDS] [--json FILE]
 
 A family is a file of timm's; of each a small model takes a step of `benchmarks.traffic`, on meta tensors,
-as it is and fused. The bytes of the last backward are those of matrix products and convolutions, of this
+fused. The bytes of the last backward are those of matrix products and convolutions, of this
 package's ops, or of others, which are PyTorch's to run. Those count for the module in whose forward the op
 was called that it is a derivative of.
 """
@@ -156,12 +156,8 @@ def _family(kind: Any) -> str:
 
 
 def survey(name: str) -> Row:
-    """Of a timm model: bytes of the last backward as it is and fused, and whose they are."""
+    """Of a timm model: bytes of the last backward, fused, and whose they are; or why there are none."""
     row: Row = {"model": name, "family": _family(timm.model_entrypoint(name))}
-    try:
-        row["stock"] = count(name, fused=False).shares.total()
-    except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
-        row["stock_raises"] = first_line(error)
     try:
         fused = count(name, fused=True)
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
@@ -179,8 +175,7 @@ def page(machine: Row, rows: Sequence[Row]) -> str:
         f"Written by `python -m benchmarks.families`: timm {machine['timm']}, torch {machine['torch']},"
         f" commit {machine['commit']}, python {machine['python']}, {machine['date']}.",
         "Bytes of the last backward of one gradient-norm step, counted on meta tensors, float32, BatchNorm in"
-        f" train mode, {BATCH} images of the model's own size. Stock's attentions are unfused, since PyTorch"
-        " cannot differentiate its fused ones twice. Of the bytes after `gk.fuse(model)`, `ours` are those of"
+        f" train mode, {BATCH} images of the model's own size, after `gk.fuse(model)`. `ours` are those of"
         " this package's ops, `products` of matrix products and convolutions, and `rest` of ops that are left"
         " to PyTorch: sums of gradients, copies, residuals, and formulas that no op of ours covers. The"
         " largest of the rest are named, with their share of all bytes, after the module that the op is a"
@@ -212,24 +207,12 @@ def _left(rows: Sequence[Row]) -> str:
 def _models(rows: Sequence[Row]) -> str:
     lines = []
     for row in sorted(rows, key=lambda row: (row["family"], row["model"])):
-        stock, fuse = row.get("stock"), row["fuse"]
-        cells = [row["family"], row["model"]]
-        cells += [f"{stock / 1e9:.2f}" if stock else "raises", f"{fuse / 1e9:.2f}"]
-        cells += [f"{fuse / stock:.2f}" if stock else ""]
+        fuse = row["fuse"]
+        cells = [row["family"], row["model"], f"{fuse / 1e9:.2f}"]
         cells += [f"{row['shares'].get(kind, 0) / fuse:.0%}" for kind in ("ours", "products", "rest")]
         most = [f"{x['module']} `{x['op']}` {x['bytes'] / fuse:.0%}" for x in row["rest"][:MOST_OF_A_MODEL]]
         lines.append([*cells, ", ".join(most)])
-    headings = [
-        "family",
-        "model",
-        "stock, GB",
-        "fuse, GB",
-        "ratio",
-        "ours",
-        "products",
-        "rest",
-        "most of the rest",
-    ]
+    headings = ["family", "model", "GB", "ours", "products", "rest", "most of the rest"]
     return table(headings, lines)
 
 

@@ -293,3 +293,21 @@ def test_everything_but_the_class_is_kept(name):
     assert [type(m) for m in again.modules()] == [type(m) for m in fused.modules()]
     assert [type(m) for m in gk.fuse(again).modules()] == [type(m) for m in fused.modules()]
     assert [type(m) for m in gk.unfuse(again).modules()] == [type(m) for m in stock.modules()]
+
+
+@pytest.mark.parametrize(
+    "name", ["AttentionPoolLatent", "AttentionRope", "LayerScale", "SEModule", "StdConv2d"]
+)
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit.trace")
+def test_traces_transforms_and_compilers(name):
+    module = gk.fuse(make(name))
+    x = torch.randn(CASES[name][1])
+    expected = module(x)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    for run in (
+        torch.jit.trace(module, x),
+        torch.export.export(module, (x,)).module(),
+        compiled,
+        torch.func.vmap(lambda row: module(row[None])[0]),
+    ):
+        torch.testing.assert_close(run(x), expected)
