@@ -283,7 +283,7 @@ def _self_attention(
             self.scale,
             enable_gqa=query.shape[1] != key.shape[1],
         ).transpose(1, 2)
-    x = self.norm(x.reshape(batch, tokens, -1))
+    x = self.norm(x.flatten(2))
     if gate is not None:
         x = functional._gated_unit(gate, x, "sigmoid")
     return self.proj_drop(self.proj(x))  # type: ignore[no-any-return]

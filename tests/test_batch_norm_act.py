@@ -210,8 +210,8 @@ def test_fused_blocks_of_resnet():
     for name, pairs in (("resnet18", 9), ("resnet50", 33), ("seresnet50", 33)):
         model = timm.create_model(name, num_classes=0).double().eval()
         x = torch.randn(2, 3, 64, 64, dtype=torch.float64, requires_grad=True)
-        before, expected = len(ops_of(model, x)), model(x)
+        expected = model(x)
         gk.fuse(model)
         assert_close(model(x), expected)
-        assert before - len(ops_of(model, x)) == pairs, name
+        assert sum("batch_norm_act" in op for op in ops_of(model, x)) == pairs, name
         assert_close(model.forward_intermediates(x)[0], model.forward_features(x))
