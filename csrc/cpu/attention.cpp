@@ -78,7 +78,7 @@ void transpose(int64_t rows, int64_t columns, Rows<const T> from, Rows<T> to) {
   }
 }
 
-// Matrix products. c (rows x columns) = a b, plus c if asked for. Element (i, k) of a is at
+// Matrix products. c (rows x columns) = alpha a b, plus c if asked for. Element (i, k) of a is at
 // a[i * a.row + k * a.column], so that a transpose costs nothing; rows of b are read in whole vectors.
 
 template <class T>
@@ -101,7 +101,7 @@ constexpr int kBlockVectors = sizeof(Pack<float>) >= 64 ? 4 : 2;
 
 // c is of whole vectors: with a count of columns, the sums would go through memory, and every store branch.
 template <class T, int R, int N, bool add>
-void multiply_block(int64_t depth, Left<T> a, Rows<const T> b, Rows<T> c) {
+void multiply_block(int64_t depth, T alpha, Left<T> a, Rows<const T> b, Rows<T> c) {
   using P = Pack<T>;
   P sums[R][N];
   for (int64_t k = 0; k < depth; ++k) {
@@ -119,27 +119,28 @@ void multiply_block(int64_t depth, Left<T> a, Rows<const T> b, Rows<T> c) {
   for (int i = 0; i < R; ++i) {
     for (int j = 0; j < N; ++j) {
       T* const out = c.at(i) + j * P::size;
-      (add ? sums[i][j] + P::load(out, P::size) : sums[i][j]).store(out, P::size);
+      const P product = sums[i][j] * P(alpha);
+      (add ? product + P::load(out, P::size) : product).store(out, P::size);
     }
   }
 }
 
 template <class T, int N, bool add, int R = kBlockRows>
-void multiply_rows(int64_t rows, int64_t depth, Left<T> a, Rows<const T> b, Rows<T> c) {
+void multiply_rows(int64_t rows, int64_t depth, T alpha, Left<T> a, Rows<const T> b, Rows<T> c) {
   if (rows == R) {
-    return multiply_block<T, R, N, add>(depth, a, b, c);
+    return multiply_block<T, R, N, add>(depth, alpha, a, b, c);
   }
   if constexpr (R > 1) {
-    multiply_rows<T, N, add, R - 1>(rows, depth, a, b, c);
+    multiply_rows<T, N, add, R - 1>(rows, depth, alpha, a, b, c);
   }
 }
 
 template <class T, int N = kBlockVectors>
 void multiply_columns(
-    int64_t rows, int64_t columns, int64_t depth, Left<T> a, Rows<const T> b, bool add, Rows<T> c) {
+    int64_t rows, int64_t columns, int64_t depth, T alpha, Left<T> a, Rows<const T> b, bool add, Rows<T> c) {
   if constexpr (N > 1) {
     if (columns <= (N - 1) * Pack<T>::size) {
-      return multiply_columns<T, N - 1>(rows, columns, depth, a, b, add, c);
+      return multiply_columns<T, N - 1>(rows, columns, depth, alpha, a, b, add, c);
     }
   }
   // Blocks of equal height rather than a low one at the end.
@@ -150,7 +151,7 @@ void multiply_columns(
     const Rows<T> target = c.from(start);
     if (columns < N * Pack<T>::size) {
       T whole[kBlockRows * N * Pack<T>::size];
-      multiply_rows<T, N, false>(height, depth, left, b, {whole, N * Pack<T>::size});
+      multiply_rows<T, N, false>(height, depth, alpha, left, b, {whole, N * Pack<T>::size});
       for (int64_t i = 0; i < height; ++i) {
         for (int64_t j = 0; j < columns; ++j) {
           const T product = whole[i * N * Pack<T>::size + j];
@@ -158,15 +159,16 @@ void multiply_columns(
         }
       }
     } else if (add) {
-      multiply_rows<T, N, true>(height, depth, left, b, target);
+      multiply_rows<T, N, true>(height, depth, alpha, left, b, target);
     } else {
-      multiply_rows<T, N, false>(height, depth, left, b, target);
+      multiply_rows<T, N, false>(height, depth, alpha, left, b, target);
     }
   }
 }
 
 template <class T>
-void multiply(int64_t rows, int64_t columns, int64_t depth, Left<T> a, Rows<const T> b, bool add, Rows<T> c) {
+void multiply(
+    int64_t rows, int64_t columns, int64_t depth, T alpha, Left<T> a, Rows<const T> b, bool add, Rows<T> c) {
   constexpr int64_t panel = kBlockVectors * Pack<T>::size;
   // A long sum is one of shorter sums, which loses fewer bits, and its panel of b stays in the first-level
   // cache.
@@ -175,7 +177,7 @@ void multiply(int64_t rows, int64_t columns, int64_t depth, Left<T> a, Rows<cons
     int64_t k = 0;
     do {
       multiply_columns<T>(
-          rows, std::min(panel, columns - start), std::min(most, depth - k),
+          rows, std::min(panel, columns - start), std::min(most, depth - k), alpha,
           {a.data + k * a.column, a.row, a.column}, {b.at(k) + start, b.row}, add || k > 0,
           {c.data + start, c.row});
       k += most;
@@ -213,9 +215,8 @@ struct ReleaseTiles {
   }
 };
 
-// Rows of scores, padded to whole vectors of E. They become operands of products where they are, and the
-// scale, by which the gradients of query and key are multiplied, is multiplied with the operands. The padding
-// of these is 0 if E is bfloat16, else it is never read.
+// Rows of scores, padded to whole vectors of E. They become operands of products where they are: of tiles,
+// padded by 0; else the padding is never read.
 
 template <class E, class A>
 E* as_operand(A* row) {
@@ -224,6 +225,16 @@ E* as_operand(A* row) {
 template <class E, class A>
 void store_operand(const Pack<E>& value, A* row, int64_t start) {
   value.store(as_operand<E>(row) + start, Pack<E>::size);
+}
+
+// For the gradients of query and key, since products in tiles have no factor of their own.
+template <class E, class A>
+Pack<E> scaled(const Pack<E>& value, A scale) {
+  if constexpr (kTiles<E>) {
+    return value * Pack<E>(scale);
+  } else {
+    return value;
+  }
 }
 
 // row = softmax(scale row + mask), all 0 where nothing is attended to. Stored as Out, A or E.
@@ -248,8 +259,9 @@ void softmax_row(A* row, A scale, const A* mask, int64_t n) {
   }
   P total;
   for (int64_t start = 0; start < n; start += P::size) {
-    const P x = P::map(
-        [](const auto& part) { return exp_nonpositive(part); }, P::load(row + start, P::size) - P(shift));
+    // Rounded to bfloat16, it may be off by more than a rounding of float32, and is made in half the time.
+    const auto exp = [](const auto& part) { return kTiles<E> ? exp_nonpositive(part) : part.exp(); };
+    const P x = P::map(exp, P::load(row + start, P::size) - P(shift));
     x.store(row + start, P::size);
     total = total + x;
   }
@@ -263,13 +275,13 @@ void softmax_row(A* row, A scale, const A* mask, int64_t n) {
 // Adds to sums, unless they are null, as well.
 template <class E, class A, class Count>
 void store_and_accumulate(const Pack<E>& value, A scale, A* row, A* sums, int64_t start, Count count) {
-  store_operand(value * Pack<E>(scale), row, start);
+  store_operand(scaled(value, scale), row, start);
   if (sums) {
     (Pack<E>::load(sums + start, count) + value).store(sums + start, count);
   }
 }
 
-// dp = scale dS, dS = p (dp - delta), with delta = sum(p dp). mask_sums add up dS.
+// dp = dS = p (dp - delta), with delta = sum(p dp), scaled for tiles. mask_sums add up dS.
 template <class E, class A>
 void backward_row(A* p, A* dp, A scale, A* mask_sums, int64_t n) {
   using P = Pack<E>;
@@ -288,9 +300,9 @@ void backward_row(A* p, A* dp, A scale, A* mask_sums, int64_t n) {
   });
 }
 
-// With a' = scale a + grad_grad_mask, alpha = sum(p a') and delta = sum(p dp): dp = scale dS, dS = p (dp -
-// delta), a = B = p (a' - alpha), and c = scale E, E = p (c' - sum(p c')) of c' = a' (dp - delta) - alpha dp
-// + c. mask_sums add up E.
+// With a' = scale a + grad_grad_mask, alpha = sum(p a') and delta = sum(p dp): dp = dS = p (dp - delta), a =
+// B = p (a' - alpha), and c = E = p (c' - sum(p c')) of c' = a' (dp - delta) - alpha dp + c, dS and E scaled
+// for tiles. mask_sums add up E.
 template <class E, class A>
 void double_backward_row(A* p, A* dp, A* a, A* c, A scale, const A* grad_grad_mask, A* mask_sums, int64_t n) {
   using P = Pack<E>;
@@ -311,7 +323,7 @@ void double_backward_row(A* p, A* dp, A* a, A* c, A scale, const A* grad_grad_ma
     const P slope = fmadd(x, centred, P::load(c + start, count)) - alpha * g;
     total_c = fmadd(probability, slope, total_c);
     slope.store(c + start, count);
-    store_operand(probability * centred * P(scale), dp, start);
+    store_operand(scaled(probability * centred, scale), dp, start);
     store_operand(probability * (x - alpha), a, start);
   });
   const P gamma(total_c.sum());
@@ -606,17 +618,26 @@ class Worker {
   void make_scores(
       int64_t n, Rows<A> scores, int64_t depth, Rows<const E> left, const Source<T, E>& right,
       bool add = false) {
-    multiply(n, ld_, depth, plain(left), right.columns(), add, scores);
+    if constexpr (kTiles<E>) {
+      multiply(n, ld_, depth, plain(left), right.columns(), add, scores);
+    } else {
+      multiply(n, ld_, depth, A(1), plain(left), right.columns(), add, scores);
+    }
   }
-  // target = scores right
+  // target = alpha scores right. Of tiles, scores are scaled already.
   void to_queries(
-      int64_t n, Rows<A> target, int64_t columns, Rows<A> scores, const Source<T, E>& right,
+      int64_t n, Rows<A> target, int64_t columns, A alpha, Rows<A> scores, const Source<T, E>& right,
       bool add = false) {
-    multiply(
-        whole_blocks(n), columns, whole_blocks(keys_), plain(operand(scores)), right.rows(), add, target);
+    const auto left = plain(operand(scores));
+    if constexpr (kTiles<E>) {
+      multiply(whole_blocks(n), columns, whole_blocks(keys_), left, right.rows(), add, target);
+    } else {
+      multiply(n, columns, keys_, alpha, left, right.rows(), add, target);
+    }
   }
-  // target = scores^T right
-  void to_keys(int64_t n, Rows<A> target, int64_t columns, Rows<A> scores, Rows<const E> right, bool add) {
+  // target = alpha scores^T right, likewise.
+  void to_keys(
+      int64_t n, Rows<A> target, int64_t columns, A alpha, Rows<A> scores, Rows<const E> right, bool add) {
     if constexpr (kTiles<E>) {
       const int64_t height = whole_blocks(n), width = whole_blocks(keys_);
       std::fill_n(as_operand<E>(scores.at(n)), (height - n) * 2 * ld_, E(0));
@@ -624,7 +645,7 @@ class Worker {
       transpose(height, width, operand(scores), left);
       multiply(width, columns, height, plain(left), right, add, target);
     } else {
-      multiply(keys_, columns, n, transposed(operand(scores)), right, add, target);
+      multiply(keys_, columns, n, alpha, transposed(operand(scores)), right, add, target);
     }
   }
 
@@ -637,7 +658,7 @@ class Worker {
           p.at(i), scale_, mask_ ? mask_.at(item).at(start + i) : nullptr, keys_);
     }
     if constexpr (pass == Pass::kForward) {
-      to_queries(n, output_.rows(start), width_, p, value_);
+      to_queries(n, output_.rows(start), width_, 1, p, value_);
     }
     if constexpr (kDifferentiates) {
       const Rows<A> ds = buffer(1);
@@ -647,13 +668,13 @@ class Worker {
           backward_row<E>(p.at(i), ds.at(i), scale_, mask_sums ? mask_sums + i * keys_ : nullptr, keys_);
         }
         if (grad_query_) {
-          to_queries(n, grad_query_.rows(start), depth_, ds, key_);
+          to_queries(n, grad_query_.rows(start), depth_, scale_, ds, key_);
         }
         if (grad_key_) {
-          to_keys(n, grad_key_.rows(), depth_, ds, query_.rows(start), add);
+          to_keys(n, grad_key_.rows(), depth_, scale_, ds, query_.rows(start), add);
         }
         if (grad_value_) {
-          to_keys(n, grad_value_.rows(), width_, p, grad_output_.rows(start), add);
+          to_keys(n, grad_value_.rows(), width_, 1, p, grad_output_.rows(start), add);
         }
       } else {
         double_backward_tile(item, start, n, mask_sums);
@@ -685,24 +706,24 @@ class Worker {
           mask_sums ? mask_sums + i * keys_ : nullptr, keys_);
     }
     if (grad_grad_output_) {
-      to_queries(n, grad_grad_output_.rows(start), width_, a, value_);
+      to_queries(n, grad_grad_output_.rows(start), width_, 1, a, value_);
       if (grad_grad_value_) {
-        to_queries(n, grad_grad_output_.rows(start), width_, p, grad_grad_value_, true);
+        to_queries(n, grad_grad_output_.rows(start), width_, 1, p, grad_grad_value_, true);
       }
     }
     if (grad_value_) {
-      to_keys(n, grad_value_.rows(), width_, a, grad_output_.rows(start), add);
+      to_keys(n, grad_value_.rows(), width_, 1, a, grad_output_.rows(start), add);
     }
     if (grad_query_) {
-      to_queries(n, grad_query_.rows(start), depth_, c, key_);
+      to_queries(n, grad_query_.rows(start), depth_, scale_, c, key_);
       if (grad_grad_key_) {
-        to_queries(n, grad_query_.rows(start), depth_, ds, grad_grad_key_, true);
+        to_queries(n, grad_query_.rows(start), depth_, scale_, ds, grad_grad_key_, true);
       }
     }
     if (grad_key_) {
-      to_keys(n, grad_key_.rows(), depth_, c, query_.rows(start), add);
+      to_keys(n, grad_key_.rows(), depth_, scale_, c, query_.rows(start), add);
       if (grad_grad_query_) {
-        to_keys(n, grad_key_.rows(), depth_, ds, grad_grad_query_.rows(start), true);
+        to_keys(n, grad_key_.rows(), depth_, scale_, ds, grad_grad_query_.rows(start), true);
       }
     }
   }
