@@ -3,7 +3,7 @@
 import itertools
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import reference
@@ -210,6 +210,19 @@ class TestAttention(OpContract):
             self.check_accuracy(case, case.draw(dtype), by_function, choices=1)
         plain = BY_NAME["plain"]
         super().test_nan_and_inf_reach_what_they_reach_in_the_reference(plain, torch.float32, by_function)
+
+    def test_bfloat16_without_the_processors_tiles(self):
+        """By the products of other processors: tiles are oneDNN's."""
+        with torch.backends.mkldnn.flags(enabled=False):
+            for case in CASES[:4]:
+                self.check_accuracy(case, case.draw(torch.bfloat16), by_function, choices=1)
+
+    @pytest.mark.parametrize("columns", [16, 17])
+    def test_bfloat16_of_odd_strides(self, columns):
+        """Which cannot be read in pairs where they are."""
+        case = replace(BY_NAME["windows with a bias"], columns=columns, value_columns=columns)
+        spread = case.draw(torch.bfloat16).map(lambda t: F.pad(t, (1, 2 - t.shape[-1] % 2))[..., 1:-1])
+        self.check_accuracy(case, spread, by_function, choices=1)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     def test_nan_and_inf_reach_what_they_reach_in_the_reference(self, case, dtype, ours):

@@ -1,11 +1,10 @@
 #include "convolution.h"
 
 #include <ATen/Parallel.h>
-#include <c10/core/CPUAllocator.h>
 
-#include <memory>
 #include <vector>
 
+#include "buffer.h"
 #include "pack.h"
 #include "parallel.h"
 
@@ -176,18 +175,6 @@ void accumulate_image(
       }
     }
   }
-}
-
-template <class T>
-using Buffer = std::unique_ptr<T[], void (*)(T*)>;
-
-// From PyTorch's allocator, which aligns to vectors.
-template <class T>
-Buffer<T> zeros(int64_t size) {
-  auto* allocator = c10::GetCPUAllocator();
-  T* data = static_cast<T*>(allocator->raw_allocate(size * sizeof(T)));
-  std::fill_n(data, size, T(0));
-  return {data, [](T* data) { c10::GetCPUAllocator()->raw_deallocate(data); }};
 }
 
 template <class T>
