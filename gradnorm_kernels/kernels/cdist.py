@@ -150,7 +150,8 @@ def _launch(
     chunks = 1 if all_at_once else -(-coordinates // block_coordinates)
     with torch.cuda.device_of(x):  # does nothing for a CPU tensor (Triton's interpreter)
         launch(
-            *(cdist_kernel, (programs, chunks)),
+            cdist_kernel,
+            (programs, chunks),
             *(x, y, u, v, grad_output, *results),
             *(n, m, coordinates, *((1, n) if swapped else (m, 1))),
             euclidean=p == 2,
