@@ -123,6 +123,7 @@ class Case:
             than a processor can hold: again for what needs the result.
         straight: the second derivative is zero, and nothing flows back to the input.
         channels_last: the layout of the leaves with four dimensions.
+        not_in_stock: dtypes that PyTorch has no kernel for.
     """
 
     op: str
@@ -137,6 +138,7 @@ class Case:
     passes: int = 1
     straight: bool = False
     channels_last: bool = False
+    not_in_stock: tuple[str, ...] = ()
 
     def call(self, functional: Any, leaves: Leaves) -> Tensor:
         """The op as found in either of the two."""
@@ -292,6 +294,7 @@ CASES = [
             inputs=("x1", "x2"),
             saved=("x1", "x2"),
             options={"p": p},
+            not_in_stock=("float16", "bfloat16") if p == 1 else (),
         )
         for setting, p, cpu, cuda in (
             ("points", 2.0, (8, 512, 3), (64, 1024, 3)),
@@ -588,6 +591,7 @@ def main(arguments: list[str] | None = None) -> None:
         for case in cases
         for shape in ([tuple(args.shape)] if args.shape else getattr(case, args.device))
         for dtype in args.dtype
+        if dtype not in case.not_in_stock
     ]
     measured: dict[int, list[dict[str, Any]]] = {}
     defects: list[str] = []
