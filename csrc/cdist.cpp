@@ -20,7 +20,7 @@
 namespace gradnorm_kernels::cdist {
 namespace {
 
-constexpr int64_t kManyCoordinates = 64;
+constexpr int64_t kManyCoordinates = 32;  // beyond which products are faster
 
 // What every op here is of.
 struct Points {

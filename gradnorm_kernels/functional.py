@@ -720,7 +720,7 @@ _CDIST_MODES = (
 def cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str = _CDIST_MODES[0]) -> Tensor:
     r"""The distances between all pairs of a point of ``x1`` and one of ``x2``, as :func:`torch.cdist`.
 
-    With ``p`` of 1 or 2 the double backward holds no difference of a pair: of up to 64 coordinates, or of any
+    With ``p`` of 1 or 2 the double backward holds no difference of a pair: of up to 32 coordinates, or of any
     number for ``p = 1``, it is one kernel that reads and writes as many numbers as there are distances; of
     more, matrix products. The forward is PyTorch's, on the CPU the first backward too. At a distance of 0 all
     derivatives are 0. The third order and ``torch.func`` transforms are exact, through plain ATen ops, which
