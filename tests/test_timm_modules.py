@@ -39,10 +39,15 @@ TOKENS, IMAGE = (2, 5, 16), (2, 16, 4, 4)
 NORM = {"norm_layer": layers.LayerNorm}
 
 
+def constant(*shape):
+    """The same, whatever other tests have drawn."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
 def masks(n):
     """Bool and floating, and the causal one."""
     takes_part = torch.ones(n, n, dtype=torch.bool).tril(1)
-    return [{"attn_mask": takes_part}, {"attn_mask": torch.randn(n, n)}, {"is_causal": True}]
+    return [{"attn_mask": takes_part}, {"attn_mask": constant(n, n)}, {"is_causal": True}]
 
 
 # Of each: how to make it, the shape of its input, and what else it is called with.
@@ -50,17 +55,17 @@ ATTENTIONS = {
     "AttentionRope": (
         lambda: layers.AttentionRope(16, 2, qk_norm=True, scale_norm=True, attn_drop=0.5, gated=True, **NORM),
         TOKENS,
-        [{}, {"rope": torch.randn(4, 16)}, *masks(5)],
+        [{}, {"rope": constant(4, 16)}, *masks(5)],
     ),
     "AttentionRope-grouped": (
         lambda: layers.AttentionRope(16, 4, qkv_fused=False, num_kv_heads=2, rotate_half=True),
         TOKENS,
-        [{"rope": torch.randn(4, 8), "is_causal": True}],
+        [{"rope": constant(4, 8), "is_causal": True}],
     ),
     "AttentionPoolLatent": (
         lambda: layers.AttentionPoolLatent(16, num_heads=2, latent_len=3, pool_type="avg", qk_norm=True),
         TOKENS,
-        [{}, {"attn_mask": torch.randn(3, 5)}],
+        [{}, {"attn_mask": constant(3, 5)}],
     ),
     "AttentionPoolPrr": (lambda: layers.AttentionPoolPrr(16, num_heads=2, pre_norm=True), TOKENS, [{}]),
     "AttentionPool2d": (
@@ -76,7 +81,7 @@ ATTENTIONS = {
     "Attention2d": (
         lambda: layers.Attention2d(16, num_heads=2, attn_drop=0.5),
         IMAGE,
-        [{}, {"attn_mask": torch.randn(16, 16)}],
+        [{}, {"attn_mask": constant(16, 16)}],
     ),
     "Attention2d-head_first": (
         lambda: layers.Attention2d(16, 8, num_heads=2, head_first=True, expand_first=True),
@@ -97,23 +102,23 @@ ATTENTIONS = {
     "EvaAttention": (
         lambda: eva.EvaAttention(16, 2, attn_drop=0.5, qkv_bias_separate=True, **NORM),
         TOKENS,
-        [{}, {"rope": torch.randn(4, 16)}, *masks(5)],
+        [{}, {"rope": constant(4, 16)}, *masks(5)],
     ),
     "EvaBlock": (
         lambda: eva.EvaBlock(16, 2, swiglu_mlp=True, scale_mlp=True, init_values=0.5, qkv_fused=False),
         TOKENS,
-        [{"rope": torch.randn(4, 16)}],
+        [{"rope": constant(4, 16)}],
     ),
     "EvaBlock-rope": (
         lambda: eva.EvaBlock(16, 2, attn_type="rope", scale_attn_inner=True),
         TOKENS,
-        [{"rope": torch.randn(4, 16), "attn_mask": torch.ones(5, 5, dtype=torch.bool).tril()}],
+        [{"rope": constant(4, 16), "attn_mask": torch.ones(5, 5, dtype=torch.bool).tril()}],
     ),
     "SimPool2d": (lambda: layers.SimPool2d(16, num_heads=2, gamma=1.5), IMAGE, [{}]),
     "Beit": (
         lambda: beit.Attention(16, 2, window_size=(2, 2), qkv_bias=True, attn_drop=0.5),
         TOKENS,
-        [{}, {"shared_rel_pos_bias": torch.randn(1, 2, 5, 5)}],
+        [{}, {"shared_rel_pos_bias": constant(1, 2, 5, 5)}],
     ),
     "Sam": (lambda: sam.Attention(16, 2, attn_drop=0.5), (2, 4, 3, 16), [{}]),
     "ClassAttn": (lambda: cait.ClassAttn(16, 2, attn_drop=0.5), TOKENS, [{}]),
@@ -129,7 +134,7 @@ ATTENTIONS = {
     "SwinV2": (
         lambda: swin_transformer_v2.WindowAttention(16, (2, 2), 2, attn_drop=0.5),
         (4, 4, 16),
-        [{}, {"mask": torch.randn(2, 4, 4)}],
+        [{}, {"mask": constant(2, 4, 4)}],
     ),
     "XCA": (lambda: xcit.XCA(16, 2, attn_drop=0.5), TOKENS, [{}]),
 }
