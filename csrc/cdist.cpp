@@ -82,9 +82,6 @@ TensorPair pull(const Tensor& w, const Tensor& a, const Tensor& b, const Mask<2>
       mask[1] ? b * w.sum(-2).unsqueeze(-1) - w.mT().matmul(a) : Tensor()};
 }
 
-Tensor like(const Tensor& t, bool wanted) {
-  return wanted ? at::empty_like(t, LEGACY_CONTIGUOUS_MEMORY_FORMAT) : Tensor();
-}
 Tensor zeros(const Tensor& like) {
   return at::zeros_like(like, LEGACY_CONTIGUOUS_MEMORY_FORMAT);
 }
@@ -110,9 +107,6 @@ struct DoubleBackward {
     check_elementwise(op, {{"x1", x1}, {"grad_grad_x1", grad_grad_x1}});
     check_elementwise(op, {{"x2", x2}, {"grad_grad_x2", grad_grad_x2}});
   }
-  static Tensor defined(const Tensor& t, const Tensor& like) {
-    return t.defined() ? t : zeros(like);
-  }
   TensorTriple results(const Tensor& grad_grad_output, const Tensor& grad_x1, const Tensor& grad_x2) const {
     const auto as = [&](const Tensor& t, const Tensor& like, bool wanted) {
       return wanted ? t.reshape_symint(like.sym_sizes()).to(x1.scalar_type()) : Tensor();
@@ -124,7 +118,7 @@ struct DoubleBackward {
   TensorTriple composite() const {
     check();
     const Tensor e = differences(x1, x2);
-    const Tensor f = differences(defined(grad_grad_x1, x1), defined(grad_grad_x2, x2));
+    const Tensor f = differences(or_zeros(grad_grad_x1, x1), or_zeros(grad_grad_x2, x2));
     if (p == 1) {
       return results((e.detach().sign() * f).sum(-1), zeros(x1), zeros(x2));
     }
@@ -145,12 +139,12 @@ struct DoubleBackward {
     const auto transposed = [&](const Tensor& t) { return points(t).transpose(1, 2).contiguous(); };
     const Tensor x = points(x1), y = transposed(x2);
     const Tensor g = grad_output.contiguous().view({x.size(0), x.size(1), y.size(2)});
-    const Tensor grad_grad_output = like(g, output_mask[0]);
+    const Tensor grad_grad_output = empty_contiguous(g, output_mask[0]);
     auto [grad_x1, grad_x2] =
         GRADNORM_KERNELS(cdist_kernels)
             .double_backward(
-                grad_grad_output, points(defined(grad_grad_x1, x1)), transposed(defined(grad_grad_x2, x2)), g,
-                x, y, p == 2, output_mask[1] || output_mask[2]);
+                grad_grad_output, points(or_zeros(grad_grad_x1, x1)), transposed(or_zeros(grad_grad_x2, x2)),
+                g, x, y, p == 2, output_mask[1] || output_mask[2]);
     if (!grad_x1.defined()) {
       return results(grad_grad_output, zeros(x1), zeros(x2));
     }
@@ -158,7 +152,9 @@ struct DoubleBackward {
   }
   TensorTriple meta() const {
     check();
-    return {like(grad_output, output_mask[0]), like(x1, output_mask[1]), like(x2, output_mask[2])};
+    return {
+        empty_contiguous(grad_output, output_mask[0]), empty_contiguous(x1, output_mask[1]),
+        empty_contiguous(x2, output_mask[2])};
   }
 };
 
@@ -186,8 +182,8 @@ struct OfBackward {
  private:
   static variable_list by_products(const variable_list& grads, const variable_list& saved, Needs needs) {
     const Tensor g = to_opmath(saved[0]), x = to_opmath(saved[1]), y = to_opmath(saved[2]);
-    const Tensor u = to_opmath(DoubleBackward::defined(grads[0], saved[1]));
-    const Tensor v = to_opmath(DoubleBackward::defined(grads[1], saved[2]));
+    const Tensor u = to_opmath(or_zeros(grads[0], saved[1]));
+    const Tensor v = to_opmath(or_zeros(grads[1], saved[2]));
     const Tensor inverse = inverse_of(to_opmath(saved[3]));
     // <e, u_i - v_j> of all pairs as one product.
     const Tensor x_u = (x * u).sum(-1, /*keepdim=*/true), y_v = (y * v).sum(-1, /*keepdim=*/true);
@@ -248,7 +244,7 @@ struct Backward {
   }
   TensorPair meta() const {
     check();
-    return {like(x1, output_mask[0]), like(x2, output_mask[1])};
+    return {empty_contiguous(x1, output_mask[0]), empty_contiguous(x2, output_mask[1])};
   }
   TensorPair autograd() const {
     if (needs_composite(grad_output, x1, x2, output)) {

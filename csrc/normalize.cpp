@@ -443,7 +443,7 @@ struct WeightNormDoubleBackward {
     const Weights of = checked();
     const Parts row(of.matrix(v), of.along(), kNoneIsShort);
     const auto matrix = [&](const Tensor& t, const Tensor& like) {
-      return to_opmath(of.matrix(t.defined() ? t : at::zeros_like(like)));
+      return to_opmath(of.matrix(or_zeros(t, like)));
     };
     const Tensor u = matrix(grad_grad_v, v), t = matrix(grad_grad_g, g);
     const Tensor a = matrix(grad_output, v), s = matrix(g, g);
@@ -461,7 +461,7 @@ struct WeightNormDoubleBackward {
     const Weights of = checked();
     const auto [grad_grad_output, grad_v, grad_g] = meta();
     const auto matrix = [&](const Tensor& t, const Tensor& like) {
-      return of.matrix((t.defined() ? t : at::zeros_like(like)).contiguous());
+      return of.matrix(or_zeros(t, like).contiguous());
     };
     const auto by_row = [&](const Tensor& t) { return matrix(t, g).squeeze(of.along()); };
     // The sum of no elements is 0.
