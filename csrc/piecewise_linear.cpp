@@ -2,6 +2,7 @@
 // takes only which piece it is in. PyTorch gives the input zeros, which are written, and added to what comes
 // from elsewhere.
 #include <algorithm>
+#include <limits>
 
 #include "op.h"
 
@@ -55,6 +56,52 @@ struct AtenBackward : BoxedOverride<AtenBackward> {
   }
 };
 
+// The backward (g or w g, 0 or x g) of PReLU, where x >= 0 and where it is negative. With the gradients v and
+// u of these:
+//     g: v or w v + u x,    x: 0 or u g,    w: 0 or v g.
+struct OfPreluBackward {
+  using Settings = std::tuple<>;
+  static constexpr auto kInfinity = std::numeric_limits<double>::infinity();
+
+  static variable_list backward(
+      const variable_list& grads, const variable_list& saved, Needs needs, const Settings&) {
+    const Tensor &v = grads[0], &u = grads[1], &grad_output = saved[0], &input = saved[1], &weight = saved[2];
+    // Of an operand that is 0 or `with` g.
+    const auto where_negative = [&](const Tensor& with) {
+      return at::hardtanh_backward(with * grad_output, input.detach(), -kInfinity, 0);
+    };
+    Tensor of_grad_output;
+    if (needs[0] && v.defined()) {
+      of_grad_output = std::get<0>(at::_prelu_kernel_backward(v, input, weight));
+    }
+    if (needs[0] && u.defined()) {
+      const Tensor of_weight = std::get<1>(at::_prelu_kernel_backward(u, input, weight));
+      of_grad_output = of_grad_output.defined() ? of_grad_output + of_weight : of_weight;
+    }
+    Tensor of_input;
+    if (needs[1] && u.defined()) {
+      of_input = where_negative(u);
+    } else if (needs[1] && is_zero_asked_for(1)) {
+      of_input = at::zeros_like(input);
+    }
+    return {of_grad_output, of_input, needs[2] && v.defined() ? where_negative(v) : Tensor()};
+  }
+};
+
+struct AtenPreluBackward : Override<AtenPreluBackward> {
+  static TensorPair autograd(
+      c10::DispatchKeySet keys, const Tensor& grad_output, const Tensor& self, const Tensor& weight) {
+    if (!torch::autograd::compute_requires_grad(grad_output, self, weight) ||
+        needs_composite(grad_output, self, weight)) {
+      return stock(keys, grad_output, self, weight);
+    }
+    return to_tuple<2>(record<OfPreluBackward>({grad_output, self, weight}, {}, [&](variable_list& saved) {
+      saved = {grad_output, self, weight};
+      return to_list(at::_prelu_kernel_backward(grad_output, self, weight));
+    }));
+  }
+};
+
 TORCH_LIBRARY_FRAGMENT(gradnorm_kernels, m) {
   m.def("mark_piecewise_linear(Tensor output) -> ()", [](const Tensor& output) {
     if (const auto& node = output.grad_fn()) {
@@ -73,6 +120,7 @@ const StockOverride override_aten([](AtenAutograd& aten) {
         "replication_pad3d_backward", "softshrink_backward", "threshold_backward"}) {
     AtenBackward::install(aten, name);
   }
+  AtenPreluBackward::install(aten, "_prelu_kernel_backward");
 });
 
 }  // namespace
