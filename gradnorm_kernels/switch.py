@@ -21,18 +21,18 @@ class set_fused_double_backward(ContextDecorator):  # noqa: N801 - the idiom of 
     twice at fused speed. Only the double backward changes: forward and first backward stay PyTorch's.
     Covered, in place too: the activations (GELU, SiLU, Mish, Softplus, ELU and its kin, tanh, sigmoid,
     log-sigmoid, hard sigmoid, hard swish, GLU, ReLU, ReLU6, leaky ReLU, PReLU, sine and cosine; not softsign,
-    which PyTorch makes of several ops), the losses smooth L1, Huber and soft margin, ``logsumexp``, layer, batch, group and instance normalisation, softmax and its logarithm,
-    the Euclidean norm (in ``F.normalize`` and ``F.pairwise_distance`` too), weight normalisation, ``cdist``
-    with ``p`` of 1 and 2 (on CUDA its first backward, too), every convolution, grid sampling that is not
-    bicubic, and scaled dot-product attention, whose fused kernels PyTorch cannot differentiate twice; LSTM
-    and GRU networks, but for packed sequences, projections and autocast. RMS normalisation, cosine
-    similarity, cross-entropy, GRUs and LSTMs that are not oneDNN's are fused from the forward on, as is the
-    first backward of ``logsumexp``, sine, cosine and grouped-query attention. What PyTorch gets wrong, or NaN, is right:
-    weight normalisation, which it differentiates with the norm held constant; the norm, and so
-    ``F.normalize`` and cosine similarity, of rows of zeros; sinc at 0; the third order of transposed
-    convolutions with output padding. So is what it cannot differentiate twice: embedding bags, but for sparse
-    gradients, ``F.ctc_loss``, ``F.multi_margin_loss``, ``F.multilabel_margin_loss`` and
-    ``torch.segment_reduce``.
+    which PyTorch makes of several ops), the losses smooth L1, Huber and soft margin, ``logsumexp``, layer,
+    batch, group and instance normalisation, softmax and its logarithm, the Euclidean norm (in ``F.normalize``
+    and ``F.pairwise_distance`` too), weight normalisation, ``cdist`` with ``p`` of 1 and 2 (on CUDA its first
+    backward, too), every convolution, grid sampling that is not bicubic, and scaled dot-product attention,
+    whose fused kernels PyTorch cannot differentiate twice; LSTM and GRU networks, but for packed sequences,
+    projections and autocast. RMS normalisation, cosine similarity, cross-entropy, GRUs and LSTMs that are not
+    oneDNN's are fused from the forward on, as is the first backward of ``logsumexp``, sine, cosine and
+    grouped-query attention. What PyTorch gets wrong, or NaN, is right: weight normalisation, which it
+    differentiates with the norm held constant; the norm, and so ``F.normalize`` and cosine similarity, of
+    rows of zeros; sinc at 0; the third order of transposed convolutions with output padding. So is what it
+    cannot differentiate twice: embedding bags, but for sparse gradients, ``F.ctc_loss``,
+    ``F.multi_margin_loss``, ``F.multilabel_margin_loss`` and ``torch.segment_reduce``.
 
     Under ``torch.func`` transforms, forward-mode AD and in graphs that are captured for a compiler, layer,
     batch and instance normalisation, softmax, its logarithm, attention, grid sampling, ``cdist``, weight
