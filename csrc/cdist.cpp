@@ -82,10 +82,6 @@ TensorPair pull(const Tensor& w, const Tensor& a, const Tensor& b, const Mask<2>
       mask[1] ? b * w.sum(-2).unsqueeze(-1) - w.mT().matmul(a) : Tensor()};
 }
 
-Tensor zeros(const Tensor& like) {
-  return at::zeros_like(like, LEGACY_CONTIGUOUS_MEMORY_FORMAT);
-}
-
 struct DoubleBackward {
   static constexpr auto schema =
       "cdist_double_backward(Tensor? grad_grad_x1, Tensor? grad_grad_x2, Tensor grad_output, Tensor x1, "
@@ -120,7 +116,7 @@ struct DoubleBackward {
     const Tensor e = differences(x1, x2);
     const Tensor f = differences(or_zeros(grad_grad_x1, x1), or_zeros(grad_grad_x2, x2));
     if (p == 1) {
-      return results((e.detach().sign() * f).sum(-1), zeros(x1), zeros(x2));
+      return results((e.detach().sign() * f).sum(-1), zeros_contiguous(x1), zeros_contiguous(x2));
     }
     const Tensor squared = e.square().sum(-1), is_zero = squared == 0;
     const Tensor inverse = squared.masked_fill(is_zero, 1).rsqrt().masked_fill(is_zero, 0);
@@ -146,7 +142,7 @@ struct DoubleBackward {
                 grad_grad_output, points(or_zeros(grad_grad_x1, x1)), transposed(or_zeros(grad_grad_x2, x2)),
                 g, x, y, p == 2, output_mask[1] || output_mask[2]);
     if (!grad_x1.defined()) {
-      return results(grad_grad_output, zeros(x1), zeros(x2));
+      return results(grad_grad_output, zeros_contiguous(x1), zeros_contiguous(x2));
     }
     return results(grad_grad_output, grad_x1, grad_x2.transpose(1, 2).contiguous());
   }

@@ -242,12 +242,9 @@ struct DoubleBackward {
     return !grad_grad_grid.defined() || of.is_nearest();
   }
   TensorTriple zeros(const Sampling& of, const Mask<3>& mask) const {
-    const auto like = [](const Tensor& t, bool wanted) {
-      return wanted ? at::zeros_like(t, LEGACY_CONTIGUOUS_MEMORY_FORMAT) : Tensor();
-    };
     return {
-        mask[0] ? at::zeros_symint(of.output_sizes(), input.options()) : Tensor(), like(input, mask[1]),
-        like(grid, mask[2])};
+        mask[0] ? at::zeros_symint(of.output_sizes(), input.options()) : Tensor(),
+        zeros_contiguous(input, mask[1]), zeros_contiguous(grid, mask[2])};
   }
   TensorTriple composite() const {
     const auto of = checked();

@@ -63,6 +63,9 @@ inline std::optional<Tensor> optional(const Tensor& tensor) {
 inline Tensor empty_contiguous(const Tensor& like, bool wanted = true) {
   return wanted ? at::empty_like(like, at::MemoryFormat::Contiguous) : Tensor();
 }
+inline Tensor zeros_contiguous(const Tensor& like, bool wanted = true) {
+  return wanted ? at::zeros_like(like, at::MemoryFormat::Contiguous) : Tensor();
+}
 
 // Gradients, of which an undefined one is zero.
 inline Tensor or_zeros(const Tensor& grad, const Tensor& like) {

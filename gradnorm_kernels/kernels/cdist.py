@@ -28,6 +28,7 @@ from .common import (
     load,
     on_meta,
     opmath_of,
+    or_zeros,
 )
 
 MOST_COORDINATES = 64  # that a program holds at once
@@ -193,8 +194,8 @@ def cdist_double_backward(
     p: float,
     output_mask: list[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    u1 = torch.zeros_like(x1) if grad_grad_x1 is None else grad_grad_x1
-    u2 = torch.zeros_like(x2) if grad_grad_x2 is None else grad_grad_x2
+    u1 = or_zeros(grad_grad_x1, x1)
+    u2 = or_zeros(grad_grad_x2, x2)
     on_meta("cdist_double_backward", (u1, u2, grad_output, x1, x2), p, tuple(output_mask))
     if x1.numel() == 0 or x2.numel() == 0 or (p == 2 and x1.shape[-1] > MOST_COORDINATES):
         raise NotCoveredError

@@ -226,6 +226,11 @@ def empty_like(tensor: Tensor, wanted: bool = True) -> Tensor | None:
     return torch.empty_like(tensor, memory_format=torch.contiguous_format) if wanted else None
 
 
+def or_zeros(grad: Tensor | None, like: Tensor) -> Tensor:
+    """A gradient, of which an undefined one is zero."""
+    return torch.zeros_like(like) if grad is None else grad
+
+
 def on_meta(op: str, tensors: tuple[Tensor, ...], *settings: Any, **options: Any) -> Any:
     """What the op's Meta kernel gives for such tensors, or what is raised for them or for their devices."""
     overload = getattr(torch.ops.gradnorm_kernels, op).default

@@ -28,6 +28,7 @@ from .common import (
     moved,
     on_meta,
     opmath_of,
+    or_zeros,
 )
 from .softmax import elements, launch_plan, rows_of_program, rows_plan
 
@@ -233,8 +234,8 @@ def weight_norm_double_backward(
     g: Tensor,
     dim: int,
 ) -> Any:
-    u = torch.zeros_like(v) if grad_grad_v is None else grad_grad_v
-    t = torch.zeros_like(g) if grad_grad_g is None else grad_grad_g
+    u = or_zeros(grad_grad_v, v)
+    t = or_zeros(grad_grad_g, g)
     lengths = [n if k == dim else 1 for k, n in enumerate(v.shape)]
     if (
         v.dtype not in DTYPES
