@@ -416,3 +416,18 @@ def test_modules():
 @pytest.mark.parametrize("op", ["normalize", "vector_norm"])
 def test_autocast_on_cuda_makes_it_float32(op):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"gradnorm_kernels::{op}", "AutocastCUDA")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "function",
+    [gk.functional.normalize, lambda x: gk.functional.cosine_similarity(x, torch.ones_like(x))],
+    ids=["normalize", "cosine_similarity"],
+)
+def test_zero_rows_of_half_types_are_not_nan(function, dtype):
+    """In float16 the default eps of PyTorch's own is 0."""
+    x = torch.zeros(2, 8, dtype=dtype, requires_grad=True)
+    output = function(x)
+    (first,) = torch.autograd.grad(output, x, torch.ones_like(output), create_graph=True)
+    (second,) = torch.autograd.grad(first, x, torch.ones_like(x))
+    assert torch.equal(output, torch.zeros_like(output)) and not second.isnan().any()
