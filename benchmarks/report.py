@@ -9,6 +9,7 @@ and ``<!-- /result -->``. ``--check`` writes nothing and fails where either on d
 import argparse
 import json
 import math
+import statistics
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -313,6 +314,10 @@ def penalties(results: Path) -> Iterable[str]:
     yield from _by_device(results, "penalties", lambda _, measured: [_table(columns, measured["rows"])])
 
 
+# What studies were trained on, by the name of the folder.
+DATA = {None: "digits", "cifar10": "CIFAR-10 (JPEG copy)"}
+
+
 def studies(results: Path) -> Iterable[str]:
     yield (
         "Means over the seeds, and their range. Products: matrix products and convolutions of a step,"
@@ -322,9 +327,10 @@ def studies(results: Path) -> Iterable[str]:
         measured = json.loads(path.read_text())
         config, attack, rows = (measured[key] for key in ("config", "attack", "rows"))
         seeds = len(next(iter(rows.values()))["clean"])
-        yield f"### {measured['study']}"
+        data = DATA.get(config["data"], config["data"])
+        yield f"### {measured['study']}, on {data}"
         yield (
-            f"{config['model']} on {config['data'] or 'scikit-learn digits'}, {config['epochs']} epochs;"
+            f"{config['model']}, {config['epochs']} epochs in {config.get('precision', 'float32')};"
             f" {attack} at ε = {config['epsilon']:.4g} on {measured['attacked']} held-out images;"
             f" {seeds} seed{'s' if seeds > 1 else ''} a row. {measured['conditions']}"
         )
@@ -342,6 +348,10 @@ def studies(results: Path) -> Iterable[str]:
             scale = 1 / reference.get("step_seconds", math.nan)
             columns["step, ms"] = _field("step_seconds", ".1f", 1e3)
             columns[f"step / {measured['reference']}"] = _field("step_seconds", ".2f", scale, NOT_MEASURED)
+        if measured.get("against_clock"):
+            columns["training, s"] = lambda row: f"{statistics.mean(row['training_seconds']):.0f}"
+        if any(map(any, (row.get("gradient_masking", []) for row in rows.values()))):
+            columns["zero gradient"] = lambda row: _spread(row["gradient_masking"])
         if any("eval_apgd_accuracy" in line for row in rows.values() for line in row["histories"][0]):
             columns["collapsed in epoch"] = lambda row: ", ".join(str(at or "no") for at in row["collapsed"])
         yield _table(columns, [{"name": name, **row} for name, row in rows.items()])

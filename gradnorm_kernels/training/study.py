@@ -130,9 +130,11 @@ class Outcome:
         return {
             "study": self.study.title,
             "reference": self.study.reference,
+            "against_clock": self.study.against_clock,
             "attack": self.attack,
             "attacked": self.attacked,
-            "config": asdict(self.config),
+            # Of the folder its name alone: where it lay is of no interest elsewhere.
+            "config": {**asdict(self.config), "data": self.config.data and Path(self.config.data).name},
             "rows": rows,
             "conditions": conditions(),
         }
