@@ -17,6 +17,7 @@
 #include <ATen/TensorUtils.h>
 #include <ATen/autocast_mode.h>
 
+#include <algorithm>
 #include <bit>
 #include <limits>
 #include <map>
@@ -605,12 +606,16 @@ template <template <class> class Form>
 struct Backward;
 template <template <class> class Form>
 struct DoubleBackward;
+template <template <class> class Form>
+struct Jvp;
 
 using Settings = std::tuple<std::optional<double>>;  // the scale
 
 template <template <class> class Form>
 struct Forward {
+  static constexpr bool is_forward = true;
   using Operands = Form<const Tensor&>;
+  using InForwardMode = Jvp<Form>;
   static std::string schema() {
     return Operands::name + ("(" + listed(Operands::names, "Tensor ")) +
            ", Tensor? attn_mask=None, *, float? scale=None) -> Tensor";
@@ -734,7 +739,8 @@ struct DoubleBackward {
         std::tie(attn_mask, scale, output_mask));
   }
 
-  Pass pass(const char* op = name_of<DoubleBackward>()) const {
+  // prefix: of the names of what is linear in the gradients of the operands.
+  Pass pass(const char* op = name_of<DoubleBackward>(), const std::string& prefix = "grad_grad_") const {
     Mask<count - 1> of_backward;
     std::copy(output_mask.begin() + 1, output_mask.end(), of_backward.begin());
     Pass pass = Backward<Form>{grad_output, operands, attn_mask, scale, of_backward}.pass(op);
@@ -742,16 +748,17 @@ struct DoubleBackward {
     pass.wanted.grad_grad_output = output_mask[0];
     const auto grads = to_list(grad_grads.tie()), likes = to_list(operands.tie());
     for (size_t i = 0; i < grads.size(); ++i) {
-      const auto name = std::string("grad_grad_") + Operands::names[i];
+      const auto name = prefix + Operands::names[i];
       check_floating(op, {{Operands::names[i], likes[i]}, {name.c_str(), grads[i]}});
       check_shape(op, name, grads[i], likes[i].sym_sizes());
     }
     std::tie(pass.grad_grad_query, pass.grad_grad_key, pass.grad_grad_value) = grad_grads.heads();
     if (grad_grad_attn_mask.defined()) {
-      TORCH_CHECK_VALUE(attn_mask.defined(), op, ": expected no grad_grad_attn_mask without attn_mask");
+      const auto name = prefix + "attn_mask";
+      TORCH_CHECK_VALUE(attn_mask.defined(), op, ": expected no ", name, " without attn_mask");
       check_floating(
-          op, {{"attn_mask", attn_mask}, {"grad_grad_attn_mask", grad_grad_attn_mask}}, /*same_dtype=*/false);
-      check_shape(op, "grad_grad_attn_mask", grad_grad_attn_mask, attn_mask.sym_sizes());
+          op, {{"attn_mask", attn_mask}, {name.c_str(), grad_grad_attn_mask}}, /*same_dtype=*/false);
+      check_shape(op, name, grad_grad_attn_mask, attn_mask.sym_sizes());
       pass.grad_grad_attn_mask = grad_grad_attn_mask;
     }
     return pass;
@@ -762,11 +769,76 @@ struct DoubleBackward {
   }
 };
 
+// The output's tangent, which is linear in those of the operands as the gradient is in that of the output:
+// the double backward's gradient of grad_output, whatever that is.
+template <template <class> class Form>
+struct Jvp {
+  using Operands = Form<const Tensor&>;
+  static std::string schema() {
+    return Operands::name + ("_jvp(" + listed(Operands::names, "Tensor? tangent_")) +
+           ", Tensor? tangent_attn_mask, " + listed(Operands::names, "Tensor ") +
+           ", Tensor? attn_mask=None, *, float? scale=None) -> Tensor";
+  }
+  Form<OptionalTensor> tangents;
+  OptionalTensor tangent_attn_mask;
+  Operands operands;
+  OptionalTensor attn_mask;
+  std::optional<double> scale;
+  auto tie() const {
+    return std::tuple_cat(
+        tangents.tie(), std::tie(tangent_attn_mask), operands.tie(), std::tie(attn_mask, scale));
+  }
+
+  Pass pass(const char* op = name_of<Jvp>()) const {
+    const Pass forward = Forward<Form>{operands, attn_mask, scale}.pass(op);
+    auto sizes = Operands::exchanged(forward.query).sym_sizes().vec();
+    sizes.back() = forward.value.sym_size(-1);
+    const Tensor unread = at::zeros({}, forward.query.options()).expand_symint(sizes);
+    const DoubleBackward<Form> linear{tangents, tangent_attn_mask, unread, operands, attn_mask, scale,
+                                      {true}};
+    return linear.pass(op, "tangent_");
+  }
+  static Tensor results(const Pass& pass) {
+    return Operands::exchanged(pass.grad_grad_output);
+  }
+
+  // With w the gradient of the tangent, <w, J t> is <J^T w, t>: of the tangents the gradient is the backward
+  // of w, and of the operands that of their own double backward.
+  struct Derivative {
+    using Settings = attention::Settings;
+    static constexpr size_t count = Operands::names.size() + 1;
+    static variable_list backward(
+        const variable_list& grads, const variable_list& saved, Needs needs, const Settings& settings) {
+      const auto tangents = Form<OptionalTensor>::from(saved.data());
+      const auto operands = Operands::from(&saved[count]);
+      const auto scale = std::get<0>(settings);
+      variable_list gradients(2 * count);
+      const Mask<count> of_tangents = needs;
+      if (std::ranges::count(of_tangents, true)) {
+        const auto results =
+            to_list(call(Op<Backward<Form>>{{grads[0], operands, saved.back(), scale, of_tangents}}));
+        std::copy(results.begin(), results.end(), gradients.begin());
+      }
+      Mask<count + 1> of_operands{};
+      for (size_t i = 0; i < count; ++i) {
+        of_operands[i + 1] = needs[count + i];
+      }
+      if (std::ranges::count(of_operands, true)) {
+        const auto results = to_list(call(
+            Op<DoubleBackward<Form>>{
+                {tangents, saved[count - 1], grads[0], operands, saved.back(), scale, of_operands}}));
+        std::copy(results.begin() + 1, results.end(), gradients.begin() + count);
+      }
+      return gradients;
+    }
+  };
+};
+
 // An op of these arguments. Its implementations are the same for all.
 template <class Arguments>
 struct Op : Arguments {
   using Result = decltype(Arguments::results(std::declval<Pass>()));
-  static constexpr bool is_forward = std::is_same_v<Result, Tensor>;
+  static constexpr bool is_forward = requires { Arguments::is_forward; };
 
   Result composite() const {
     return by(Path::kComposite);
@@ -787,6 +859,11 @@ struct Op : Arguments {
   }
   Result autograd() const {
     const auto tensors = this->tensors();
+    if constexpr (is_forward) {
+      if (is_forward_mode(tensors)) {
+        return dual(tensors);
+      }
+    }
     if (needs_composite_even_traced(tensors)) {
       return composite();
     }
@@ -802,7 +879,7 @@ struct Op : Arguments {
             saved = tensors;
             return to_list(whole_or_parts());
           });
-      if constexpr (is_forward) {
+      if constexpr (std::is_same_v<Result, Tensor>) {
         return results[0];
       } else {
         return to_tuple<std::tuple_size_v<Result>>(results);
@@ -837,6 +914,30 @@ struct Op : Arguments {
     compute(pass, path);
     return Arguments::results(pass);
   }
+  // Of an output with its tangent, each of one op.
+  Tensor dual(const variable_list& tensors) const {
+    variable_list primals(tensors.size()), tangents(tensors.size());
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      if (tensors[i].defined()) {
+        std::tie(primals[i], tangents[i]) = at::_unpack_dual(tensors[i], /*level=*/0);
+      }
+    }
+    const auto operands = Arguments::Operands::from(primals.data());
+    using Tangents = decltype(Arguments::InForwardMode::tangents);
+    Tensor output, tangent;
+    {
+      // Within torch.func the level that is running has nothing more to do with them.
+      std::optional<at::AutoDispatchBelowADInplaceOrView> guard;
+      if (is_in_torch_func()) {
+        guard.emplace();
+      }
+      output = call(Op{{operands, primals.back(), this->scale}});
+      tangent = call(
+          Op<typename Arguments::InForwardMode>{
+              {Tangents::from(tangents.data()), tangents.back(), operands, primals.back(), this->scale}});
+    }
+    return at::_make_dual(output, tangent, /*level=*/0);
+  }
   // Where this is several ops, they are called from autograd, seen by whoever counts or records ops.
   Result whole_or_parts() const {
     Pass pass = this->pass();
@@ -856,9 +957,9 @@ struct Op : Arguments {
 };
 
 const Registration<
-    Op<Forward<Separate>>, Op<Backward<Separate>>, Op<DoubleBackward<Separate>>, Op<Forward<Packed>>,
-    Op<Backward<Packed>>, Op<DoubleBackward<Packed>>, KernelForward, KernelBackward, KernelDoubleBackward,
-    Softmax, SoftmaxBackward, SoftmaxDoubleBackward>
+    Op<Forward<Separate>>, Op<Backward<Separate>>, Op<DoubleBackward<Separate>>, Op<Jvp<Separate>>,
+    Op<Forward<Packed>>, Op<Backward<Packed>>, Op<DoubleBackward<Packed>>, Op<Jvp<Packed>>, KernelForward,
+    KernelBackward, KernelDoubleBackward, Softmax, SoftmaxBackward, SoftmaxDoubleBackward>
     registration;
 
 // PyTorch's fused attention, which it cannot differentiate twice, nor under torch.func and in forward mode.
@@ -907,10 +1008,8 @@ struct AtenAttention : BoxedOverride<AtenAttention> {
     }
     const auto times = queries_of_each_key(query, key);
     const Tensor k = repeat_heads(key, times), v = repeat_heads(value, times);
-    const Tensor output = Op<Forward<Separate>>{
-        {{query, k, v},
-         arguments.attn_mask(query, key),
-         arguments.scale()}}.composite();
+    const Tensor output =
+        Op<Forward<Separate>>{{{query, k, v}, arguments.attn_mask(query, key), arguments.scale()}}.autograd();
     // What else it returns is of use to its own backward alone.
     for (auto argument = stack->end() - arguments.values.size(); argument != stack->end(); ++argument) {
       if (argument->isTensor() && argument->toTensor().defined()) {

@@ -18,17 +18,17 @@ bool has_mode(TorchDispatchModeKey key) {
   return c10::impl::TorchDispatchModeTLS::get_mode(key).has_value();
 }
 
-// Included in the thread's dispatch keys as long as any torch.func transform is active.
-bool is_in_torch_func() {
-  return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
-}
-
 bool has_no_kernels(const Tensor& tensor) {
   constexpr uint64_t outermost_level = 0;
   return tensor.is_nested() || tensor._fw_grad(outermost_level).defined();
 }
 
 }  // namespace
+
+// Included in the thread's dispatch keys as long as any torch.func transform is active.
+bool is_in_torch_func() {
+  return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
+}
 
 bool is_transforming() {
   return is_in_torch_func() || has_mode(TorchDispatchModeKey::PROXY);
@@ -40,6 +40,18 @@ bool is_tracing() {
 
 bool is_foreign(const Tensor& tensor) {
   return tensor.key_set().has(c10::DispatchKey::Python) || has_no_kernels(tensor);
+}
+
+bool is_forward_mode(at::TensorList tensors) {
+  const auto has_tangent = [](const Tensor& tensor) {
+    return tensor.defined() && tensor._fw_grad(/*level=*/0).defined();
+  };
+  if (std::none_of(tensors.begin(), tensors.end(), has_tangent) ||
+      std::any_of(tensors.begin(), tensors.end(), [](const Tensor& t) { return t.is_nested(); })) {
+    return false;
+  }
+  // A level of torch.func is of one transform, and its tensors have what that one gives them.
+  return !is_in_torch_func() || !torch::autograd::compute_requires_grad(tensors);
 }
 
 bool needs_composite_even_traced(at::TensorList tensors) {

@@ -34,6 +34,11 @@ bool needs_composite(const Tensors&... tensors) {
   return is_transforming() || (is_foreign(tensors) || ...);
 }
 
+// Whether what runs is forward-mode AD of these tensors, of which some have tangents, and no other transform.
+bool is_forward_mode(at::TensorList tensors);
+// In torch.func.jvp, below which other levels may differentiate.
+bool is_in_torch_func();
+
 // Of ops that no compiler makes faster ones of: they stay as they are in a traced graph.
 bool needs_composite_even_traced(at::TensorList tensors);
 // While a graph is traced, or shapes are computed for one.

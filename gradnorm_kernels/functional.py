@@ -856,8 +856,12 @@ def scaled_dot_product_attention(
     longer sequence's mask) takes matrix products and one kernel for the rows of scores. On the CPU the scores
     stay in the cache.
 
-    The third order, ``torch.func`` transforms and dropout are exact, through plain ATen ops, which is also
-    what ``torch.export`` gets: PyTorch's own fused kernels have no double backward. In a region compiled by
+    In forward mode (``torch.func.jvp``, dual numbers) the tangent is one op, computed as the double backward
+    is, and differentiable: by the backward of the incoming gradient with respect to the tangents, by its
+    double backward with respect to the operands.
+
+    The third order, other ``torch.func`` transforms and dropout are exact, through plain ATen ops, which is
+    also what ``torch.export`` gets: PyTorch's own fused kernels have no double backward. In a region compiled by
     ``torch.compile`` the ops stay as they are.
 
     Args:

@@ -25,6 +25,7 @@ from contract import (
     subsets,
 )
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 
 import gradnorm_kernels as gk
 
@@ -73,6 +74,7 @@ class Attention(Case):
         yield Call(self.op, forward)
         yield Call(f"{self.op}_backward", (*backward, mask))
         yield Call(f"{self.op}_double_backward", (*operands.grad_grads, *backward, [True, *mask]))
+        yield Call(f"{self.op}_jvp", (*operands.grad_grads, *forward))
 
     def roundings(self, dtype):
         return 1  # sums are rounded in another order than stock's
@@ -148,7 +150,7 @@ class TestAttention(OpContract):
     traced = ("small, without mask", "packed, small")
     # A mask is of any floating dtype.
     accepted = (
-        *(("", name, "dtype") for name in ("attn_mask", "grad_grad_attn_mask")),
+        *(("", name, "dtype") for name in ("attn_mask", "grad_grad_attn_mask", "tangent_attn_mask")),
         ("qkv_attention", "qkv", "dtype"),
     )
     random_cases = random_cases()
@@ -163,12 +165,17 @@ class TestAttention(OpContract):
             Tensor key, Tensor value, Tensor? attn_mask=None, *, float? scale=None, bool[5] output_mask)
             -> (Tensor grad_grad_output, Tensor grad_query, Tensor grad_key, Tensor grad_value,
             Tensor grad_attn_mask);
+        scaled_dot_product_attention_jvp(Tensor? tangent_query, Tensor? tangent_key, Tensor? tangent_value,
+            Tensor? tangent_attn_mask, Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, *,
+            float? scale=None) -> Tensor;
         qkv_attention(Tensor qkv, Tensor? attn_mask=None, *, float? scale=None) -> Tensor;
         qkv_attention_backward(Tensor grad_output, Tensor qkv, Tensor? attn_mask=None, *,
             float? scale=None, bool[2] output_mask) -> (Tensor grad_qkv, Tensor grad_attn_mask);
         qkv_attention_double_backward(Tensor? grad_grad_qkv, Tensor? grad_grad_attn_mask, Tensor grad_output,
             Tensor qkv, Tensor? attn_mask=None, *, float? scale=None, bool[3] output_mask)
-            -> (Tensor grad_grad_output, Tensor grad_qkv, Tensor grad_attn_mask)
+            -> (Tensor grad_grad_output, Tensor grad_qkv, Tensor grad_attn_mask);
+        qkv_attention_jvp(Tensor? tangent_qkv, Tensor? tangent_attn_mask, Tensor qkv, Tensor? attn_mask=None,
+            *, float? scale=None) -> Tensor
     """
 
     def bad(self):
@@ -341,6 +348,55 @@ def test_each_pass_is_one_op(device):
     for tokens in (49, 197):
         qkv = torch.empty(1, tokens, 3, 2, 64, device=device, requires_grad=True)
         assert passes(qkv_attention, [qkv], [qkv]) == one(PackedAttention.op)
+
+
+@pytest.mark.parametrize("mode", ["torch.func", "dual numbers", "the switch"])
+@pytest.mark.parametrize("case", [CASES[1], *CASES[-2:], PACKED[1], PACKED[-1]], ids=str)
+def test_jvp_and_its_derivative_are_fused(case, mode):
+    """The tangent is one op, which is differentiated by the backward and the double backward."""
+    operands = case.draw(torch.float64)
+    inputs, tangents = ([t for t in of if t is not None] for of in (operands.inputs, operands.grad_grads))
+    if mode == "the switch" and (isinstance(case, PackedAttention) or case.mask):
+        pytest.skip("PyTorch's own has no kernel of packed operands or of masks with a gradient")
+
+    def dual(function, inputs, tangents):
+        if mode != "dual numbers":
+            return torch.func.jvp(function, inputs, tangents)
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(function(*map(forward_ad.make_dual, inputs, tangents)))
+
+    def derivatives(function):
+        variables = [t.detach().requires_grad_() for t in (*inputs, *tangents)]
+        half = len(inputs)
+        output, tangent = dual(function, tuple(variables[:half]), tuple(variables[half:]))
+        total = output.sin().sum() + tangent.cos().sum()
+        gradients = torch.autograd.grad(total, variables, create_graph=True)
+        seconds = torch.autograd.grad(sum(g.sin().sum() for g in gradients), variables)
+        return output, tangent, *gradients, *seconds
+
+    # Of the reference in the same mode, whose softmax is of ops that all have every derivative.
+    expected = derivatives(case.reference)
+    with Calls() as counted, gk.set_fused_double_backward(mode == "the switch"):
+        function = case.stock if mode == "the switch" else case.fused
+        ours = derivatives(function)
+    assert_close(ours, expected)
+    names = [name for name in counted.names if name.startswith(case.op)]
+    assert names.count(f"{case.op}_jvp") == 1 and "_softmax" not in counted.names[:20]
+    assert f"{case.op}_double_backward" in names and f"{case.op}_backward" in names
+
+
+def test_jvp_of_one_operand():
+    """Of the others there is no tangent."""
+    query, key, value, mask = BY_NAME["small"].draw().inputs
+    tangent = query.cos()
+
+    def of_query(function):
+        return torch.func.jvp(lambda query: function(query, key, value, mask), (query,), (tangent,))
+
+    with Calls() as counted:
+        ours = of_query(attention)
+    assert "scaled_dot_product_attention_jvp" in counted.names and "bmm" not in counted.names
+    assert_close(ours, of_query(reference.scaled_dot_product_attention))
 
 
 @pytest.mark.parametrize("reason", ["dtype", "columns", "mask"])
