@@ -861,8 +861,8 @@ def scaled_dot_product_attention(
     double backward with respect to the operands.
 
     The third order, other ``torch.func`` transforms and dropout are exact, through plain ATen ops, which is
-    also what ``torch.export`` gets: PyTorch's own fused kernels have no double backward. In a region compiled by
-    ``torch.compile`` the ops stay as they are.
+    also what ``torch.export`` gets: PyTorch's own fused kernels have no double backward. In a region
+    compiled by ``torch.compile`` the ops stay as they are.
 
     Args:
         query: ``(..., L, E)``; float16, bfloat16, float32 or float64. Arithmetic is done in float32 (float64
