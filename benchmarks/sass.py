@@ -141,7 +141,7 @@ def table(
                 if not any(re.search(case, name) for case in cases):
                     continue
                 for arch in archs:
-                    for launch in capture.recorded(*call, target=arch):
+                    for launch in capture.recorded_on(arch, *call):
                         kernel = launch.kernel.__name__.removesuffix("_kernel")
                         if (arch, launch) in seen or not any(re.search(k, kernel) for k in kernels):
                             continue

@@ -59,12 +59,14 @@ Path path_of(const Pass& pass) {
     return Path::kCpu;
   }
   // Kernels hold this many columns of a head. Where the mask has a gradient, they hold a whole window.
-  constexpr int64_t columns = 64, window_tokens = 64;
+  constexpr int64_t window_columns = 64, window_tokens = 64;
+  const int64_t most_columns = at::isReducedFloatingType(pass.query.scalar_type()) ? 128 : window_columns;
   const bool mask_has_gradient = pass.wanted.attn_mask || pass.grad_grad_attn_mask.defined();
-  const bool is_window = pass.query.sym_size(-2) <= window_tokens && pass.key.sym_size(-2) <= window_tokens;
+  const auto columns = pass.query.sym_size(-1).max(pass.value.sym_size(-1));
+  const bool is_window = pass.query.sym_size(-2) <= window_tokens && pass.key.sym_size(-2) <= window_tokens &&
+                         columns <= window_columns;
   if (!(pass.query.is_cuda() || pass.query.is_meta()) || pass.query.scalar_type() == at::kDouble ||
-      pass.query.sym_size(-1) > columns || pass.value.sym_size(-1) > columns ||
-      (mask_has_gradient && !is_window)) {
+      columns > most_columns || (mask_has_gradient && !is_window)) {
     return Path::kRows;
   }
   return pass.query.is_meta() ? Path::kMeta : Path::kCuda;

@@ -348,6 +348,8 @@ def test_each_pass_is_one_op(device):
     for tokens in (49, 197):
         qkv = torch.empty(1, tokens, 3, 2, 64, device=device, requires_grad=True)
         assert passes(qkv_attention, [qkv], [qkv]) == one(PackedAttention.op)
+    wide = torch.empty(1, 197, 3, 2, 128, device=device, dtype=torch.bfloat16, requires_grad=True)
+    assert passes(qkv_attention, [wide], [wide]) == one(PackedAttention.op)
 
 
 @pytest.mark.parametrize("mode", ["torch.func", "dual numbers", "the switch"])

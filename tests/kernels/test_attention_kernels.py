@@ -32,7 +32,11 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
             ("swin", ((64, 4, 4), 49, 49, 32, 32, (1, 4, 4))),
             ("vit", ((64, 1, 12), 197, 197, 64, 64, None)),
             ("vit-mask", ((64, 1, 12), 197, 197, 64, 64, (1, 1, 12))),
+            ("wide", ((64, 1, 8), 256, 256, 128, 128, None)),
+            ("wide-mask", ((64, 1, 8), 256, 256, 128, 128, (1, 1, 8))),
         ):
+            if dtype == torch.float32 and name.startswith("wide"):
+                continue  # takes matrix products
             o = Operands(case, dtype, "meta")
             yield name, run_kernels, o, False, 2
             if dtype == torch.float32:
@@ -60,6 +64,8 @@ TILED = [
     ((1, 1, 2), 65, 66, 16, 20, (1, 1, 2)),
     ((2, 1, 1), 5, 131, 3, 64, (1, 1, 1)),  # one block of queries, several of keys
     ((1, 2, 1), 100, 33, 40, 16, None),  # and the other way round
+    ((1, 1, 2), 70, 40, 128, 65, (1, 1, 1)),  # wide heads
+    ((2, 1, 1), 20, 30, 65, 16, None),  # as few tokens as a window's
 ]
 SMALLEST = [WINDOWS[2], ((1, 2, 1), 16, 70, 16, 20, (1, 1, 1))]
 in_windows_and_tiles = pytest.mark.parametrize("case", SMALLEST, ids=["window", "tiles"])
@@ -70,7 +76,7 @@ class Operands:
 
     def __init__(self, case: Any, dtype: torch.dtype, device: str) -> None:
         batch, queries, keys, columns, value_columns, mask = case
-        self.is_window = max(queries, keys) <= 64
+        self.is_window = max(queries, keys, columns, value_columns) <= 64
         torch.manual_seed(0)
 
         def split(rows: int, width: int) -> Tensor:
@@ -363,6 +369,15 @@ def test_float32_in_three_products_of_tf32(case: Any, on_sm_90: int) -> None:
 def test_windows_beyond_the_shared_memory_are_not_covered() -> None:
     with pytest.raises(NotCoveredError):
         launches(((64, 1, 12), 64, 64, 64, 64, (1, 1, 12)), "ieee", 75)
+
+
+@pytest.mark.skipif(INTERPRET, reason="it takes the interpreter's own device")
+def test_wide_heads_take_the_memory_of_newer_devices() -> None:
+    o = Operands(((1, 1, 8), 256, 256, 128, 128, None), torch.float16, "meta")
+    assert len(harness.recorded(run_kernels, o, target=86)) == 5
+    for target in (75, harness.ROCM):
+        with pytest.raises(NotCoveredError):
+            harness.recorded(run_kernels, o, target=target)
 
 
 @on_every_device

@@ -20,7 +20,10 @@ from .windows import window_attention_bwd_bwd_kernel, window_attention_bwd_kerne
 _HALF = (torch.float16, torch.bfloat16)
 
 # What one program holds of a window.
-_WINDOW_TOKENS = 64
+_WINDOW_TOKENS = _WINDOW_COLUMNS = 64
+
+# Of more columns a program takes up to 80 KiB of shared memory. Devices have 64, or 99 and more.
+_WIDE_MEMORY = 96 * 1024
 
 # The fewest rows that are multiplied without tensor cores.
 _FEWEST_ROWS = 8 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8) else 16
@@ -119,9 +122,13 @@ def _tiles(
     has_mask: bool,
     of_keys: bool = False,
 ) -> _Compiled:
-    """Of the pass of this order: about the largest tiles that 64 columns a head leave registers for."""
+    """Of the pass of this order: about the largest tiles that 64 columns a head, or in half types 128, leave
+    registers for.
+    """
     pipelined, warps = False, 4
-    if dtype in _HALF:
+    if max(columns, value_columns) > _WINDOW_COLUMNS:
+        own, other, warps = 64 if order < 2 or of_keys else 32, (64, 32, 16)[order], 8
+    elif dtype in _HALF:
         own, other = 64, (64, 32, 16 if has_mask else 32)[order]
         pipelined = not has_mask
     elif precision != "ieee":
@@ -157,11 +164,14 @@ def _run(
         if mask_sums is not None:
             mask_sums.zero_()
         return
-    is_window = max(rows, keys) <= _WINDOW_TOKENS
+    is_wide = max(columns, value.shape[4]) > _WINDOW_COLUMNS
+    is_window = max(rows, keys) <= _WINDOW_TOKENS and not is_wide
     precision = _precision(query, order, is_window, mask is not None)
     kind = (query.dtype, columns, value.shape[4], precision, order)
     tensors = tuple(_strided(*incoming, *operands, *results))
     limit = gpu(query.device).shared_memory
+    if is_wide and limit < _WIDE_MEMORY:
+        raise NotCoveredError
     with torch.cuda.device_of(query):  # does nothing for a CPU tensor (Triton's interpreter)
         if order == 0:
             constants, options = (
