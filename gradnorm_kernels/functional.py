@@ -851,10 +851,10 @@ def scaled_dot_product_attention(
 
     :math:`\mathrm{softmax}(\mathrm{scale}\, Q K^\top + M)\, V` (Vaswani et al. 2017, arXiv:1706.03762).
     Nothing of the size of the scores is kept for the backward passes, which compute them again. On CUDA they
-    stay on chip, for up to 64 columns a head, 128 in half types from sm_80 on: windows of up to 64 tokens take
-    one kernel a pass, longer sequences and wider heads two in the backward passes. What else there is (float64, more columns, and the gradient of a
-    longer sequence's mask) takes matrix products and one kernel for the rows of scores. On the CPU the scores
-    stay in the cache.
+    stay on chip, for up to 64 columns a head, 128 in half types from sm_80 on: windows of up to 64 tokens
+    take one kernel a pass, longer sequences and wider heads two in the backward passes. What else there is
+    (float64, more columns, and the gradient of a longer sequence's mask) takes matrix products and one kernel
+    for the rows of scores. On the CPU the scores stay in the cache.
 
     In forward mode (``torch.func.jvp``, dual numbers) the tangent is one op, computed as the double backward
     is, and differentiable: by the backward of the incoming gradient with respect to the tangents, by its
