@@ -219,7 +219,25 @@ class Decomposed {
     }
   }
 
+  // The double backward's gradient of grad_output alone, by plain ops.
+  void tangent() const {
+    const Tensor query = operand(p.query), key = operand(p.key), value = operand(p.value);
+    const Tensor dd_query = operand(p.grad_grad_query), dd_key = operand(p.grad_grad_key);
+    const Tensor scores = times(query, transposed(key));
+    const Tensor probabilities = Softmax{scores, p.attn_mask, p.scale}.probabilities();
+    const Tensor a = plus(
+        plus(times(dd_query, transposed(key), p.scale), times(query, transposed(dd_key), p.scale)),
+        p.grad_grad_attn_mask);
+    const Tensor b = a.defined() ? centred(probabilities, a) : at::zeros_like(probabilities);
+    p.grad_grad_output = result(plus(times(probabilities, operand(p.grad_grad_value)), times(b, value)));
+  }
+
   void double_backward() const {
+    const auto& wanted = p.wanted;
+    if (plain && wanted.grad_grad_output &&
+        !(wanted.query || wanted.key || wanted.value || wanted.attn_mask)) {
+      return tangent();
+    }
     const Tensor query = operand(p.query), key = operand(p.key), value = operand(p.value);
     const Tensor dd_query = operand(p.grad_grad_query), dd_key = operand(p.grad_grad_key);
     const Tensor dd_value = operand(p.grad_grad_value), d_output = operand(p.grad_output);
