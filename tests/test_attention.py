@@ -401,6 +401,36 @@ def test_jvp_of_one_operand():
     assert_close(ours, of_query(reference.scaled_dot_product_attention))
 
 
+@pytest.mark.parametrize("way", ["fuse", "switch"])
+def test_loss_of_a_jvp_trains_a_transformer(way):
+    """As mean-flow and consistency models do: PyTorch's own attention has no forward mode on the CPU."""
+    torch.manual_seed(0)
+    options = {"dropout": 0.0, "activation": "gelu", "batch_first": True, "norm_first": True}
+    net = torch.nn.TransformerEncoderLayer(8, 2, 16, **options).double()
+    z, v = (torch.randn(2, 3, 8, dtype=torch.float64) for _ in range(2))
+
+    def loss(net):
+        velocity, change = torch.func.jvp(net, (z,), (v,))
+        return (velocity - v + 0.3 * change).square().mean()
+
+    with pytest.raises(NotImplementedError, match="forward AD"):
+        loss(net)
+    if way == "fuse":
+        gk.fuse(net)
+    with gk.set_fused_double_backward(way == "switch"):
+        parameters = list(net.parameters())
+        gradients = torch.autograd.grad(loss(net), parameters)
+        with torch.no_grad():
+            changes = [torch.randn_like(p) for p in parameters]
+            values = []
+            for step in (1e-5, -2e-5, 1e-5):
+                for p, change in zip(parameters, changes, strict=True):
+                    p += step * change
+                values.append(loss(net).item())
+    slope = sum((g * change).sum().item() for g, change in zip(gradients, changes, strict=True))
+    assert math.isclose(slope, (values[0] - values[1]) / 2e-5, rel_tol=1e-6)
+
+
 @pytest.mark.parametrize("reason", ["dtype", "columns", "mask"])
 def test_what_no_kernel_covers_is_visible_parts_on_other_devices(reason):
     dtype = torch.float64 if reason == "dtype" else torch.float32
