@@ -633,7 +633,6 @@ using Settings = std::tuple<std::optional<double>>;  // the scale
 
 template <template <class> class Form>
 struct Forward {
-  static constexpr bool is_forward = true;
   using Operands = Form<const Tensor&>;
   using InForwardMode = Jvp<Form>;
   static std::string schema() {
@@ -659,6 +658,11 @@ struct Forward {
   }
   static Tensor results(const Pass& pass) {
     return Operands::exchanged(pass.output);
+  }
+  static std::vector<c10::SymInt> output_sizes(const Pass& pass) {
+    auto sizes = Operands::exchanged(pass.query).sym_sizes().vec();
+    sizes.back() = pass.value.sym_size(-1);
+    return sizes;
   }
 
   struct Derivative {
@@ -709,9 +713,7 @@ struct Backward {
     Pass pass = Forward<Form>{operands, attn_mask, scale}.pass(op);
     pass.order = kBackward;
     check_floating(op, {{Operands::names[0], pass.query}, {"grad_output", grad_output}});
-    auto sizes = Operands::exchanged(pass.query).sym_sizes().vec();
-    sizes.back() = pass.value.sym_size(-1);
-    check_shape(op, "grad_output", grad_output, sizes);
+    check_shape(op, "grad_output", grad_output, Forward<Form>::output_sizes(pass));
     pass.grad_output = Operands::exchanged(grad_output);
     pass.wanted = Operands::wanted(output_mask.data());
     TORCH_CHECK_VALUE(
@@ -811,9 +813,8 @@ struct Jvp {
 
   Pass pass(const char* op = name_of<Jvp>()) const {
     const Pass forward = Forward<Form>{operands, attn_mask, scale}.pass(op);
-    auto sizes = Operands::exchanged(forward.query).sym_sizes().vec();
-    sizes.back() = forward.value.sym_size(-1);
-    const Tensor unread = at::zeros({}, forward.query.options()).expand_symint(sizes);
+    const Tensor unread =
+        at::zeros({}, forward.query.options()).expand_symint(Forward<Form>::output_sizes(forward));
     const DoubleBackward<Form> linear{tangents, tangent_attn_mask, unread, operands, attn_mask, scale,
                                       {true}};
     return linear.pass(op, "tangent_");
@@ -858,7 +859,7 @@ struct Jvp {
 template <class Arguments>
 struct Op : Arguments {
   using Result = decltype(Arguments::results(std::declval<Pass>()));
-  static constexpr bool is_forward = requires { Arguments::is_forward; };
+  static constexpr bool is_forward = requires { typename Arguments::InForwardMode; };
 
   Result composite() const {
     return by(Path::kComposite);

@@ -18,9 +18,13 @@ bool has_mode(TorchDispatchModeKey key) {
   return c10::impl::TorchDispatchModeTLS::get_mode(key).has_value();
 }
 
-bool has_no_kernels(const Tensor& tensor) {
+bool has_tangent(const Tensor& tensor) {
   constexpr uint64_t outermost_level = 0;
-  return tensor.is_nested() || tensor._fw_grad(outermost_level).defined();
+  return tensor._fw_grad(outermost_level).defined();
+}
+
+bool has_no_kernels(const Tensor& tensor) {
+  return tensor.is_nested() || has_tangent(tensor);
 }
 
 }  // namespace
@@ -43,10 +47,7 @@ bool is_foreign(const Tensor& tensor) {
 }
 
 bool is_forward_mode(at::TensorList tensors) {
-  const auto has_tangent = [](const Tensor& tensor) {
-    return tensor.defined() && tensor._fw_grad(/*level=*/0).defined();
-  };
-  if (std::none_of(tensors.begin(), tensors.end(), has_tangent) ||
+  if (std::none_of(tensors.begin(), tensors.end(), &has_tangent) ||
       std::any_of(tensors.begin(), tensors.end(), [](const Tensor& t) { return t.is_nested(); })) {
     return false;
   }
@@ -68,7 +69,7 @@ bool is_supported_dtype(at::ScalarType dtype) {
 }  // namespace
 
 bool is_differentiated_by_transform(std::initializer_list<Tensor> tensors) {
-  bool has_tangent = false, requires_grad = false;
+  bool is_dual = false, requires_grad = false;
   for (const auto& tensor : tensors) {
     if (!tensor.defined()) {
       continue;
@@ -76,10 +77,10 @@ bool is_differentiated_by_transform(std::initializer_list<Tensor> tensors) {
     if (!is_supported_dtype(tensor.scalar_type()) || tensor.is_nested() || tensor.layout() != at::kStrided) {
       return false;
     }
-    has_tangent |= tensor._fw_grad(/*level=*/0).defined();
+    is_dual |= has_tangent(tensor);
     requires_grad |= torch::autograd::compute_requires_grad(tensor);
   }
-  return has_tangent || (requires_grad && is_transforming());
+  return is_dual || (requires_grad && is_transforming());
 }
 
 void check_floating(const char* op, std::initializer_list<NamedTensor> tensors, bool same_dtype) {

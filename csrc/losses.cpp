@@ -113,9 +113,6 @@ struct AtenSoftMarginBackward : Override<AtenSoftMarginBackward> {
 struct OfLogsumexpBackward {
   using Settings = std::tuple<int64_t>;  // dim, in grad_output of size 1
 
-  static Tensor value(const Tensor& grad_output, const Tensor& input, const Settings& settings) {
-    return at::_softmax(input, std::get<0>(settings), /*half_to_float=*/false) * grad_output;
-  }
   static variable_list backward(
       const variable_list& grads, const variable_list& saved, Needs needs, const Settings& settings) {
     const auto dim = std::get<0>(settings);
@@ -136,7 +133,7 @@ struct OfLogsumexp {
     const Tensor &input = saved[0], grad_output = keepdim ? grads[0] : grads[0].unsqueeze(dim);
     return record<OfLogsumexpBackward>({grad_output, input}, {dim}, [&](variable_list& kept) {
       kept = {grad_output, input};
-      return variable_list{OfLogsumexpBackward::value(grad_output, input, {dim})};
+      return variable_list{at::_softmax(input, dim, /*half_to_float=*/false) * grad_output};
     });
   }
 };

@@ -37,9 +37,9 @@ class set_fused_double_backward(ContextDecorator):  # noqa: N801 - the idiom of 
     Under ``torch.func`` transforms, forward-mode AD and in graphs that are captured for a compiler, layer,
     batch and instance normalisation, softmax, its logarithm, attention, grid sampling, ``cdist``, weight
     normalisation, Mish and hard sigmoid are plain ops, which are right to every order where PyTorch's own
-    formulas are wrong or missing; the rest is PyTorch's own. So are nested
-    tensors and tensor subclasses. In forward mode (``torch.func.jvp``, dual numbers) attention's tangent is
-    one op, which its fused backward and double backward differentiate.
+    formulas are wrong or missing; the rest is PyTorch's own. So are nested tensors and tensor subclasses. In
+    forward mode (``torch.func.jvp``, dual numbers) attention's tangent is one op, which its fused backward
+    and double backward differentiate.
 
     Works as ``torch.set_grad_enabled`` does: calling it sets the mode at once, ``with`` restores the
     previous one at the end, and it decorates functions. Unlike it, the mode belongs to the whole process,

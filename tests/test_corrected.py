@@ -92,12 +92,17 @@ def up_to_third_order(function, inputs):
     return results
 
 
+def check(derivatives, case):
+    """Of a case, they are right under the switch."""
+    function, plain, inputs = case
+    expected = derivatives(plain, inputs)
+    with gk.set_fused_double_backward(True):
+        assert_close(derivatives(function, inputs), expected, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_every_order_is_right(name):
-    function, plain, inputs = CASES[name]
-    expected = up_to_third_order(plain, inputs)
-    with gk.set_fused_double_backward(True):
-        assert_close(up_to_third_order(function, inputs), expected, rtol=1e-9, atol=1e-9)
+    check(up_to_third_order, CASES[name])
 
 
 def curvatures(function, inputs):
@@ -116,10 +121,7 @@ def curvatures(function, inputs):
 
 @pytest.mark.parametrize("name", CASES)
 def test_transforms_are_right(name):
-    function, plain, inputs = CASES[name]
-    expected = curvatures(plain, inputs)
-    with gk.set_fused_double_backward(True):
-        assert_close(curvatures(function, inputs), expected, rtol=1e-9, atol=1e-9)
+    check(curvatures, CASES[name])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

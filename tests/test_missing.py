@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from contract import assert_close
-from test_corrected import curvatures, random, up_to_third_order
+from test_corrected import check, curvatures, random, up_to_third_order
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import gradnorm_kernels as gk
@@ -269,6 +269,10 @@ def finite_up_to_third_order(function, inputs):
     return up_to_third_order(lambda *inputs: finite(function(*inputs)), inputs)
 
 
+def finite_curvatures(function, inputs):
+    return curvatures(lambda *inputs: finite(function(*inputs)), inputs)
+
+
 def finite(values):
     return values.masked_fill(values.isinf(), 0)
 
@@ -277,20 +281,13 @@ def finite(values):
 def test_every_order_is_right(name):
     if "by frequency" in name and torch.__version__ < "2.14":
         pytest.skip("PyTorch's own first gradient is divided by how often another row occurs")
-    function, plain, inputs = CASES[name]
-    expected = finite_up_to_third_order(plain, inputs)
-    with gk.set_fused_double_backward(True):
-        assert_close(finite_up_to_third_order(function, inputs), expected, rtol=1e-9, atol=1e-9)
+    check(finite_up_to_third_order, CASES[name])
 
 
 @pytest.mark.parametrize("name", TRANSFORMED)
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_transforms_are_right(name):
-    function, plain, inputs = CASES[name]
-    expected = curvatures(lambda *inputs: finite(plain(*inputs)), inputs)
-    with gk.set_fused_double_backward(True):
-        ours = curvatures(lambda *inputs: finite(function(*inputs)), inputs)
-        assert_close(ours, expected, rtol=1e-9, atol=1e-9)
+    check(finite_curvatures, CASES[name])
 
 
 @pytest.mark.parametrize("create_graph", [False, True])
