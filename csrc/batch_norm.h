@@ -105,6 +105,13 @@ inline void multiply(double* values, const std::vector<double>& factors) {
   }
 }
 
+// Of what is changed in place below autograd, which would do it.
+inline void bump_version(const Tensor& tensor) {
+  if (tensor.defined() && !tensor.is_inference()) {
+    torch::autograd::impl::bump_version(tensor);
+  }
+}
+
 // What a forward takes.
 struct BatchNormArguments {
   const Tensor& input;
@@ -146,15 +153,32 @@ struct BatchNormArguments {
   // PyTorch's own kernels; which of them, its backend index says.
   auto aten() const {
     if (training) {
-      for (const Tensor& statistic : {running_mean, running_var}) {
-        if (statistic.defined() && !statistic.is_inference()) {
-          torch::autograd::impl::bump_version(statistic);
-        }
-      }
+      bump_version(running_mean);
+      bump_version(running_var);
     }
     return at::_batch_norm_impl_index(
         input, optional(weight), optional(bias), optional(running_mean), optional(running_var), training,
         momentum, eps, at::globalContext().userEnabledCuDNN());
+  }
+  // The CPU's kernels keep statistics in the dtype of the parameters. This gives them all in opmath_t.
+  auto aten_in_opmath() const {
+    const auto in_opmath = [](const Tensor& t) { return t.defined() ? to_opmath(t) : t; };
+    const auto ones = [&] {
+      return at::ones_symint({input.sym_size(1)}, input.options().dtype(opmath(input)));
+    };
+    const Tensor factors = weight.defined() ? in_opmath(weight) : ones();
+    const Tensor mean = in_opmath(running_mean), var = in_opmath(running_var);
+    auto results =
+        BatchNormArguments{input, factors, in_opmath(bias), mean, var, training, momentum, eps}.aten();
+    const auto update = [&](const Tensor& running, const Tensor& updated) {
+      if (training && running.defined() && !running.is_same(updated)) {
+        bump_version(running);
+        running.copy_(updated);
+      }
+    };
+    update(running_mean, mean);
+    update(running_var, var);
+    return results;
   }
   Tensor aten_of_empty() const {
     return at::batch_norm(

@@ -52,9 +52,10 @@ ActOfBatchNorm make(std::string_view activation, Params params) {
   return row_of(activation, params).make(params);
 }
 
-// Of the CPU's kernels, which compute in the dtype of the tensors.
+// Of the CPU's kernels, which take no float16: seldom met on a CPU, it would add half a minute to the build.
 Tensor for_kernel(const Tensor& tensor, bool channels_last) {
-  return to_opmath(batch_norm::in_layout(tensor, channels_last));
+  const Tensor in_layout = batch_norm::in_layout(tensor, channels_last);
+  return tensor.scalar_type() == at::kHalf ? to_opmath(in_layout) : in_layout;
 }
 
 // One number a channel, for a kernel.
@@ -336,9 +337,14 @@ struct Forward {
     return std::visit([&](const auto& act) { return act.f(to_opmath(z)); }, make(activation, params))
         .to(z.scalar_type());
   }
+  // In half types the CPU's own statistics are too rough to make the activation's input again.
+  auto normalized() const {
+    const bool is_rough = norm.input.is_cpu() && at::isReducedFloatingType(norm.input.scalar_type());
+    return is_rough ? norm.aten_in_opmath() : norm.aten();
+  }
   Tensor cpu() const {
     check();
-    return activated(std::get<0>(norm.aten()));
+    return activated(std::get<0>(normalized()));
   }
   Tensor cuda() const {
     return cpu();
@@ -355,14 +361,7 @@ struct Forward {
     norm.check_constants(name_of<Forward>());
     return record<OfForward>(
         {input, weight, bias}, Settings::of(training, eps, activation, params), [&](variable_list& saved) {
-          auto [output, save_mean, save_invstd, reserve, backend] = norm.aten();
-          if (norm.training && at::isReducedFloatingType(save_mean.scalar_type())) {
-            // The CPU's, too rough to make the activation's input again.
-            const auto n =
-                batch_norm::normalized(norm.input, norm.input.detach(), {{}, {}, {}, {}, true, norm.eps});
-            save_mean = n.mean_of_input.flatten();
-            save_invstd = n.rstd.flatten();
-          }
+          const auto [output, save_mean, save_invstd, reserve, backend] = normalized();
           saved =
               norm.training
                   ? variable_list{norm.input, norm.weight, norm.bias, save_mean, save_invstd}

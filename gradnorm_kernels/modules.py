@@ -355,9 +355,9 @@ def batch_norm_act(norm: nn.Module, act: nn.Module, input: Tensor) -> Tensor:
 
 def activation_of_batch_norm(act: nn.Module, input: Tensor) -> dict[str, Any] | None:
     """What :func:`functional.batch_norm_act` takes of it. None for other activations, for those with hooks,
-    and for half types on a CPU, which computes them faster in two ops."""
+    and for float16 on a CPU, which computes them faster in two ops."""
     kind = type(act)
-    if kind not in _OF_BATCH_NORM or has_hooks(act) or (input.is_cpu and input.dtype.itemsize < 4):
+    if kind not in _OF_BATCH_NORM or has_hooks(act) or (input.is_cpu and input.dtype == torch.float16):
         return None
     if kind is FusedGeLU:
         return {"activation": f"gelu_{act.approximate}"}

@@ -179,11 +179,26 @@ def test_fuse_takes_pairs_in_a_sequential(act):
     assert type(fused) is nn.Sequential
 
 
-def test_half_types_on_a_cpu_are_two_ops():
-    model, x = gk.fuse(pair()).bfloat16(), torch.randn(4, 3, 6, 6, dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_on_a_cpu_float16_alone_is_two_ops(dtype):
+    model, x = gk.fuse(pair()).to(dtype), torch.randn(4, 3, 6, 6, dtype=dtype)
     # The one op has PyTorch's own activation, in place.
-    assert "silu" in names_of(lambda: model(x))
-    assert "silu_" in names_of(lambda: model.float()(x.float()))
+    assert ("silu_" in names_of(lambda: model(x))) is (dtype != torch.float16)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("of_float32", [True, False], ids=["float32", "bfloat16"])
+def test_running_statistics_beside_a_bfloat16_input(training, of_float32):
+    """They are updated once, in their own dtype, which autograd is told of."""
+    x = torch.randn(4, 3, 6, 6, dtype=torch.bfloat16, requires_grad=True)
+    running = [t if of_float32 else t.bfloat16() for t in (torch.zeros(3), torch.ones(3))]
+    expected = [t.double() for t in running]
+    F.batch_norm(x.double(), *expected, training=training)
+    versions = [t._version for t in running]
+    gk.functional.batch_norm_act(x, *running, activation="silu", training=training).sum().backward()
+    for value, reference, before in zip(running, expected, versions, strict=True):
+        assert_close(value.double(), reference, rtol=1e-5 if of_float32 else 1e-2, atol=1e-6)
+        assert value._version == before + training
 
 
 def names_of(run):

@@ -178,7 +178,13 @@ void double_backward_impl(
 // fn(T(), activation)
 template <class Fn>
 void for_types(c10::ScalarType dtype, const ActOfBatchNorm& any, const Fn& fn) {
-  std::visit([&](const auto& act) { dtype == at::kDouble ? fn(double(), act) : fn(float(), act); }, any);
+  std::visit(
+      [&](const auto& act) {
+        dtype == at::kDouble     ? fn(double(), act)
+        : dtype == at::kBFloat16 ? fn(at::BFloat16(), act)
+                                 : fn(float(), act);
+      },
+      any);
 }
 
 void backward(
