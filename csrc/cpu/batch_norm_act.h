@@ -10,8 +10,8 @@ namespace gradnorm_kernels {
 // Those that follow a batch normalisation in the networks of the field.
 using ActOfBatchNorm = std::variant<Relu, Relu6, LeakyRelu, Hardswish, Silu, Mish, GeluErf, GeluTanh>;
 
-// Of float, double and bfloat16. Of the parameters, grad_grad_weight and grad_grad_bias are not read, and bias
-// is.
+// Of float, double and bfloat16. Of the parameters, grad_grad_weight and grad_grad_bias are not read, and
+// bias is.
 struct BatchNormActKernels {
   // grad_weight and grad_bias are those of weight 1 and bias 0 too where there are none.
   void (*backward)(

@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <memory>
 
-namespace gradnorm_kernels {
+namespace gradnorm_kernels::CPU_CAPABILITY {
 
 template <class T>
 struct Deallocate {
@@ -26,4 +26,16 @@ Buffer<T> zeros(int64_t size) {
   return buffer;
 }
 
-}  // namespace gradnorm_kernels
+// Uninitialised memory that the thread keeps, for one use at a time.
+template <class T>
+T* thread_scratch(int64_t size) {
+  thread_local Buffer<T> buffer;
+  thread_local int64_t held = 0;
+  if (held < size) {
+    buffer.reset(static_cast<T*>(c10::GetCPUAllocator()->raw_allocate(size * sizeof(T))));
+    held = size;
+  }
+  return buffer.get();
+}
+
+}  // namespace gradnorm_kernels::CPU_CAPABILITY

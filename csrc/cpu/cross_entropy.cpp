@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "../elementary.h"
+#include "buffer.h"
 #include "rows.h"
 
 namespace gradnorm_kernels::CPU_CAPABILITY {
@@ -17,7 +18,8 @@ enum Order { kForward, kBackward, kDoubleBackward };
 // Of a row x of logits with the softmax p and the target q, whose sum is Q: the loss Q log sum(e^x) - <q, x>
 // of x shifted by its maximum; its gradient g (Q p - q); and of that one's gradient v the gradients
 // Q <p, v> - <q, v> of g and g Q p (v - <p, v>) of x. Here q = keep t + floor, with t the target before it
-// was smoothed. A first walk along the row takes the maximum, a second the sums, a third writes.
+// was smoothed. A first walk along the row takes the maximum, a second the sums, a third writes. Of
+// exponentials that are few enough for the cache, the third has those of the second.
 template <class T, Order order, bool soft, size_t Operands>
 void rows(const std::array<Tensor, Operands>& operands, size_t outputs, const CrossEntropy& of) {
   using P = Pack<T>;
@@ -37,6 +39,12 @@ void rows(const std::array<Tensor, Operands>& operands, size_t outputs, const Cr
     const auto* const labels = reinterpret_cast<const int64_t*>(t_row);
     const auto load_x = [&](int64_t i, auto count) { return P::load(x_row + i, count).first(count, lowest); };
 
+    constexpr int64_t most_kept = 1 << 16;
+    const int64_t exponentials = row.packs() * P::size;
+    Scalar* const kept =
+        order != kForward && exponentials <= most_kept ? thread_scratch<Scalar>(exponentials) : nullptr;
+    int64_t pack = 0;
+
     P largest(lowest);
     row.each([&](int64_t i, auto count) { largest = maximum(largest, load_x(i, count)); });
     largest = row.largest(largest);
@@ -47,6 +55,9 @@ void rows(const std::array<Tensor, Operands>& operands, size_t outputs, const Cr
     row.each([&](int64_t i, auto count) {
       const P shifted = load_x(i, count) - largest, e = exponential(shifted);
       e_sum = e_sum + e;
+      if (kept) {
+        e.store(kept + P::size * pack++, P::size);
+      }
       P u;
       if constexpr (order != kBackward) {
         u = order == kForward ? shifted.first(count, 0) : P::load(v_row + i, count);
@@ -104,16 +115,19 @@ void rows(const std::array<Tensor, Operands>& operands, size_t outputs, const Cr
       T* const grad_row = data[outputs - 1];
       const P g_pack = row.each_its_own(g.data()), of_e_pack = row.each_its_own(of_e.data());
       const P v_mean = row.total(eu_sum) / row.total(e_sum);
+      pack = 0;
       row.each([&](int64_t i, auto count) {
-        const P from_e = of_e_pack * exponential(load_x(i, count) - largest);
+        const P e =
+            kept ? P::load(kept + P::size * pack++, P::size) : exponential(load_x(i, count) - largest);
         if constexpr (order == kDoubleBackward) {
-          (g_pack * from_e * (P::load(v_row + i, count) - v_mean)).store(grad_row + i, count);
+          (g_pack * (of_e_pack * e) * (P::load(v_row + i, count) - v_mean)).store(grad_row + i, count);
         } else {
-          P q(floor);
+          // Multiply-adds are written out here too.
+          P minus_q(-floor);
           if constexpr (soft) {
-            q = q + P(keep) * P::load(t_row + i, count);
+            minus_q = fmadd(P(-keep), P::load(t_row + i, count), minus_q);
           }
-          (g_pack * (from_e - q)).store(grad_row + i, count);
+          (g_pack * fmadd(of_e_pack, e, minus_q)).store(grad_row + i, count);
         }
       });
       if constexpr (order == kBackward && !soft) {

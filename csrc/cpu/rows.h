@@ -13,7 +13,10 @@ template <class T>
 struct Along {
   int64_t n;
 
-  // fn(offset, count)
+  // Calls of fn(offset, count) by `each`.
+  int64_t packs() const {
+    return (n + Pack<T>::size - 1) / Pack<T>::size;
+  }
   template <class Fn>
   void each(const Fn& fn) const {
     for_each_pack<Pack<T>>(n, fn);
@@ -38,6 +41,9 @@ template <class T>
 struct Across {
   int64_t n, stride, rows;
 
+  int64_t packs() const {
+    return n;
+  }
   template <class Fn>
   void each(const Fn& fn) const {
     for_each_pack<Pack<T>>(rows, [&](int64_t, auto count) {
