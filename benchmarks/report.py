@@ -314,8 +314,13 @@ def penalties(results: Path) -> Iterable[str]:
     yield from _by_device(results, "penalties", lambda _, measured: [_table(columns, measured["rows"])])
 
 
+PUBLISHED_WEIGHT = 1.2
 # What studies were trained on, by the name of the folder.
-DATA = {None: "digits", "cifar10": "CIFAR-10 (JPEG copy)"}
+DATA = {
+    None: "digits",
+    "cifar10": "CIFAR-10 (JPEG copy)",
+    "cifar10_5000": "5,000 images of CIFAR-10 (JPEG copy)",
+}
 
 
 def studies(results: Path) -> Iterable[str]:
@@ -328,7 +333,9 @@ def studies(results: Path) -> Iterable[str]:
         config, attack, rows = (measured[key] for key in ("config", "attack", "rows"))
         seeds = len(next(iter(rows.values()))["clean"])
         data = DATA.get(config["data"], config["data"])
-        yield f"### {measured['study']}, on {data}"
+        weight = config.get("gn_weight", PUBLISHED_WEIGHT)
+        strength = "" if weight == PUBLISHED_WEIGHT else f", gn_weight {weight:g}"
+        yield f"### {measured['study']}, on {data}{strength}"
         yield (
             f"{config['model']}, {config['epochs']} epochs in {config.get('precision', 'float32')};"
             f" {attack} at ε = {config['epsilon']:.4g} on {measured['attacked']} held-out images;"

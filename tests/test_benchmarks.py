@@ -720,11 +720,14 @@ class TestReport:
         text = page("study-objectives", **study, rows=rows)
         assert "| PGD-3 | 90.0% | 50.0% | 3.00 |" in text and "1 seed a row" in text
         assert "step, ms" not in text.partition("### Long runs, on digits")[2].partition("###")[0]
-        config = study["config"] | {"data": "cifar10", "precision": "bfloat16"}
+        config = study["config"] | {"data": "cifar10", "precision": "bfloat16", "gn_weight": 2.4}
         timed = counted | {"step_seconds": 0.01, "training_seconds": [59.6], "gradient_masking": [0.5]}
         study |= {"study": "Clock", "config": config, "against_clock": True}
         text = page("study-speed", **study, rows={"natural": timed})
-        assert "### Clock, on CIFAR-10 (JPEG copy)" in text and "m, 2 epochs in bfloat16; fgsm" in text
+        assert (
+            "### Clock, on CIFAR-10 (JPEG copy), gn_weight 2.4" in text
+            and "m, 2 epochs in bfloat16; fgsm" in text
+        )
         assert "| natural | 90.0% | 50.0% | 10.0 | 1.00 | 60 | 50.0% |" in text
 
     def test_comparison(self):
