@@ -196,8 +196,8 @@ def test_running_statistics_beside_a_bfloat16_input(training, of_float32):
     F.batch_norm(x.double(), *expected, training=training)
     versions = [t._version for t in running]
     gk.functional.batch_norm_act(x, *running, activation="silu", training=training).sum().backward()
-    for value, reference, before in zip(running, expected, versions, strict=True):
-        assert_close(value.double(), reference, rtol=1e-5 if of_float32 else 1e-2, atol=1e-6)
+    for value, wanted, before in zip(running, expected, versions, strict=True):
+        assert_close(value.double(), wanted, rtol=1e-5 if of_float32 else 1e-2, atol=1e-6)
         assert value._version == before + training
 
 
