@@ -1,6 +1,7 @@
 """The studies, on digits with the least of everything."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,8 +10,9 @@ pytest.importorskip("timm", reason="training needs: pip install 'gradnorm_kernel
 
 from gradnorm_kernels.training import evaluation
 from gradnorm_kernels.training import study as study_module
+from gradnorm_kernels.training.config import TrainConfig
 from gradnorm_kernels.training.options import TrainingError
-from gradnorm_kernels.training.study import STUDIES, study
+from gradnorm_kernels.training.study import STUDIES, Outcome, Row, study
 
 QUICK = {"epochs": 2, "batch_size": 359, "ramp_epochs": 0.0}
 
@@ -110,6 +112,25 @@ def test_epsilon_is_a_multiple_in_training_alone(tmp_path):
     assert accuracies == sorted(accuracies, reverse=True) and accuracies[0] == row.clean[0]
     attacked = json.loads((path / "evaluation-fgsm.json").read_text())["results"]
     assert [result["eps"] for result in attacked] == [0.1]
+
+
+def test_a_front_leaves_out_what_has_not_learnt():
+    """The cost of it is shown, and the page says which."""
+    shares = {
+        "gradient norm: 1.2": (0.9, 0.7),
+        "gradient norm: 4.8": (0.2, 0.1),
+        "PGD-3: epsilon x 1": (0.8, 0.6),
+    }
+    rows = {
+        name: Row([clean], [robust], [0.0], [], 1, 1, 0.0, [], [[]], [None])
+        for name, (clean, robust) in shares.items()
+    }
+    outcome = Outcome(STUDIES["pareto"], TrainConfig(), "fgsm", 40, rows)
+    costs, front = study_module._costs(outcome).split("</figure>")[:2]
+    assert study_module._unlearnt(outcome) == ["gradient norm: 4.8"]
+    assert costs.count("<circle") == 3 and front.count("<circle") == 2 and ">4.8<" not in front
+    outcome = replace(outcome, study=STUDIES["objectives"])
+    assert study_module._unlearnt(outcome) == []
 
 
 @pytest.mark.slow

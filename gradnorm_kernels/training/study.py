@@ -315,6 +315,10 @@ def _report(outcome: Outcome, data: Data, runs: Mapping[str, Path]) -> str:
         for row, model in models.items()
     }
     curves = {name: [(eps, 100 * share) for eps, share in row.curve] for name, row in rows.items()}
+    unlearnt = ", ".join(_unlearnt(outcome))
+    left_out = (
+        f" Not in the last figure, as less than half the best is right: {unlearnt}." if unlearnt else ""
+    )
     sections = [
         (
             "Accuracy against epsilon",
@@ -324,7 +328,7 @@ def _report(outcome: Outcome, data: Data, runs: Mapping[str, Path]) -> str:
         (
             "What robustness costs",
             "Robust accuracy against the matrix products of the whole training, a start from another row's"
-            " model included, and against clean accuracy. Means over the seeds.",
+            f" model included, and against clean accuracy. Means over the seeds.{left_out}",
             _costs(outcome),
         ),
     ]
@@ -371,17 +375,27 @@ _RANGE = ", mean and range over the seeds"
 _STEP = "Step: median of whole training steps, the rows taking turns in one process. "
 
 
+def _unlearnt(outcome: Outcome) -> list[str]:
+    """The rows of a front that are below half the best clean accuracy, and would press it into a corner."""
+    clean = {name: statistics.mean(row.clean) for name, row in outcome.rows.items()}
+    return [name for name in clean if outcome.study.fronts and 2 * clean[name] < max(clean.values())]
+
+
 def _costs(outcome: Outcome) -> str:
     """Robust accuracy over what it took: computation, and clean accuracy."""
+    unlearnt = _unlearnt(outcome)
     strengths: dict[str, list[str]] = {}
     computed: dict[str, list[tuple[float, float]]] = {}
     clean: dict[str, list[tuple[float, float]]] = {}
     for name, row in outcome.rows.items():
         group, _, strength = name.partition(": ") if outcome.study.fronts else (name, "", "")
-        strengths.setdefault(group, []).append(strength)
         robust = 100 * statistics.mean(row.robust)
         computed.setdefault(group, []).append((row.training_flops / 1e12, robust))
-        clean.setdefault(group, []).append((100 * statistics.mean(row.clean), robust))
+        # A group whose rows are all left out still has its colour.
+        drawn = strengths.setdefault(group, []), clean.setdefault(group, [])
+        if name not in unlearnt:
+            drawn[0].append(strength)
+            drawn[1].append((100 * statistics.mean(row.clean), robust))
     label, fronts = f"accuracy under {outcome.attack}, %", outcome.study.fronts
     products = "the training's matrix products, TFLOP"
     return charts(
