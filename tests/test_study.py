@@ -129,6 +129,7 @@ def test_a_front_leaves_out_what_has_not_learnt():
     costs, front = study_module._costs(outcome).split("</figure>")[:2]
     assert study_module._unlearnt(outcome) == ["gradient norm: 4.8"]
     assert costs.count("<circle") == 3 and front.count("<circle") == 2 and ">4.8<" not in front
+    assert ">0<" in costs and ">0<" not in front
     outcome = replace(outcome, study=STUDIES["objectives"])
     assert study_module._unlearnt(outcome) == []
 

@@ -117,6 +117,7 @@ def chart(
     xlabel: str,
     ylabel: str,
     top: float | None = None,
+    bottom: float = 0.0,
     lines: bool = True,
     dashed: Collection[str] = (),
     left: float | None = None,
@@ -126,10 +127,11 @@ def chart(
 
     After ten names colours return, with dashed lines and hollow points.
 
-    Points that are not finite are left out. The vertical axis begins at 0, or at the least value below it.
+    Points that are not finite are left out.
 
     Args:
         top: where the vertical axis ends; without it, at the largest value.
+        bottom: where the vertical axis begins, unless there are values below.
         dashed: names whose lines are dashed, so that what they cover shows.
         left: where the horizontal axis begins; without it, at the least value.
         labels: by name, what is written beside the points that are drawn.
@@ -141,7 +143,7 @@ def chart(
     xs = [x for points in kept.values() for x, _ in points] or [0.0]
     ys = [y for points in kept.values() for _, y in points] or [0.0]
     x_ticks = _ticks(min(xs) if left is None else min(left, *xs), max(xs))
-    y_ticks = _ticks(min(0.0, *ys), top or max(ys))
+    y_ticks = _ticks(min(bottom, *ys), top or max(ys))
     begin, end, upper, lower = 46, 380, 30, 220
 
     def across(x: float) -> float:

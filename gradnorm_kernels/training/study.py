@@ -398,10 +398,18 @@ def _costs(outcome: Outcome) -> str:
             drawn[1].append((100 * statistics.mean(row.clean), robust))
     label, fronts = f"accuracy under {outcome.attack}, %", outcome.study.fronts
     products = "the training's matrix products, TFLOP"
+    least = min((y for points in clean.values() for _, y in points), default=0.0) if fronts else 0.0
     return charts(
         [
             chart(computed, xlabel=products, ylabel=label, lines=False, left=0.0),
-            chart(clean, xlabel="clean accuracy, %", ylabel=label, lines=fronts, labels=strengths),
+            chart(
+                clean,
+                xlabel="clean accuracy, %",
+                ylabel=label,
+                bottom=least,
+                lines=fronts,
+                labels=strengths,
+            ),
         ]
     )
 
