@@ -272,7 +272,7 @@ class Decomposed {
   // other way.
   Tensor operand(const Tensor& tensor) const {
     if (!tensor.defined() || plain) {
-      return tensor.defined() ? to_opmath(tensor) : tensor;
+      return to_opmath(tensor);
     }
     const bool is_view =
         at::detail::computeStride(tensor.sizes(), tensor.strides(), flat_sizes(tensor)).has_value();

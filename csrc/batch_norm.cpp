@@ -152,11 +152,10 @@ struct DoubleBackward {
   }
   TensorTriple composite() const {
     check();
-    const auto opmath = [](const Tensor& tensor) { return tensor.defined() ? to_opmath(tensor) : tensor; };
     auto [grad_grad_output, grad_input, grad_weight] =
         normalized(like(), input, s)
             .double_backward(
-                opmath(grad_grad_input), grad_grad_weight, grad_grad_bias, to_opmath(grad_output), weight,
+                to_opmath(grad_grad_input), grad_grad_weight, grad_grad_bias, to_opmath(grad_output), weight,
                 like_weight(), {true, true, true});
     return {to_dtype_of(grad_output, grad_grad_output), to_dtype_of(grad_output, grad_input), grad_weight};
   }

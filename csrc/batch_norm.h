@@ -162,14 +162,12 @@ struct BatchNormArguments {
   }
   // The CPU's kernels keep statistics in the dtype of the parameters. This gives them all in opmath_t.
   auto aten_in_opmath() const {
-    const auto in_opmath = [](const Tensor& t) { return t.defined() ? to_opmath(t) : t; };
-    const auto ones = [&] {
-      return at::ones_symint({input.sym_size(1)}, input.options().dtype(opmath(input)));
-    };
-    const Tensor factors = weight.defined() ? in_opmath(weight) : ones();
-    const Tensor mean = in_opmath(running_mean), var = in_opmath(running_var);
+    const Tensor factors = weight.defined()
+                               ? to_opmath(weight)
+                               : at::ones_symint({input.sym_size(1)}, input.options().dtype(opmath(input)));
+    const Tensor mean = to_opmath(running_mean), var = to_opmath(running_var);
     auto results =
-        BatchNormArguments{input, factors, in_opmath(bias), mean, var, training, momentum, eps}.aten();
+        BatchNormArguments{input, factors, to_opmath(bias), mean, var, training, momentum, eps}.aten();
     const auto update = [&](const Tensor& running, const Tensor& updated) {
       if (training && running.defined() && !running.is_same(updated)) {
         bump_version(running);

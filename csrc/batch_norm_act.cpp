@@ -102,14 +102,13 @@ struct Arguments {
 variable_list double_backward_by_parts(
     const Tensor& v, const Tensor& u, const Tensor& t, const Tensor& grad_output,
     const Arguments& arguments) {
-  const auto opmath = [](const Tensor& tensor) { return tensor.defined() ? to_opmath(tensor) : tensor; };
   const auto n = arguments.normalized();
   const Tensor z = n.affine(arguments.weight, arguments.bias), g = to_opmath(grad_output);
   const Tensor like = arguments.like_weight();
   return std::visit(
       [&](const auto& act) -> variable_list {
         auto [q, grad_input, grad_weight] =
-            n.double_backward(opmath(v), u, t, act.df(g, z), arguments.weight, like, {true, true, true});
+            n.double_backward(to_opmath(v), u, t, act.df(g, z), arguments.weight, like, {true, true, true});
         Tensor grad_bias;
         if constexpr (has_d2f<std::decay_t<decltype(act)>>) {
           const auto [of_input, of_weight, of_bias] =

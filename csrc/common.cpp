@@ -127,7 +127,8 @@ bool is_elementwise_match(const Tensor& a, const Tensor& b) {
 }
 
 Tensor to_opmath(const Tensor& tensor) {
-  return at::isReducedFloatingType(tensor.scalar_type()) ? tensor.to(at::kFloat) : tensor;
+  const bool is_half = tensor.defined() && at::isReducedFloatingType(tensor.scalar_type());
+  return is_half ? tensor.to(at::kFloat) : tensor;
 }
 
 Tensor softmax_by_parts(const Tensor& input, int64_t dim) {

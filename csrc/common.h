@@ -58,7 +58,7 @@ void check_floating(const char* op, std::initializer_list<NamedTensor> tensors, 
 // ops know, are left to these.
 void check_elementwise(const char* op, std::initializer_list<NamedTensor> tensors);
 
-// float32 for float16 and bfloat16: the dtype arithmetic is done in.
+// float32 for float16 and bfloat16: the dtype arithmetic is done in. An undefined tensor stays one.
 Tensor to_opmath(const Tensor& tensor);
 
 // at::softmax of a tensor in its arithmetic type, from ops with derivatives of every kind: the gradient of

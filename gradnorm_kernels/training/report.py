@@ -117,7 +117,7 @@ def chart(
     xlabel: str,
     ylabel: str,
     top: float | None = None,
-    bottom: float = 0.0,
+    bottom: float | None = 0.0,
     lines: bool = True,
     dashed: Collection[str] = (),
     left: float | None = None,
@@ -131,7 +131,7 @@ def chart(
 
     Args:
         top: where the vertical axis ends; without it, at the largest value.
-        bottom: where the vertical axis begins, unless there are values below.
+        bottom: where the vertical axis begins, unless there are values below; with None, at the least value.
         dashed: names whose lines are dashed, so that what they cover shows.
         left: where the horizontal axis begins; without it, at the least value.
         labels: by name, what is written beside the points that are drawn.
@@ -143,7 +143,7 @@ def chart(
     xs = [x for points in kept.values() for x, _ in points] or [0.0]
     ys = [y for points in kept.values() for _, y in points] or [0.0]
     x_ticks = _ticks(min(xs) if left is None else min(left, *xs), max(xs))
-    y_ticks = _ticks(min(bottom, *ys), top or max(ys))
+    y_ticks = _ticks(min(ys) if bottom is None else min(bottom, *ys), top or max(ys))
     begin, end, upper, lower = 46, 380, 30, 220
 
     def across(x: float) -> float:

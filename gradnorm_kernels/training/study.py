@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import json
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -315,10 +315,13 @@ def _report(outcome: Outcome, data: Data, runs: Mapping[str, Path]) -> str:
         for row, model in models.items()
     }
     curves = {name: [(eps, 100 * share) for eps, share in row.curve] for name, row in rows.items()}
-    unlearnt = ", ".join(_unlearnt(outcome))
-    left_out = (
-        f" Not in the last figure, as less than half the best is right: {unlearnt}." if unlearnt else ""
+    unlearnt = _unlearnt(outcome)
+    costs = (
+        "Robust accuracy against the matrix products of the whole training, a start from another row's"
+        " model included, and against clean accuracy. Means over the seeds."
     )
+    if unlearnt:
+        costs += f" Not in the last figure, as less than half the best is right: {', '.join(unlearnt)}."
     sections = [
         (
             "Accuracy against epsilon",
@@ -327,9 +330,8 @@ def _report(outcome: Outcome, data: Data, runs: Mapping[str, Path]) -> str:
         ),
         (
             "What robustness costs",
-            "Robust accuracy against the matrix products of the whole training, a start from another row's"
-            f" model included, and against clean accuracy. Means over the seeds.{left_out}",
-            _costs(outcome),
+            costs,
+            _costs(outcome, unlearnt),
         ),
     ]
     if outcome.study.against_clock and timed:
@@ -381,9 +383,8 @@ def _unlearnt(outcome: Outcome) -> list[str]:
     return [name for name in clean if outcome.study.fronts and 2 * clean[name] < max(clean.values())]
 
 
-def _costs(outcome: Outcome) -> str:
-    """Robust accuracy over what it took: computation, and clean accuracy."""
-    unlearnt = _unlearnt(outcome)
+def _costs(outcome: Outcome, unlearnt: Collection[str]) -> str:
+    """Robust accuracy over what it took: computation, and, but for the unlearnt rows, clean accuracy."""
     strengths: dict[str, list[str]] = {}
     computed: dict[str, list[tuple[float, float]]] = {}
     clean: dict[str, list[tuple[float, float]]] = {}
@@ -392,13 +393,12 @@ def _costs(outcome: Outcome) -> str:
         robust = 100 * statistics.mean(row.robust)
         computed.setdefault(group, []).append((row.training_flops / 1e12, robust))
         # A group whose rows are all left out still has its colour.
-        drawn = strengths.setdefault(group, []), clean.setdefault(group, [])
+        labels, points = strengths.setdefault(group, []), clean.setdefault(group, [])
         if name not in unlearnt:
-            drawn[0].append(strength)
-            drawn[1].append((100 * statistics.mean(row.clean), robust))
+            labels.append(strength)
+            points.append((100 * statistics.mean(row.clean), robust))
     label, fronts = f"accuracy under {outcome.attack}, %", outcome.study.fronts
     products = "the training's matrix products, TFLOP"
-    least = min((y for points in clean.values() for _, y in points), default=0.0) if fronts else 0.0
     return charts(
         [
             chart(computed, xlabel=products, ylabel=label, lines=False, left=0.0),
@@ -406,7 +406,7 @@ def _costs(outcome: Outcome) -> str:
                 clean,
                 xlabel="clean accuracy, %",
                 ylabel=label,
-                bottom=least,
+                bottom=None if fronts else 0.0,
                 lines=fronts,
                 labels=strengths,
             ),
